@@ -1,0 +1,344 @@
+"""The transform that averages the params, its states, and the bare fold."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ema_optax import storage, trees
+from ema_optax.decays import DecayLike, as_decay
+from ema_optax.families import Decay, check_decay, check_wide_enough
+
+Mask: TypeAlias = Any | Callable[[Any], Any]
+
+
+class EmaParamsState(NamedTuple):
+    """State of `ema_params`.
+
+    Attributes:
+        count: int32[], the number of updates seen.
+        shadow: A tree like the params, with `optax.MaskedNode()` where a leaf is not
+            averaged; or, in a `NamedShadowsState`, a dict of such trees.
+    """
+
+    count: jax.Array
+    shadow: Any
+
+
+class NamedShadowsState(EmaParamsState):
+    """State of `ema_params` with decays by name: `shadow` maps each name to a tree.
+
+    A type of its own, because params may be a dict of like trees themselves.
+    """
+
+
+def ema_params(
+    decay: DecayLike | Mapping[str, DecayLike],
+    *,
+    every: int = 1,
+    mask: Mask | None = None,
+    shadow_dtype: Any = None,
+    overwrite_every: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps an exponential moving average of the params: the shadow.
+
+    Chain it last, after the optimizer. Updates pass through untouched, and each fold is
+
+        s ← s + w·(p − s),    w = 1 − Πβ over the updates since the last fold,
+
+    where p is what the model holds after `optax.apply_updates`. Read the shadow with
+    `ema_optax.shadow_params`.
+
+    Elements of p that are not finite are left out: there the shadow holds. Integer,
+    bool and PRNG-key leaves, and those the mask leaves out, are not averaged.
+
+    Inside `optax.MultiSteps` it folds once per real update. Around it, it would fold
+    once per micro-batch. `optax.inject_hyperparams` needs
+    `static_args=("decay", "every", "overwrite_every")`, or without `"decay"` to inject
+    a float β.
+
+    Args:
+        decay: A float β in [0, 1), which means `warmup(β)`; a `Decay`; any callable
+            from the 1-based step to β; or a dict from names to these, for several
+            shadows in one pass.
+        every: Fold at every `every`-th update, ≥ 1. The average stays as long: each
+            fold takes the product of the decays. Other updates cost nothing.
+        mask: A tree of bools like the params (or a prefix of it), or a function from
+            params to one: True where a leaf is averaged.
+        shadow_dtype: "bfloat16", "float32" or "float64". None is float32 for narrower
+            params and their own dtype otherwise. bfloat16 is rounded stochastically,
+            from a hash of element and count, with an error of about 1e-2 at any β.
+        overwrite_every: After every that many updates the params become the shadow,
+            as with Keras' `ema_overwrite_frequency`. The model then holds
+            p + (s − p), which is s to the last bit where s/2 ≤ p ≤ 2s, and within
+            1 ulp of the larger of |p| and |s − p| elsewhere.
+
+    Returns:
+        A transform with state `EmaParamsState`.
+
+    Raises:
+        ValueError, TypeError: If an argument is outside its interval, or params and
+            shadow do not fit each other.
+
+    >>> optimizer = optax.chain(optax.sgd(0.1), ema_params(0.9999))
+    >>> params = {"w": jnp.array([1.0])}
+    >>> state = optimizer.init(params)
+    >>> updates, state = optimizer.update({"w": jnp.array([1.0])}, state, params)
+    >>> state[1].shadow["w"]  # 1 + (1 − 2/11)·(0.9 − 1)
+    Array([0.9181818], dtype=float32)
+    """
+    decays = _decays_by_name(decay)
+    every = _check_period(every, "every")
+    if overwrite_every is not None:
+        overwrite_every = _check_period(overwrite_every, "overwrite_every")
+        if len(decays) > 1:
+            raise ValueError(
+                f"overwrite_every writes one shadow into the params, got "
+                f"{len(decays)}: {', '.join(decays)}. Use a transform of its own for that one."
+            )
+    dtype = storage.check_shadow_dtype(shadow_dtype)
+    several = isinstance(decay, Mapping)
+
+    def init(params: Any) -> EmaParamsState:
+        def started() -> Any:
+            return jax.tree.map(lambda p: storage.start(p, dtype), chosen)
+
+        chosen = _averaged_only(params, mask)
+        count = jnp.zeros([], jnp.int32)
+        if several:
+            return NamedShadowsState(count, {name: started() for name in decays})
+        return EmaParamsState(count, started())
+
+    def update(
+        updates: Any, state: EmaParamsState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, EmaParamsState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "ema_params averages the params and was called without them. Call "
+                "optimizer.update(updates, state, params)."
+            )
+        shadows = _shadows_by_name(state.shadow, decays, several)
+        columns = [_matching_leaves(shadow, params) for shadow in shadows]
+        old, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
+        deltas = _matching_updates(updates, structure)
+        averaged = [
+            i for i, leaf in enumerate(columns[0]) if not trees.is_placeholder(leaf)
+        ]
+        new = [optax.apply_updates(old[i], deltas[i]) for i in averaged]
+        kept = [[column[i] for i in averaged] for column in columns]
+        count = optax.safe_increment(state.count)
+
+        def fold(kept: list[list[Any]], new: list[Any]) -> list[list[Any]]:
+            folded = []
+            for track, (each_decay, leaves) in enumerate(
+                zip(decays.values(), kept, strict=True)
+            ):
+                weight = each_decay.newest_weight(count, every)
+                seeds = [
+                    storage.fold_seed(count, track * len(old) + i) for i in averaged
+                ]
+                folded.append(
+                    [
+                        storage.fold(s, p, weight, seed)
+                        for s, p, seed in zip(leaves, new, seeds, strict=True)
+                    ]
+                )
+            return folded
+
+        if every == 1:
+            kept = fold(kept, new)
+        else:
+            # The new params are an operand: a branch that closed over params and
+            # updates would make XLA copy both trees at every step.
+            kept = jax.lax.cond(
+                count % every == 0, fold, lambda kept, new: kept, kept, new
+            )
+        for column, leaves in zip(columns, kept, strict=True):
+            for i, leaf in zip(averaged, leaves, strict=True):
+                column[i] = leaf
+        shadows = [jax.tree.unflatten(structure, column) for column in columns]
+        if overwrite_every is not None:
+            due = count % overwrite_every == 0
+            for i in averaged:
+                jump = _difference_to(columns[0][i], old[i]).astype(deltas[i].dtype)
+                deltas[i] = jnp.where(due, jump, deltas[i])
+            updates = jax.tree.unflatten(structure, deltas)
+        if several:
+            named = dict(zip(decays, shadows, strict=True))
+            return updates, NamedShadowsState(count, named)
+        return updates, EmaParamsState(count, shadows[0])
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) -> Any:
+    """One fold with a given β: s + (1−β)·(p − s), for loops without Optax.
+
+    For target networks, and for what `ema_params` cannot see: statistics, params that
+    are changed by hand. Leaves of the shadow that are no floating or complex arrays,
+    such as step counters, are returned as they are.
+
+    Args:
+        shadow: A tree of arrays; start it as a copy of the params, in float32 or wider.
+        params: A tree of the same structure and shapes, of any dtypes.
+        decay: β in [0, 1), the weight kept on the shadow: a number, or a scalar array
+            of float32 or wider. Or a `Decay`, taken at step `count` and exact where a
+            β in float32 is not.
+        count: 1-based number of the fold, a Python integer or an integer scalar.
+            Needed with a `Decay`, and for bfloat16 shadows, whose stochastic rounding
+            is drawn from it.
+
+    Returns:
+        The new shadow, in the dtypes of the old.
+
+    Raises:
+        ValueError, TypeError: If `decay` is outside [0, 1) or narrower than float32, if
+            the trees differ, or if `count` is missing.
+
+    >>> shadow = update_shadow({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, 0.98)
+    >>> shadow["w"]
+    Array([0.02], dtype=float32)
+    """
+    newest_weight = _newest_weight(decay, count)
+    leaves = _matching_leaves(shadow, params)
+    paths, _, structure = trees.flatten(shadow)
+    new = structure.flatten_up_to(params)
+    for i, leaf in enumerate(leaves):
+        if not storage.is_averaged(leaf):
+            continue
+        leaf = jnp.asarray(leaf)
+        if jnp.finfo(leaf.dtype).bits < 32 and (
+            count is None or leaf.dtype != jnp.bfloat16
+        ):
+            raise ValueError(
+                f"update_shadow got a {leaf.dtype} shadow at '{paths[i]}', which "
+                "rounding to nearest would freeze. Start the shadow as float32, or as bfloat16 "
+                "and pass count=step for stochastic rounding."
+            )
+        seed = storage.fold_seed(0 if count is None else count, i)
+        leaves[i] = storage.fold(leaf, new[i], newest_weight, seed)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _decays_by_name(
+    decay: DecayLike | Mapping[str, DecayLike],
+) -> dict[str, Decay]:
+    if not isinstance(decay, Mapping):
+        return {"": as_decay(decay)}
+    for name in decay:
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(
+                f"A shadow's name is a non-empty text without '/', got {name!r}. Write "
+                "ema_params({'fast': 0.99, 'slow': 0.9999})."
+            )
+    if not decay:
+        raise ValueError(
+            "ema_params got an empty dict of decays: there is nothing to average. "
+            "Write ema_params({'fast': 0.99, 'slow': 0.9999})."
+        )
+    return {name: as_decay(value) for name, value in decay.items()}
+
+
+def _check_period(value: Any, name: str) -> int:
+    if isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name} must be a Python integer, got an array. optax.inject_hyperparams "
+            "turns every number into an array: pass it static_args=('every', "
+            "'overwrite_every')."
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(
+            f"{name} must be a whole number of updates ≥ 1, got {value!r}. "
+            f"{name}=1 means every update."
+        )
+    return int(value)
+
+
+def _averaged_only(params: Any, mask: Mask | None) -> Any:
+    """Returns params with placeholders for the leaves that are not averaged."""
+
+    def choose(averaged: Any, part: Any) -> Any:
+        if not isinstance(averaged, (bool, np.bool_)):
+            raise ValueError(
+                "mask must hold bools, True where a leaf is averaged, got "
+                f"{averaged!r}."
+            )
+        return jax.tree.map(
+            lambda p: p if averaged and storage.is_averaged(p) else optax.MaskedNode(),
+            part,
+        )
+
+    tree = True if mask is None else mask(params) if callable(mask) else mask
+    try:
+        structure = jax.tree.structure(tree)
+        parts = structure.flatten_up_to(params)
+    except ValueError as error:
+        raise ValueError(
+            f"mask does not fit the params: {error} Give a tree of bools like the "
+            "params (or a prefix of it), or a function from params to one."
+        ) from None
+    chosen = [choose(m, p) for m, p in zip(jax.tree.leaves(tree), parts, strict=True)]
+    return jax.tree.unflatten(structure, chosen)
+
+
+def _shadows_by_name(
+    shadow: Any, decays: Mapping[str, Decay], several: bool
+) -> list[Any]:
+    if not several:
+        return [shadow]
+    if not isinstance(shadow, Mapping) or set(shadow) != set(decays):
+        found = sorted(shadow) if isinstance(shadow, Mapping) else type(shadow).__name__
+        raise ValueError(
+            f"The state holds the shadows {found}, ema_params was given decays for "
+            f"{sorted(decays)}. Use the names that the state was made with, or call "
+            "optimizer.init(params) to start new shadows as copies of the params."
+        )
+    return [shadow[name] for name in decays]
+
+
+def _matching_leaves(shadow: Any, params: Any) -> list[Any]:
+    """Returns the leaves of a shadow, after checking that the params fit it."""
+    difference = trees.difference(shadow, params, ("shadow", "params"))
+    if difference:
+        raise ValueError(
+            f"Shadow and params do not fit each other: {difference}. If the model "
+            "changed, start a new shadow with optimizer.init(params)."
+        )
+    return jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
+
+
+def _matching_updates(updates: Any, structure: Any) -> list[Any]:
+    try:
+        return structure.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(
+            f"Updates and params do not fit each other: {error} Pass the params that "
+            "the gradients were taken for."
+        ) from None
+
+
+def _difference_to(shadow: jax.Array, param: Any) -> jax.Array:
+    """Returns the update d after which p + d is the shadow in the param's dtype."""
+    param = jnp.asarray(param)
+    target = shadow.astype(param.dtype)
+    wide = jnp.promote_types(param.dtype, jnp.float32)
+    return target.astype(wide) - param.astype(wide)
+
+
+def _newest_weight(decay: Any, count: Any) -> Any:
+    if isinstance(decay, Decay):
+        if count is None:
+            raise ValueError(
+                f"update_shadow takes {decay!r} at a step: pass count=step, the "
+                "1-based number of this fold."
+            )
+        return decay.newest_weight(count)
+    check_wide_enough(decay)
+    if isinstance(decay, jax.core.Tracer):
+        return 1 - decay
+    check_decay(float(decay), "update_shadow")
+    return 1 - float(decay)

@@ -1,0 +1,171 @@
+"""Find the shadow in any optimizer state, and put it where the model expects params."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ema_optax import trees
+from ema_optax.averaging import EmaParamsState, NamedShadowsState
+
+
+def shadow_params(
+    opt_state: Any, params: Any = None, *, name: str | None = None
+) -> Any:
+    """Returns the shadow found anywhere in an optimizer state.
+
+    Works through `optax.chain`, `MultiSteps`, `masked`, `inject_hyperparams` and every
+    other state that is a pytree. Shadows of disjoint parts of the params, as under
+    `optax.multi_transform`, are joined.
+
+    The arrays are copies: they outlive a train step that donates its state. Under
+    `jax.jit` the copy costs nothing.
+
+    Args:
+        opt_state: The optimizer state, or an `EmaParamsState` itself.
+        params: The live params. With them the result has exactly their structure and
+            dtypes, and the leaves that are not averaged are theirs.
+        name: Which shadow, where the decays were given by name or there are several.
+
+    Returns:
+        A tree like the params. Without `params`: the shadow as it is stored, with
+        `optax.MaskedNode()` where a leaf is not averaged.
+
+    Raises:
+        ValueError: If there is no shadow or no such name, if there are several and none
+            was named, or if the params do not fit it.
+
+    >>> import optax, ema_optax
+    >>> params = {"w": jnp.ones(2, jnp.bfloat16), "steps": jnp.int32(7)}
+    >>> state = optax.chain(optax.identity(), ema_optax.ema_params(0.99)).init(params)
+    >>> shadow_params(state, params)
+    {'steps': Array(7, dtype=int32), 'w': Array([1, 1], dtype=bfloat16)}
+    """
+    shadow = _joined(_find(opt_state, name))
+    if params is None:
+        return jax.tree.map(_own, shadow)
+    difference = trees.difference(shadow, params, ("shadow", "params"))
+    if difference:
+        raise ValueError(
+            f"The shadow does not fit these params: {difference}. Pass the params that "
+            "the optimizer state belongs to."
+        )
+    slots, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
+    leaves = jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
+    return jax.tree.unflatten(structure, map(_fill, leaves, slots))
+
+
+def with_shadow(train_state: Any, *, name: str | None = None) -> Any:
+    """Returns a train state whose params are the shadow, for evaluation.
+
+    Keep training from the original: the result's optimizer state still belongs to the
+    raw params.
+
+    Args:
+        train_state: Anything with `params` and `opt_state`: Flax's `TrainState`, a
+            dataclass, a NamedTuple, or a dict with these keys.
+        name: Which shadow, as in `shadow_params`.
+
+    Raises:
+        TypeError: If it is no such object.
+        ValueError: As in `shadow_params`.
+
+    >>> import optax, ema_optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> state = {"params": params, "opt_state": ema_optax.ema_params(0.99).init(params)}
+    >>> with_shadow(state)["params"]
+    {'w': Array([1., 1.], dtype=float32)}
+    """
+    if isinstance(train_state, Mapping):
+        parts = train_state
+    else:
+        names = ("params", "opt_state")
+        parts = {n: getattr(train_state, n) for n in names if hasattr(train_state, n)}
+    if "params" not in parts or "opt_state" not in parts:
+        raise TypeError(
+            f"with_shadow needs something with 'params' and 'opt_state', got "
+            f"{type(train_state).__name__}. For other layouts call "
+            "shadow_params(opt_state, params)."
+        )
+    params = shadow_params(parts["opt_state"], parts["params"], name=name)
+    if isinstance(train_state, Mapping):
+        return type(train_state)({**train_state, "params": params})  # pyright: ignore
+    if hasattr(train_state, "replace"):
+        return train_state.replace(params=params)
+    if hasattr(train_state, "_replace"):
+        return train_state._replace(params=params)
+    if dataclasses.is_dataclass(train_state) and not isinstance(train_state, type):
+        return dataclasses.replace(train_state, params=params)
+    raise TypeError(
+        f"with_shadow cannot replace the params of a {type(train_state).__name__}: it "
+        "has neither replace() nor _replace() and is no dataclass. Call "
+        "shadow_params(opt_state, params)."
+    )
+
+
+def _is_ema_state(node: Any) -> bool:
+    return isinstance(node, EmaParamsState)
+
+
+def _find(opt_state: Any, name: str | None) -> dict[str, Any]:
+    """Returns the stored shadows called `name`, by the path of their state."""
+    nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_ema_state)[0]
+    states = {trees.path_name(p): node for p, node in nodes if _is_ema_state(node)}
+    if not states:
+        raise ValueError(
+            f"There is no shadow in this {type(opt_state).__name__}. Chain the average "
+            "last: optax.chain(optimizer, ema_optax.ema_params(0.9999)), and pass the "
+            "whole optimizer state."
+        )
+    named = {p: s.shadow for p, s in states.items() if isinstance(s, NamedShadowsState)}
+    unnamed = {p: s.shadow for p, s in states.items() if p not in named}
+    names = sorted({key for shadows in named.values() for key in shadows})
+    if name is None and (not named or (not unnamed and len(names) == 1)):
+        return unnamed or {p: shadows[names[0]] for p, shadows in named.items()}
+    chosen = {p: shadows[name] for p, shadows in named.items() if name in shadows}
+    if not chosen:
+        asked = "none was asked for" if name is None else f"{name!r} is none of them"
+        have = f"shadows named {', '.join(names)}" if names else "one unnamed shadow"
+        call = f"name={names[0]!r}" if names else "no name"
+        raise ValueError(
+            f"The optimizer state has {have}, and {asked}. Call "
+            f"shadow_params(opt_state, params) with {call}."
+        )
+    return chosen
+
+
+def _joined(shadows: dict[str, Any]) -> Any:
+    """Returns the one tree of shadows that cover disjoint leaves."""
+    (path, joined), *others = shadows.items()
+    for other_path, other in others:
+        leaves, structure = jax.tree.flatten(joined, is_leaf=trees.is_placeholder)
+        more = jax.tree.leaves(other, is_leaf=trees.is_placeholder)
+        if jax.tree.structure(other, is_leaf=trees.is_placeholder) != structure or any(
+            not trees.is_placeholder(a) and not trees.is_placeholder(b)
+            for a, b in zip(leaves, more, strict=True)
+        ):
+            raise ValueError(
+                f"The optimizer state has several shadows of the same params, at "
+                f"'{path}' and '{other_path}'. Give them names, in one transform: "
+                "ema_params({'fast': 0.99, 'slow': 0.9999}), and read "
+                "shadow_params(opt_state, params, name='slow'); or pass the part of "
+                "the state that holds the one you mean."
+            )
+        both = [
+            b if trees.is_placeholder(a) else a
+            for a, b in zip(leaves, more, strict=True)
+        ]
+        joined = jax.tree.unflatten(structure, both)
+    return joined
+
+
+def _fill(shadow: Any, param: Any) -> Any:
+    if trees.is_placeholder(shadow):
+        return _own(param)
+    return jnp.array(shadow, dtype=jnp.result_type(param))
+
+
+def _own(leaf: Any) -> Any:
+    return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf

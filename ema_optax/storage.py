@@ -1,0 +1,135 @@
+"""How a shadow leaf is stored, and how one fold is rounded into it."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_ALLOWED = ("bfloat16", "float32", "float64")
+_LARGEST_BFLOAT16 = 0x7F7F0000  # its bits, as those of a float32
+
+
+def is_averaged(leaf: Any) -> bool:
+    """Returns whether a leaf is a floating or complex number, which can be averaged.
+
+    Integers, bools, PRNG keys and objects that are no arrays are not.
+
+    >>> is_averaged(jnp.ones(2)), is_averaged(jnp.arange(2)), is_averaged(None)
+    (True, False, False)
+    """
+    if hasattr(leaf, "dtype"):
+        return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+    return isinstance(leaf, (float, complex))
+
+
+def check_shadow_dtype(shadow_dtype: Any) -> np.dtype | None:
+    """Returns `shadow_dtype` as a dtype, or None.
+
+    Raises:
+        ValueError: If a shadow cannot be kept in that dtype.
+    """
+    if shadow_dtype is None:
+        return None
+    dtype = jnp.dtype(shadow_dtype)
+    if dtype.name not in _ALLOWED:
+        raise ValueError(
+            f"shadow_dtype must be one of {', '.join(_ALLOWED)}, got {dtype.name}. For "
+            "shadows of two bytes use bfloat16, which is rounded stochastically."
+        )
+    if dtype.name == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            "shadow_dtype='float64' needs jax.config.update('jax_enable_x64', True); "
+            "without it JAX would store float32."
+        )
+    return dtype
+
+
+def stored_dtype(dtype: Any, shadow_dtype: np.dtype | None = None) -> np.dtype:
+    """Returns the dtype of the shadow of params of `dtype`.
+
+    Args:
+        dtype: Floating or complex dtype of a param.
+        shadow_dtype: What `ema_params` was asked for; None means float32 where params
+            are narrower and their own dtype otherwise. Complex params are stored as
+            complex64 or, where either dtype has 64-bit parts, complex128.
+
+    >>> stored_dtype(jnp.bfloat16), stored_dtype(jnp.float32, jnp.dtype("bfloat16"))
+    (dtype('float32'), dtype(bfloat16))
+    """
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        if shadow_dtype is None:
+            return jnp.dtype(dtype)
+        return jnp.dtype("complex128" if shadow_dtype.itemsize == 8 else "complex64")
+    return shadow_dtype or jnp.promote_types(dtype, jnp.float32)
+
+
+def start(param: Any, shadow_dtype: np.dtype | None) -> jax.Array:
+    """Returns a copy of a param as a shadow, in a buffer of its own, sharded alike."""
+    return jnp.array(param, dtype=stored_dtype(jnp.result_type(param), shadow_dtype))
+
+
+def fold(shadow: jax.Array, param: Any, newest_weight: Any, seed: Any) -> jax.Array:
+    """Returns s + w·(p − s), rounded to the shadow's dtype.
+
+    An element that would become non-finite holds; one that is non-finite itself takes
+    the param's value. A weight of 1 copies exactly.
+
+    Args:
+        shadow: Floating or complex array s.
+        param: Array p of the same shape, any floating or complex dtype.
+        newest_weight: Scalar w in [0, 1].
+        seed: uint32 scalar that differs between folds and between leaves; decides how
+            a bfloat16 shadow is rounded, and is not used for wider ones.
+    """
+    dtype = jnp.promote_types(shadow.dtype, jnp.float32)
+    old = shadow.astype(dtype)
+    new = jnp.asarray(param).astype(dtype)
+    w = jnp.asarray(newest_weight, jnp.finfo(dtype).dtype)
+    # From the nearer end: where w is 1, p − 0·(p − s) is p to the last bit.
+    near_new = w > 0.5
+    step = jnp.where(near_new, w - 1, w) * (new - old)
+    folded = jnp.where(near_new, new, old) + step
+    if shadow.dtype == jnp.bfloat16:
+        folded = _round_stochastically(folded, seed)
+    kept = jnp.where(jnp.isfinite(old), old, new)
+    return jnp.where(jnp.isfinite(folded), folded, kept).astype(shadow.dtype)
+
+
+def fold_seed(count: Any, leaf: int) -> jax.Array:
+    """Returns the seed of the `leaf`-th leaf in the fold at update `count`."""
+    return _mix(jnp.asarray(count).astype(jnp.uint32) ^ _mix(jnp.uint32(leaf)))
+
+
+def _round_stochastically(x: jax.Array, seed: Any) -> jax.Array:
+    """Rounds float32 to a value that bfloat16 holds, up or down by chance.
+
+    The chance of rounding up is the share of the way there, so the mean over many folds
+    is right where rounding to nearest would never move. The 16 random bits are a hash
+    of the element's index and the seed: no key, and the same after a resume or on
+    another mesh.
+    """
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        stride = math.prod(x.shape[axis + 1 :]) % 2**32
+        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        index += iota * jnp.uint32(stride)
+    noise = _mix(index ^ seed) >> 16
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    sign = bits & jnp.uint32(0x8000_0000)
+    magnitude = (bits & jnp.uint32(0x7FFF_FFFF)) + noise
+    # Without the bound the largest values could round up to infinity.
+    finite = jnp.minimum(magnitude & jnp.uint32(0xFFFF_0000), _LARGEST_BFLOAT16)
+    rounded = jax.lax.bitcast_convert_type(sign | finite, jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x)
+
+
+def _mix(x: Any) -> jax.Array:
+    """A 32-bit integer hash with low bias.
+
+    Source: Chris Wellons, "Prospecting for hash functions" (lowbias32).
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB_352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846C_A68B)
+    return x ^ (x >> 16)

@@ -1,0 +1,74 @@
+"""Trees leaf by leaf: their paths, their placeholders, and where two of them differ."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def is_placeholder(node: Any) -> bool:
+    """Returns whether a node stands for a leaf that is not averaged."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Returns the paths, leaves and structure of a tree; placeholders count as leaves.
+
+    >>> flatten({"a": [1, optax.MaskedNode()], "b": None})[:2]
+    (['a/0', 'a/1'], [1, MaskedNode()])
+    """
+    pairs, structure = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=is_placeholder
+    )
+    return (
+        [path_name(path) for path, _ in pairs],
+        [leaf for _, leaf in pairs],
+        structure,
+    )
+
+
+def path_name(path: Any) -> str:
+    """Returns a key path as text, its keys joined by slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def describe(leaf: Any) -> str:
+    """Returns dtype and shape of a leaf, such as `float32[2,3]`, or what it is."""
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return "not averaged" if is_placeholder(leaf) else repr(leaf)
+
+
+def difference(ours: Any, theirs: Any, names: tuple[str, str]) -> str | None:
+    """Returns where the structures or shapes of two trees first differ, or None.
+
+    Args:
+        ours: A tree.
+        theirs: The tree it should match. A placeholder in ours fits any leaf of it.
+        names: What the two are called in the answer.
+    """
+    our_paths, our_leaves, our_structure = flatten(ours)
+    their_paths, their_leaves, their_structure = flatten(theirs)
+    if our_structure != their_structure:
+        for mine, other, name in (
+            (our_paths, their_paths, names[0]),
+            (their_paths, our_paths, names[1]),
+        ):
+            alone = [path for path in mine if path not in set(other)]
+            if alone:
+                more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+                return f"only the {name} have a leaf at '{alone[0]}'{more}"
+        return (
+            f"the {names[0]} are built of {our_structure} and the {names[1]} of "
+            f"{their_structure}, with the same leaves"
+        )[:600]
+    for path, mine, other in zip(our_paths, our_leaves, their_leaves, strict=True):
+        if is_placeholder(mine):
+            continue
+        if is_placeholder(other) or jnp.shape(mine) != jnp.shape(other):
+            return (
+                f"at '{path}' the {names[0]} are {describe(mine)} and the {names[1]} "
+                f"{describe(other)}"
+            )
+    return None
