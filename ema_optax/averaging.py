@@ -1,18 +1,17 @@
 """The transform that averages the params, its states, and the bare fold."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
-from ema_optax import storage, trees
+from ema_optax import selection, storage, trees
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.families import Decay, check_decay, check_wide_enough
-
-Mask: TypeAlias = Any | Callable[[Any], Any]
 
 
 class EmaParamsState(NamedTuple):
@@ -24,7 +23,7 @@ class EmaParamsState(NamedTuple):
             averaged; or, in a `NamedShadowsState`, a dict of such trees.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] as in Optax
     shadow: Any
 
 
@@ -39,7 +38,7 @@ def ema_params(
     decay: DecayLike | Mapping[str, DecayLike],
     *,
     every: int = 1,
-    mask: Mask | None = None,
+    mask: selection.Mask | None = None,
     shadow_dtype: Any = None,
     overwrite_every: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -97,7 +96,7 @@ def ema_params(
         if len(decays) > 1:
             raise ValueError(
                 f"overwrite_every writes one shadow into the params, got "
-                f"{len(decays)}: {', '.join(decays)}. Use a transform of its own for that one."
+                f"{len(decays)}: {', '.join(decays)}. Give it a transform of its own."
             )
     dtype = storage.check_shadow_dtype(shadow_dtype)
     several = isinstance(decay, Mapping)
@@ -106,14 +105,14 @@ def ema_params(
         def started() -> Any:
             return jax.tree.map(lambda p: storage.start(p, dtype), chosen)
 
-        chosen = _averaged_only(params, mask)
+        chosen = selection.averaged_only(params, mask)
         count = jnp.zeros([], jnp.int32)
         if several:
             return NamedShadowsState(count, {name: started() for name in decays})
         return EmaParamsState(count, started())
 
     def update(
-        updates: Any, state: EmaParamsState, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, EmaParamsState]:
         del extra_args
         if params is None:
@@ -130,22 +129,16 @@ def ema_params(
         ]
         new = [optax.apply_updates(old[i], deltas[i]) for i in averaged]
         kept = [[column[i] for i in averaged] for column in columns]
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
 
         def fold(kept: list[list[Any]], new: list[Any]) -> list[list[Any]]:
+            seeds = iter(storage.fold_seeds(count, len(decays) * len(averaged)))
             folded = []
-            for track, (each_decay, leaves) in enumerate(
-                zip(decays.values(), kept, strict=True)
-            ):
+            for each_decay, leaves in zip(decays.values(), kept, strict=True):
                 weight = each_decay.newest_weight(count, every)
-                seeds = [
-                    storage.fold_seed(count, track * len(old) + i) for i in averaged
-                ]
+                pairs = zip(leaves, new, strict=True)
                 folded.append(
-                    [
-                        storage.fold(s, p, weight, seed)
-                        for s, p, seed in zip(leaves, new, seeds, strict=True)
-                    ]
+                    [storage.fold(s, p, weight, next(seeds)) for s, p in pairs]
                 )
             return folded
 
@@ -207,8 +200,9 @@ def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) ->
     leaves = _matching_leaves(shadow, params)
     paths, _, structure = trees.flatten(shadow)
     new = structure.flatten_up_to(params)
+    seeds = storage.fold_seeds(0 if count is None else count, len(leaves))
     for i, leaf in enumerate(leaves):
-        if not storage.is_averaged(leaf):
+        if not selection.is_averaged(leaf):
             continue
         leaf = jnp.asarray(leaf)
         if jnp.finfo(leaf.dtype).bits < 32 and (
@@ -216,11 +210,10 @@ def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) ->
         ):
             raise ValueError(
                 f"update_shadow got a {leaf.dtype} shadow at '{paths[i]}', which "
-                "rounding to nearest would freeze. Start the shadow as float32, or as bfloat16 "
-                "and pass count=step for stochastic rounding."
+                "rounding to nearest would freeze. Start the shadow as float32, or "
+                "as bfloat16 and pass count=step for stochastic rounding."
             )
-        seed = storage.fold_seed(0 if count is None else count, i)
-        leaves[i] = storage.fold(leaf, new[i], newest_weight, seed)
+        leaves[i] = storage.fold(leaf, new[i], newest_weight, seeds[i])
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -256,33 +249,6 @@ def _check_period(value: Any, name: str) -> int:
             f"{name}=1 means every update."
         )
     return int(value)
-
-
-def _averaged_only(params: Any, mask: Mask | None) -> Any:
-    """Returns params with placeholders for the leaves that are not averaged."""
-
-    def choose(averaged: Any, part: Any) -> Any:
-        if not isinstance(averaged, (bool, np.bool_)):
-            raise ValueError(
-                "mask must hold bools, True where a leaf is averaged, got "
-                f"{averaged!r}."
-            )
-        return jax.tree.map(
-            lambda p: p if averaged and storage.is_averaged(p) else optax.MaskedNode(),
-            part,
-        )
-
-    tree = True if mask is None else mask(params) if callable(mask) else mask
-    try:
-        structure = jax.tree.structure(tree)
-        parts = structure.flatten_up_to(params)
-    except ValueError as error:
-        raise ValueError(
-            f"mask does not fit the params: {error} Give a tree of bools like the "
-            "params (or a prefix of it), or a function from params to one."
-        ) from None
-    chosen = [choose(m, p) for m, p in zip(jax.tree.leaves(tree), parts, strict=True)]
-    return jax.tree.unflatten(structure, chosen)
 
 
 def _shadows_by_name(
@@ -338,7 +304,7 @@ def _newest_weight(decay: Any, count: Any) -> Any:
             )
         return decay.newest_weight(count)
     check_wide_enough(decay)
-    if isinstance(decay, jax.core.Tracer):
+    if isinstance(decay, Tracer):
         return 1 - decay
     check_decay(float(decay), "update_shadow")
     return 1 - float(decay)

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from ema_optax.families import (
     Constant,
@@ -273,7 +274,7 @@ def as_decay(decay: DecayLike) -> Decay:
     """
     if isinstance(decay, Decay):
         return decay
-    if isinstance(decay, jax.core.Tracer):
+    if isinstance(decay, Tracer):
         check_wide_enough(decay)
         return Warmup(decay)  # pyright: ignore[reportArgumentType]
     if isinstance(decay, (float, int)) and not isinstance(decay, bool):

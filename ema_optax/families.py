@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 # The largest float64 below 1: β stays inside [0, 1) even where exp rounds up.
 _BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -46,7 +47,7 @@ class Decay(abc.ABC):
         Raises:
             ValueError: If a concrete `step` is below 1.
         """
-        if not isinstance(step, jax.core.Tracer):
+        if not isinstance(step, Tracer):
             _check_steps(step)
         if isinstance(step, jax.Array):
             return jnp.exp(self._log_product(_traced(step), 1, jnp))
@@ -162,7 +163,7 @@ def _concrete(value: Any, step: Any) -> Any:
 
 def check_decay(decay: float, call: str) -> None:
     """Raises ValueError unless 0 ≤ decay < 1, saying what to call instead."""
-    if isinstance(decay, jax.core.Tracer):
+    if isinstance(decay, Tracer):
         return  # its value is only known on the device
     if not 0.0 <= decay < 1.0:  # also refuses NaN
         cause = (
