@@ -39,7 +39,8 @@ class Decay(abc.ABC):
     _kinds: ClassVar[dict[str, type["Decay"]]] = {}
 
     def __init_subclass__(cls) -> None:
-        Decay._kinds[cls.kind] = cls
+        if cls.kind != "schedule":  # a callable is never made from JSON
+            Decay._kinds[cls.kind] = cls
 
     def __call__(self, step: Any) -> Any:
         """Returns β at `step`, in [0, 1), with the shape of `step`.
@@ -367,17 +368,17 @@ class Fraction(Decay):
     """β_t = 2^(−1/(f·t))."""
 
     kind: ClassVar[str] = "fraction"
-    fraction: float
+    f: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
+        if not 0 < self.f <= 1:
             raise ValueError(
-                f"fraction needs a share of the run in (0, 1], got {self.fraction}. "
+                f"fraction needs a share of the run in (0, 1], got {self.f}. "
                 "For a half-life in updates use half_life(steps)."
             )
 
     def _log(self, t: Any, xp: Any) -> Any:
-        return -math.log(2.0) / self.fraction / t
+        return -math.log(2.0) / self.f / t
 
     def _scaled(self, factor: float) -> Decay:
         raise _already_relative(self)

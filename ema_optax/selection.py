@@ -50,6 +50,10 @@ def averaged_only(params: Any, mask: Mask | None) -> Any:
             part,
         )
 
+    if not jax.tree.leaves(params):
+        # Nothing to choose; and optax.tree.map_params initialises a leafless stand-in
+        # for params, which no mask fits.
+        return params
     tree = True if mask is None else mask(params) if callable(mask) else mask
     try:
         structure = jax.tree.structure(tree)

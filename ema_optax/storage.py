@@ -50,7 +50,9 @@ def stored_dtype(dtype: Any, shadow_dtype: np.dtype | None = None) -> np.dtype:
         if shadow_dtype is None:
             return jnp.dtype(dtype)
         return jnp.dtype("complex128" if shadow_dtype.itemsize == 8 else "complex64")
-    return shadow_dtype or jnp.promote_types(dtype, jnp.float32)
+    if shadow_dtype is None:
+        return jnp.dtype("float64" if jnp.finfo(dtype).bits == 64 else "float32")
+    return shadow_dtype
 
 
 def start(param: Any, shadow_dtype: np.dtype | None) -> jax.Array:
@@ -87,14 +89,16 @@ def fold(shadow: jax.Array, param: Any, newest_weight: Any, seed: Any) -> jax.Ar
 
 
 def fold_seeds(count: Any, leaves: int) -> list[jax.Array]:
-    """Returns a seed for each of so many leaves in the fold at update `count`.
+    """Returns a seed for each of so many leaves, in the fold at update `count`.
 
     Leaves of the same shape whose seeds are equal share one compiled kernel, so only a
     few differ: with a salt for each, 300 like leaves took nine times as long to compile.
     """
     seed = _mix(jnp.asarray(count).astype(jnp.uint32))
     with np.errstate(over="ignore"):  # the hash wraps around
-        salted = [seed ^ salt for salt in _mix(np.arange(_STREAMS, dtype=np.uint32))]
+        # From numbers that no count reaches, lest one leaf's seed return at another.
+        salts = _mix(np.arange(_STREAMS, dtype=np.uint32) + np.uint32(0x9E37_79B9))
+    salted = [seed ^ salt for salt in salts]
     return [salted[leaf % _STREAMS] for leaf in range(leaves)]
 
 

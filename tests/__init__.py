@@ -1,0 +1,1 @@
+"""The tests, their float64 reference and their shared training runs."""

@@ -1,0 +1,251 @@
+"""Every decay against its formula in float64, its products, its JSON and its errors."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ema_optax
+from ema_optax.decays import as_decay
+from tests import reference
+
+EXPONENT = 6.93720393760180921  # of width 0.1, from mpmath's root of the cubic
+
+# name in the reference, its arguments, our decay
+CASES = {
+    "constant": ((0.9999,), ema_optax.constant(0.9999)),
+    "warmup": ((0.9999,), ema_optax.warmup(0.9999)),
+    "debiased": ((0.999,), ema_optax.debiased(0.999)),
+    "uniform": ((), ema_optax.uniform()),
+    "power": ((EXPONENT,), ema_optax.power(0.1)),
+    "inverse_power": (
+        (0.999, 2.0, 0.75, 0.1),
+        ema_optax.inverse_power(0.999, 2.0, 0.75, 0.1),
+    ),
+    "ramp": ((0.9999, 2000.0), ema_optax.ramp(0.9999)),
+    "cosine": ((0.996, 3000), ema_optax.cosine(0.996, 3000)),
+    "half_life": ((700.0,), ema_optax.half_life(700)),
+    "fraction": ((0.05,), ema_optax.fraction(0.05)),
+}
+EVERY_KIND = [
+    *[decay for _, decay in CASES.values()],
+    ema_optax.start_after(ema_optax.ramp(0.99), 100),
+    ema_optax.scale_to_batch(ema_optax.cosine(0.9, 50), 4),
+]
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_beta_is_the_formula(kind):
+    """Concrete steps give the formula in float64; one step off is 1e-9 away or more."""
+    args, decay = CASES[kind]
+    expected = reference.betas(kind, 5000, *args)
+    steps = np.arange(1, 5001)
+    np.testing.assert_allclose(decay(steps), expected, rtol=1e-12, atol=1e-14)
+    assert decay(7) == pytest.approx(expected[6], rel=1e-12, abs=1e-14)
+    assert isinstance(decay(7), float)
+
+
+@pytest.mark.parametrize("every", [1, 7, 10, 250])
+@pytest.mark.parametrize("kind", CASES)
+def test_newest_weight_is_one_less_the_product(kind, every):
+    """In float64 and, traced, in float32: 1 − Πβ over the updates since the last fold.
+
+    3e-6 of the weight is below what one step more or less changes for every kind but
+    constant ones, where that changes nothing.
+    """
+    args, decay = CASES[kind]
+    decays = reference.betas(kind, 5000, *args)
+    steps = np.arange(every, 5001, every)
+    expected = np.array([1 - np.prod(decays[t - every : t]) for t in steps])
+    np.testing.assert_allclose(
+        decay.newest_weight(steps, every), expected, rtol=1e-10, atol=1e-13
+    )
+    traced = jax.jit(lambda t: decay.newest_weight(t, every))
+    actual = np.asarray(traced(jnp.asarray(steps)), np.float64)
+    assert traced(jnp.int32(every)).dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, rtol=3e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_window_longer_than_the_run_counts_the_updates_that_exist(kind):
+    """newest_weight(5, every=10) is the weight of five updates."""
+    args, decay = CASES[kind]
+    expected = 1 - np.prod(reference.betas(kind, 5, *args))
+    assert decay.newest_weight(5, every=10) == pytest.approx(expected, rel=1e-12)
+
+
+def test_float32_weights_stay_exact_late_in_a_long_run():
+    """At β so near 1 that float32 cannot hold it, the weight still has six digits."""
+    for decay, step, expected in [
+        (ema_optax.constant(0.99999), 10**6, 1e-5),
+        (ema_optax.constant(1 - 1e-9), 10**6, 1e-9),
+        (ema_optax.uniform(), 10**7, 1e-7),
+        (ema_optax.cosine(0.996, 10**6), 10**6 - 1, 0.004 * (math.pi / 2e6) ** 2),
+        (ema_optax.ramp(0.99999), 10**6, 1e-5),
+        (ema_optax.debiased(0.99999), 10, 0.1000045),
+    ]:
+        weight = jax.jit(decay.newest_weight)(jnp.int32(step))
+        assert float(weight) == pytest.approx(expected, rel=2e-6)
+
+
+def test_power_takes_width_or_exponent():
+    """Both spellings agree with the root that mpmath finds."""
+    assert ema_optax.power(0.1).exponent == pytest.approx(EXPONENT, rel=1e-12)
+    assert ema_optax.power(exponent=2.0).exponent == 2.0
+    for width, exponent in [(0.05, 16.97), (0.1, 6.94), (0.15, 3.56), (0.2, 1.83)]:
+        assert ema_optax.exponent_from_width(width) == pytest.approx(exponent, abs=5e-3)
+        back = ema_optax.width_from_exponent(ema_optax.exponent_from_width(width))
+        assert back == pytest.approx(width, rel=1e-12)
+    assert ema_optax.exponent_from_width(1 / math.sqrt(12)) == pytest.approx(
+        0, abs=1e-9
+    )
+
+
+def test_start_after_copies_and_then_counts_from_there():
+    """β is 0 up to the step; the inner decay's first step follows."""
+    decay = ema_optax.start_after(ema_optax.constant(0.9), 10)
+    assert [decay(t) for t in (1, 10, 11, 50)] == pytest.approx([0, 0, 0.9, 0.9])
+    assert decay.newest_weight(12, every=2) == pytest.approx(1 - 0.81)
+    assert decay.newest_weight(12, every=3) == 1.0  # a copied update is in the window
+    swa = ema_optax.start_after(ema_optax.uniform(), 1000)
+    np.testing.assert_allclose(swa(np.arange(1001, 1005)), [0, 1 / 2, 2 / 3, 3 / 4])
+    unmoved = ema_optax.start_after(0.9, 0)
+    np.testing.assert_allclose(
+        unmoved.newest_weight(np.arange(1, 9), 4),
+        ema_optax.warmup(0.9).newest_weight(np.arange(1, 9), 4),
+    )
+
+
+def test_scale_to_batch_raises_beta_to_the_factor():
+    """β^κ; a warm-up's ramp is a share of the run and stays; power is refused."""
+    scale = ema_optax.scale_to_batch
+    assert scale(ema_optax.constant(0.999), 8)(3) == pytest.approx(0.999**8)
+    assert scale(ema_optax.cosine(0.9, 100), 0.5)(30) == pytest.approx(
+        ema_optax.cosine(0.9, 100)(30) ** 0.5
+    )
+    assert scale(0.999, 8) == ema_optax.warmup(0.999**8)
+    for relative in (
+        ema_optax.power(0.1),
+        ema_optax.uniform(),
+        ema_optax.fraction(0.1),
+    ):
+        with pytest.raises(ValueError, match="relative to the length of the run"):
+            scale(relative, 8)
+
+
+@pytest.mark.parametrize("decay", EVERY_KIND, ids=repr)
+def test_decays_are_frozen_comparable_and_json(decay):
+    """JSON round-trips to an equal, equally hashed decay; fields cannot be set."""
+    text = decay.to_json()
+    again = ema_optax.Decay.from_json(text)
+    assert again == decay
+    assert hash(again) == hash(decay)
+    assert ema_optax.Decay.from_json(json.loads(text)) == decay
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        decay.anything = 1
+    assert decay != ema_optax.constant(0.123)
+
+
+def test_repr_is_the_call_that_makes_it():
+    """The repr of a decay evaluates to it."""
+    for decay in EVERY_KIND[:-1]:
+        assert eval(repr(decay), vars(ema_optax) | {}) == decay
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ('{"kind": "warm_up"}', "'kind' is one of"),
+        ("[1]", "'kind' is one of"),
+        ('{"kind": "constant"}', "arguments of constant"),
+        ('{"kind": "constant", "decay": 0.9, "x": 1}', "arguments of constant"),
+        ('{"kind": "constant", "decay": "0.9"}', "arguments of constant"),
+        ('{"kind": "constant", "decay": 1.5}', r"in \[0, 1\), got 1.5"),
+        ('{"kind": "schedule", "function": "print"}', "'kind' is one of"),
+    ],
+)
+def test_from_json_names_what_is_wrong(text, wrong):
+    """Nothing but a decay's own JSON is accepted, and a callable never."""
+    with pytest.raises(ValueError, match=wrong):
+        ema_optax.Decay.from_json(text)
+
+
+def test_callables_are_decays():
+    """Any step → β works, concrete or traced, with Python floats kept exact."""
+    schedule = as_decay(lambda t: 1 - 1 / (t + 1))
+    np.testing.assert_allclose(schedule(np.arange(1, 5)), [1 / 2, 2 / 3, 3 / 4, 4 / 5])
+    traced = jax.jit(lambda t: schedule.newest_weight(t, 3))(jnp.int32(6))
+    assert float(traced) == pytest.approx(1 - 4 / 5 * 5 / 6 * 6 / 7, rel=1e-6)
+    exact = jax.jit(as_decay(lambda t: 0.99999).newest_weight)(jnp.int32(6))
+    assert float(exact) == pytest.approx(1e-5, rel=1e-6)  # float32(β) is 1.3e-3 off
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        schedule.to_json()
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        ema_optax.start_after(schedule, 5).to_json()
+
+
+def test_a_callable_out_of_range_is_loud():
+    """Concretely an error with the step; traced it becomes NaN, never a wrong value."""
+    with pytest.raises(ValueError, match=r"at step 3, .* got 1.5"):
+        as_decay(lambda t: t / 2)(3)
+    traced = jax.jit(as_decay(lambda t: t / 2).newest_weight)
+    assert math.isnan(traced(jnp.int32(3)))
+    assert float(traced(jnp.int32(1))) == 0.5
+    with pytest.raises(TypeError, match="bfloat16"):
+        as_decay(lambda t: jnp.bfloat16(0.999))(3)
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        (lambda: ema_optax.constant(1.0), r"\[0, 1\), got 1.0.*never moves"),
+        (lambda: ema_optax.constant(-0.1), r"\[0, 1\), got -0.1"),
+        (lambda: ema_optax.constant(float("nan")), r"\[0, 1\), got nan"),
+        (lambda: ema_optax.warmup(10), r"got 10.*half_life\(steps\)"),
+        (lambda: ema_optax.warmup(0.9, offset=0.5), "offset ≥ 1, got 0.5"),
+        (lambda: ema_optax.debiased(1), r"\[0, 1\), got 1"),
+        (lambda: ema_optax.ramp(0.9, 0), "time_constant must be positive.*got 0"),
+        (lambda: ema_optax.cosine(1.0, 10), r"\[0, 1\), got 1.0"),
+        (lambda: ema_optax.cosine(0.9, 0), "steps must be positive.*got 0"),
+        (lambda: ema_optax.half_life(0), r"got 0.*constant\(0.999\)"),
+        (lambda: ema_optax.half_life(float("nan")), "got nan"),
+        (lambda: ema_optax.fraction(1.5), r"\(0, 1\], got 1.5"),
+        (lambda: ema_optax.inverse_power(min_decay=1.0), "min_decay ≤ decay, got 1.0"),
+        (lambda: ema_optax.inverse_power(inv_gamma=0), "inv_gamma must be positive"),
+        (lambda: ema_optax.power(), "either a width or an exponent"),
+        (lambda: ema_optax.power(0.1, exponent=2), "either a width or an exponent"),
+        (lambda: ema_optax.power(0.3), r"\(0, 0.2887\], got 0.3.*uniform\(\)"),
+        (lambda: ema_optax.power(exponent=-1), "above -1, got -1"),
+        (lambda: ema_optax.width_from_exponent(-1), "above -1.*got -1"),
+        (lambda: ema_optax.start_after(0.9, -1), "updates ≥ 0, got -1"),
+        (lambda: ema_optax.scale_to_batch(ema_optax.ramp(0.9), 0), "positive.*got 0"),
+        (lambda: ema_optax.warmup(0.9)(0), "1-based.*got 0.*static_args"),
+        (lambda: ema_optax.warmup(0.9).newest_weight(0), "1-based"),
+        (lambda: ema_optax.warmup(0.9)(jnp.int32(0)), "1-based"),
+    ],
+)
+def test_values_outside_their_interval_are_refused(make, wrong):
+    """The message has the value, and the call that works."""
+    with pytest.raises(ValueError, match=wrong):
+        make()
+
+
+@pytest.mark.parametrize("decay", ["0.999", None, True, [0.9]])
+def test_what_is_no_decay_is_refused(decay):
+    """Texts, None, bools and lists are type errors that name a usual call."""
+    with pytest.raises(TypeError, match=r"ema_params\(0.9999\)"):
+        as_decay(decay)
+
+
+def test_numbers_mean_a_warmup():
+    """Floats, NumPy and JAX scalars of float32 and wider; narrower ones are refused."""
+    assert as_decay(0.999) == ema_optax.warmup(0.999)
+    assert as_decay(np.float64(0.999)) == ema_optax.warmup(0.999)
+    assert as_decay(jnp.float32(0.5)) == ema_optax.warmup(0.5)
+    for narrow in (jnp.bfloat16(0.999), np.float16(0.999), jnp.int32(0)):
+        with pytest.raises(TypeError, match="would never move"):
+            as_decay(narrow)

@@ -1,0 +1,152 @@
+"""Finding, naming and placing shadows."""
+
+import collections
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ema_optax
+from ema_optax import shadow_params, with_shadow
+
+PARAMS = {"w": jnp.asarray([1.0, 2.0], jnp.bfloat16), "n": jnp.int32(3)}
+GRADS = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.int32(0)}
+
+
+def _state(decay=0.5, wrap=lambda t: t):
+    """The state of a wrapped transform after one update, folded with β = .5."""
+    decay = ema_optax.constant(decay) if isinstance(decay, float) else decay
+    transform = wrap(ema_optax.ema_params(decay))
+    return transform.update(GRADS, transform.init(PARAMS), PARAMS)[1]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: t,
+        lambda t: optax.chain(optax.identity(), optax.chain(optax.identity(), t)),
+        lambda t: optax.named_chain(("opt", optax.identity()), ("ema", t)),
+        lambda t: optax.masked(t, {"w": True, "n": False}),
+        lambda t: optax.MultiSteps(t, 1),
+        lambda t: optax.with_extra_args_support(t),
+    ],
+)
+def test_found_anywhere(wrap):
+    """In every kind of state that holds it, in the params' structure and dtypes."""
+    read = shadow_params(_state(wrap=wrap), PARAMS)
+    assert jax.tree.structure(read) == jax.tree.structure(PARAMS)
+    assert read["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(read["w"].astype(jnp.float32), [1.5, 2.5])
+    assert read["n"] == 3
+
+
+def test_without_params_it_is_as_stored():
+    """float32, with placeholders for what is not averaged."""
+    read = shadow_params(_state())
+    assert read["w"].dtype == jnp.float32
+    assert read["n"] == optax.MaskedNode()
+
+
+def test_params_may_be_abstract():
+    """Under eval_shape the model slot costs no memory."""
+    shape = jax.eval_shape(shadow_params, _state(), PARAMS)
+    assert shape["w"] == jax.ShapeDtypeStruct((2,), jnp.bfloat16)
+
+
+def test_names():
+    """A name picks; none is needed where there is one; a wrong one lists them."""
+    decays = {"fast": ema_optax.constant(0.0), "slow": ema_optax.constant(0.5)}
+    state = (_state(decays),)
+    fast = shadow_params(state, PARAMS, name="fast")["w"].astype(jnp.float32)
+    slow = shadow_params(state, PARAMS, name="slow")["w"].astype(jnp.float32)
+    np.testing.assert_array_equal(fast, [2, 3])
+    np.testing.assert_array_equal(slow, [1.5, 2.5])
+    with pytest.raises(ValueError, match=r"named fast, slow, and none was asked for"):
+        shadow_params(state, PARAMS)
+    with pytest.raises(ValueError, match=r"'slwo' is none of them.*name='fast'"):
+        shadow_params(state, PARAMS, name="slwo")
+    with pytest.raises(ValueError, match="one unnamed shadow, and 'fast' is none"):
+        shadow_params(_state(), PARAMS, name="fast")
+    only = _state({"one": ema_optax.constant(0.5)})
+    np.testing.assert_array_equal(shadow_params(only)["w"], [1.5, 2.5])
+
+
+def test_params_that_look_like_named_shadows_are_params():
+    """A model whose parts are alike is not mistaken for shadows by name."""
+    params = {"fast": {"w": jnp.ones(2)}, "slow": {"w": jnp.zeros(2)}}
+    state = ema_optax.ema_params(0.9).init(params)
+    assert set(shadow_params(state, params)) == {"fast", "slow"}
+
+
+@pytest.mark.parametrize(
+    ("state", "params", "wrong"),
+    [
+        (
+            optax.adam(0.1).init(PARAMS),
+            None,
+            r"no shadow .*optax.chain\(optimizer, ema",
+        ),
+        (None, None, "no shadow in this NoneType"),
+        (_state(), {"w": jnp.ones(3), "n": 1}, r"at 'w' .*float32\[2\].*float32\[3\]"),
+        (_state(), {"v": jnp.ones(2), "n": 1}, "only the shadow have a leaf at 'w'"),
+        (_state(), [jnp.ones(2), 1], "only the shadow have a leaf at 'n' and 1 more"),
+    ],
+)
+def test_what_does_not_fit_is_named(state, params, wrong):
+    """No shadow, other shapes, other leaves: path, both sides, the call that works."""
+    with pytest.raises(ValueError, match=wrong):
+        shadow_params(state, params)
+
+
+class Pair(NamedTuple):
+    params: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    params: Any
+    opt_state: Any
+
+
+class Replaceable(Record):
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+
+@pytest.mark.parametrize("kind", [Pair, Record, Replaceable])
+def test_with_shadow_swaps_the_params_of_a_train_state(kind):
+    """A copy with the shadow as params; the original is as it was."""
+    original = kind(PARAMS, _state())
+    swapped = with_shadow(original)
+    assert type(swapped) is kind
+    np.testing.assert_array_equal(swapped.params["w"].astype(jnp.float32), [1.5, 2.5])
+    assert original.params is PARAMS
+    assert swapped.opt_state is original.opt_state
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+def test_with_shadow_takes_dicts(kind):
+    """Other keys stay."""
+    original = kind(params=PARAMS, opt_state=_state(), epoch=3)
+    swapped = with_shadow(original)
+    assert type(swapped) is kind
+    assert swapped["epoch"] == 3
+    np.testing.assert_array_equal(
+        swapped["params"]["w"].astype(jnp.float32), [1.5, 2.5]
+    )
+
+
+def test_with_shadow_names_what_it_needs():
+    """Objects without params and opt_state, or that cannot be replaced."""
+
+    class Fixed:
+        params, opt_state = PARAMS, _state()
+
+    for wrong in (3, {"params": PARAMS}, Fixed()):
+        with pytest.raises(TypeError, match=r"shadow_params\(opt_state, params\)"):
+            with_shadow(wrong)

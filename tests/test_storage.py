@@ -1,0 +1,114 @@
+"""One fold of one leaf: rounding, dtypes, and the noise that rounds bfloat16."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ema_optax import storage
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asked", "stored"),
+    [
+        ("bfloat16", None, "float32"),
+        ("float16", None, "float32"),
+        ("float8_e4m3fn", None, "float32"),
+        ("float32", None, "float32"),
+        ("float64", None, "float64"),
+        ("complex64", None, "complex64"),
+        ("float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float64", "float32", "float32"),
+        ("complex64", "bfloat16", "complex64"),
+    ],
+)
+def test_stored_dtype(dtype, asked, stored):
+    """float32 where params are narrower; what was asked for otherwise."""
+    asked = storage.check_shadow_dtype(asked)
+    assert storage.stored_dtype(jnp.dtype(dtype), asked) == jnp.dtype(stored)
+
+
+def test_a_weight_of_one_copies_to_the_last_bit():
+    """The sum s + 1·(p − s) would lose a small param beside a large shadow."""
+    shadow = jnp.asarray([1e8, -3.3, 0.1])
+    param = jnp.asarray([1e-3, 7.7, 0.2])
+    np.testing.assert_array_equal(storage.fold(shadow, param, 1.0, 0), param)
+
+
+def test_a_weight_of_zero_holds_to_the_last_bit():
+    """Nothing moves, whatever the params are."""
+    shadow = jnp.asarray([1e8, -3.3, 0.1])
+    for dtype in (jnp.float32, jnp.bfloat16):
+        held = storage.fold(shadow.astype(dtype), shadow * 3, 0.0, 5)
+        np.testing.assert_array_equal(held, shadow.astype(dtype))
+
+
+def test_rounding_is_unbiased():
+    """The mean over folds is the value itself, at any place between two bfloat16s."""
+    between = np.float32(1) + np.float32(2**-7) * np.linspace(
+        0, 1, 33, dtype=np.float32
+    )
+    params = jnp.asarray(np.repeat(between, 4000))
+    for seed in (1, 2**31):
+        rounded = storage.fold(
+            jnp.zeros_like(params, jnp.bfloat16), params, 1.0, jnp.uint32(seed)
+        )
+        means = np.asarray(rounded, np.float64).reshape(33, 4000).mean(axis=1)
+        # The standard error of 4,000 draws is at most 2^-7 · 0.5/√4000 = 6.2e-5.
+        np.testing.assert_allclose(means, between, atol=2.5e-4)
+        assert set(np.unique(np.asarray(rounded, np.float32))) == {1.0, 1.0 + 2**-7}
+
+
+def test_negative_and_exact_values_round_alike():
+    """Away from zero as often as toward it; what bfloat16 holds is kept exactly."""
+    params = jnp.full(8000, -1 - 2**-9)
+    rounded = storage.fold(jnp.zeros(8000, jnp.bfloat16), params, 1.0, jnp.uint32(3))
+    assert np.mean(np.asarray(rounded, np.float64)) == pytest.approx(
+        -1 - 2**-9, abs=3e-4
+    )
+    exact = jnp.full(8000, 1.5)
+    same = storage.fold(jnp.zeros(8000, jnp.bfloat16), exact, 1.0, jnp.uint32(3))
+    np.testing.assert_array_equal(same, exact)
+
+
+def test_the_largest_values_do_not_round_to_infinity():
+    """3.4e38 is above bfloat16's largest: it is held there."""
+    params = jnp.full(1000, jnp.finfo(jnp.float32).max)
+    for sign in (1, -1):
+        rounded = storage.fold(
+            jnp.zeros(1000, jnp.bfloat16), sign * params, 1.0, jnp.uint32(9)
+        )
+        assert np.all(np.isfinite(np.asarray(rounded, np.float32)))
+
+
+def test_noise_differs_between_elements_folds_and_leaves():
+    """Rounding up or down is independent: correlations are within 4/√n of none."""
+    n = 40_000
+    params = jnp.full((200, 200), 1 + 2**-8)
+    counts = [storage.fold_seeds(jnp.int32(t), 3) for t in (1, 2, 1000)]
+    draws = [
+        np.asarray(
+            storage.fold(jnp.zeros((200, 200), jnp.bfloat16), params, 1.0, seed),
+            np.float64,
+        ).ravel()
+        for seeds in counts
+        for seed in seeds
+    ]
+    signs = np.sign(np.stack(draws) - (1 + 2**-8))
+    correlation = signs @ signs.T / n
+    np.testing.assert_allclose(correlation, np.eye(9), atol=4 / np.sqrt(n))
+    for lag in (1, 2, 200, 400):
+        lagged = np.mean(signs[:, lag:] * signs[:, :-lag])
+        assert abs(lagged) < 4 / np.sqrt(9 * n)
+
+
+def test_noise_depends_on_the_place_and_not_on_the_sharding():
+    """The same bits under jit, and for the same flat index in another shape."""
+    params = jnp.full((4, 6), 1 + 2**-8)
+    shadow = jnp.zeros((4, 6), jnp.bfloat16)
+    seed = storage.fold_seeds(jnp.int32(3), 1)[0]
+    flat = storage.fold(shadow.ravel(), params.ravel(), 1.0, seed)
+    np.testing.assert_array_equal(
+        jax.jit(storage.fold)(shadow, params, 1.0, seed).ravel(), flat
+    )
