@@ -96,7 +96,7 @@ def fold_seeds(count: Any, leaves: int) -> list[jax.Array]:
     """
     seed = _mix(jnp.asarray(count).astype(jnp.uint32))
     with np.errstate(over="ignore"):  # the hash wraps around
-        # From numbers that no count reaches, lest one leaf's seed return at another.
+        # From numbers that no count reaches: no leaf's seed returns at another.
         salts = _mix(np.arange(_STREAMS, dtype=np.uint32) + np.uint32(0x9E37_79B9))
     salted = [seed ^ salt for salt in salts]
     return [salted[leaf % _STREAMS] for leaf in range(leaves)]
