@@ -141,8 +141,8 @@ def main():
         f"{datetime.date.today()}, {os.cpu_count()} cores, "
         f"{jax.devices()[0].device_kind} "
         f"({platform.machine()}), Python {platform.python_version()}, {versions}, "
-        f"ema_optax {ema_optax.__version__}. Bytes and temporary memory in units of the "
-        "params' bytes.",
+        f"ema_optax {ema_optax.__version__}. Bytes and temporary memory in units of "
+        "the params' bytes.",
     ]
     for leaves, side in trees:
         print(f"{leaves} leaves of {side}×{side} …", file=sys.stderr, flush=True)

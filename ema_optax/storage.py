@@ -92,7 +92,7 @@ def fold_seeds(count: Any, leaves: int) -> list[jax.Array]:
     """Returns a seed for each of so many leaves, in the fold at update `count`.
 
     Leaves of the same shape whose seeds are equal share one compiled kernel, so only a
-    few differ: with a salt for each, 300 like leaves took nine times as long to compile.
+    few differ: a salt for each made 300 like leaves take nine times as long to compile.
     """
     seed = _mix(jnp.asarray(count).astype(jnp.uint32))
     with np.errstate(over="ignore"):  # the hash wraps around

@@ -1,0 +1,29 @@
+"""The README's Python blocks run, one after the other, as a reader would type them."""
+
+import pathlib
+import re
+
+import pytest
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README travels with the source")
+def test_python_blocks_run(tmp_path, monkeypatch):
+    """In one namespace, in an empty folder; each assertion in them holds."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)
+    assert len(blocks) >= 3
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README travels with the source")
+def test_the_two_commands_are_there():
+    """One line sets up and runs the main job, one sets up and passes the tests."""
+    lines = README.read_text().splitlines()
+    commands = [line for line in lines if line.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert commands[0].endswith("ema-optax demo")
+    assert commands[1].endswith("pytest")
