@@ -21,7 +21,7 @@ HOUSE = {
     "storage": set(),
     "averaging": {"families", "decays", "selection", "storage", "trees"},
     "shadows": {"averaging", "trees"},
-    "plots": {"profiles"},
+    "plots": set(),
     "demo": {"averaging", "shadows", "plots"},
     "cli": {"demo"},
     "__main__": {"cli"},

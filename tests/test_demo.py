@@ -1,0 +1,156 @@
+"""The demo: it restores exactly, the shadow wins, and it keeps to its own files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from matplotlib.image import imread
+
+from ema_optax import demo
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> demo.DemoRun:
+    return demo.run(steps=400, out=tmp_path_factory.mktemp("demo") / "a" / "b", seed=0)
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("training started")
+
+    monkeypatch.setattr(demo, "_train", fail)
+
+
+def test_restored_models_are_exactly_the_saved_ones(run: demo.DemoRun):
+    """Accuracy and logits after the restore equal those before, to the last bit."""
+    assert [c.tree for c in run.comparisons] == ["params", "shadow"]
+    for comparison in run.comparisons:
+        assert comparison.exact
+        assert comparison.before == comparison.after
+
+
+def test_the_shadow_does_better(run: demo.DemoRun):
+    """After training the shadow has the higher accuracy on held-out digits."""
+    raw, shadow = run.comparisons
+    assert shadow.before > raw.before > 0.85  # guessing gets 0.1
+
+
+def test_both_trees_lie_side_by_side(run: demo.DemoRun):
+    """One Orbax step holds params and shadow, of like shapes and different values."""
+    assert run.checkpoint.name == "400"
+    with ocp.CheckpointManager(run.checkpoint.parent.absolute()) as manager:
+        items = manager.restore(
+            400,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(), shadow=ocp.args.StandardRestore()
+            ),
+        )
+    params, shadow = (jax.tree.leaves(items[name]) for name in ("params", "shadow"))
+    assert [p.shape for p in params] == [s.shape for s in shadow]
+    assert all(not np.array_equal(p, s) for p, s in zip(params, shadow, strict=True))
+
+
+def test_a_wrong_restore_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A restored tree that is off by a few ulps does not count as exact."""
+    restore = demo._restore
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        return jax.tree.map(lambda p: p * (1 + 2**-20), restore(*args, **kwargs))
+
+    monkeypatch.setattr(demo, "_restore", wrong)
+    run = demo.run(steps=2, out=tmp_path, seed=0)
+    assert not any(c.exact for c in run.comparisons)
+
+
+def test_the_picture_is_a_png(run: demo.DemoRun):
+    """The picture has the signature of a PNG, and colours of both curves in it."""
+    assert run.picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(run.picture)[..., :3].reshape(-1, 3)
+    for colour in ((0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)):
+        near = np.abs(pixels - np.array(colour) / 255).max(axis=1) < 0.02
+        assert near.sum() > 100
+
+
+def test_the_marker_tells_the_run(run: demo.DemoRun):
+    """`demo.json` records the settings and both accuracies."""
+    marker = json.loads((run.picture.parent / "demo.json").read_text())
+    raw, shadow = run.comparisons
+    assert marker["steps"] == 400
+    assert marker["accuracies"] == {"params": raw.after, "shadow": shadow.after}
+
+
+@pytest.mark.usefixtures("no_training")
+def test_an_earlier_demo_is_removed_and_other_files_stay(tmp_path: Path):
+    """Its step, an unfinished save and its picture go; whatever else is there stays."""
+    (tmp_path / "demo.json").write_text('{"author": "ema-optax demo", "steps": 3}')
+    (tmp_path / "accuracy.png").write_text("its picture")
+    checkpoints = tmp_path / "checkpoints"
+    for name in ("3", "3.orbax-checkpoint-tmp", "4"):
+        (checkpoints / name / "params").mkdir(parents=True)
+    mine = [tmp_path / "notes.txt", checkpoints / "notes.txt"]
+    for path in mine:
+        path.write_text("mine")
+    with pytest.raises(AssertionError, match="training started"):
+        demo.run(steps=3, out=tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"demo.json", "checkpoints", "notes.txt"}
+    assert {path.name for path in checkpoints.iterdir()} == {"4", "notes.txt"}
+    assert [path.read_text() for path in mine] == ["mine", "mine"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "demo.json"])
+@pytest.mark.usefixtures("no_training")
+def test_a_folder_of_somebody_else_is_refused(name: str, tmp_path: Path):
+    """A folder with files that are not a demo's is left as it is, untrained."""
+    (tmp_path / name).write_text('{"author": "me", "steps": 3}')
+    with pytest.raises(demo.DemoError, match="no earlier demo's folder"):
+        demo.run(steps=3, out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_step_of_somebody_else_is_refused(tmp_path: Path):
+    """A step folder that the earlier demo did not write is not overwritten."""
+    theirs = tmp_path / "checkpoints" / "5"
+    theirs.mkdir(parents=True)
+    (tmp_path / "demo.json").write_text('{"author": "ema-optax demo", "steps": 3}')
+    with pytest.raises(demo.DemoError, match="not from a demo"):
+        demo.run(steps=5, out=tmp_path)
+    assert theirs.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("below", "reason"),
+    [
+        ("file", "no folder"),
+        ("file/inside", "Not a directory"),
+        ("n" * 300, "name too long"),
+    ],
+)
+@pytest.mark.usefixtures("no_training")
+def test_an_impossible_folder_is_refused(below: str, reason: str, tmp_path: Path):
+    """A file, a path through a file or one that cannot be made: no training."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(demo.DemoError, match=reason) as caught:
+        demo.run(steps=3, out=tmp_path / below)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.usefixtures("no_training")
+def test_a_folder_without_permission_is_refused(tmp_path: Path):
+    """A folder that may not be written to is named, before any training."""
+    tmp_path.chmod(0o500)
+    try:
+        for out in (tmp_path, tmp_path / "new"):
+            with pytest.raises(demo.DemoError, match="Permission denied"):
+                demo.run(steps=3, out=out)
+    finally:
+        tmp_path.chmod(0o700)
