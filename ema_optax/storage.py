@@ -9,7 +9,6 @@ import numpy as np
 
 _ALLOWED = ("bfloat16", "float32", "float64")
 _STREAMS = 16  # different sequences of rounding noise
-_LARGEST_BFLOAT16 = 0x7F7F0000  # its bits, as those of a float32
 
 
 def check_shadow_dtype(shadow_dtype: Any) -> np.dtype | None:
@@ -119,9 +118,8 @@ def _round_stochastically(x: jax.Array, seed: Any) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = bits & jnp.uint32(0x8000_0000)
     magnitude = (bits & jnp.uint32(0x7FFF_FFFF)) + noise
-    # Without the bound the largest values could round up to infinity.
-    finite = jnp.minimum(magnitude & jnp.uint32(0xFFFF_0000), _LARGEST_BFLOAT16)
-    rounded = jax.lax.bitcast_convert_type(sign | finite, jnp.float32)
+    kept = magnitude & jnp.uint32(0xFFFF_0000)  # the 16 bits that bfloat16 has
+    rounded = jax.lax.bitcast_convert_type(sign | kept, jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x)
 
 

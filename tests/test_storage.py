@@ -73,7 +73,7 @@ def test_negative_and_exact_values_round_alike():
 
 
 def test_the_largest_values_do_not_round_to_infinity():
-    """3.4e38 is above bfloat16's largest: it is held there."""
+    """3.4e38 is above bfloat16's largest and would round up: the shadow holds."""
     params = jnp.full(1000, jnp.finfo(jnp.float32).max)
     for sign in (1, -1):
         rounded = storage.fold(
