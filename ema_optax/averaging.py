@@ -135,7 +135,7 @@ def ema_params(
             seeds = iter(storage.fold_seeds(count, len(decays) * len(averaged)))
             folded = []
             for each_decay, leaves in zip(decays.values(), kept, strict=True):
-                weight = each_decay.newest_weight(count, every)
+                weight = storage.split_weight(each_decay.newest_weight(count, every))
                 pairs = zip(leaves, new, strict=True)
                 folded.append(
                     [storage.fold(s, p, weight, next(seeds)) for s, p in pairs]
@@ -196,7 +196,7 @@ def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) ->
     >>> shadow["w"]
     Array([0.02], dtype=float32)
     """
-    newest_weight = _newest_weight(decay, count)
+    weight = storage.split_weight(_newest_weight(decay, count))
     leaves = _matching_leaves(shadow, params)
     paths, _, structure = trees.flatten(shadow)
     new = structure.flatten_up_to(params)
@@ -213,7 +213,7 @@ def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) ->
                 "rounding to nearest would freeze. Start the shadow as float32, or "
                 "as bfloat16 and pass count=step for stochastic rounding."
             )
-        leaves[i] = storage.fold(leaf, new[i], newest_weight, seeds[i])
+        leaves[i] = storage.fold(leaf, new[i], weight, seeds[i])
     return jax.tree.unflatten(structure, leaves)
 
 

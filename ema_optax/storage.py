@@ -1,7 +1,7 @@
 """How a shadow leaf is stored, and how one fold is rounded into it."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +59,27 @@ def start(param: Any, shadow_dtype: np.dtype | None) -> jax.Array:
     return jnp.array(param, dtype=stored_dtype(jnp.result_type(param), shadow_dtype))
 
 
+class Weight(NamedTuple):
+    """The weight w of new params, to be counted from the nearer end.
+
+    Attributes:
+        near_new: Whether w > ½: the fold is then p + (w − 1)·(p − s), which is p to the
+            last bit for w = 1, and s + w·(p − s) otherwise.
+        factor: What multiplies p − s.
+    """
+
+    near_new: jax.Array
+    factor: jax.Array
+
+
+def split_weight(newest_weight: Any) -> Weight:
+    """Returns a scalar weight w in [0, 1] as `fold` takes it."""
+    w = jnp.asarray(newest_weight, float)  # float32, or float64 where x64 is enabled
+    return Weight(w > 0.5, jnp.where(w > 0.5, w - 1, w))
+
+
 @jax.jit  # traced and lowered once per shape, not once per leaf
-def fold(shadow: jax.Array, param: Any, newest_weight: Any, seed: Any) -> jax.Array:
+def fold(shadow: jax.Array, param: Any, weight: Weight, seed: Any) -> jax.Array:
     """Returns s + w·(p − s), rounded to the shadow's dtype.
 
     An element that would become non-finite holds; one that is non-finite itself takes
@@ -69,18 +88,16 @@ def fold(shadow: jax.Array, param: Any, newest_weight: Any, seed: Any) -> jax.Ar
     Args:
         shadow: Floating or complex array s.
         param: Array p of the same shape, any floating or complex dtype.
-        newest_weight: Scalar w in [0, 1].
+        weight: What `split_weight` made of w.
         seed: uint32 scalar that differs between folds and between leaves; decides how
             a bfloat16 shadow is rounded, and is not used for wider ones.
     """
     dtype = jnp.promote_types(shadow.dtype, jnp.float32)
     old = shadow.astype(dtype)
     new = jnp.asarray(param).astype(dtype)
-    w = jnp.asarray(newest_weight, jnp.finfo(dtype).dtype)
-    # From the nearer end: where w is 1, p − 0·(p − s) is p to the last bit.
-    near_new = w > 0.5
-    step = jnp.where(near_new, w - 1, w) * (new - old)
-    folded = jnp.where(near_new, new, old) + step
+    near_new, factor = weight
+    factor = factor.astype(jnp.finfo(dtype).dtype)
+    folded = jnp.where(near_new, new, old) + factor * (new - old)
     if shadow.dtype == jnp.bfloat16:
         folded = _round_stochastically(folded, seed)
     kept = jnp.where(jnp.isfinite(old), old, new)

@@ -7,6 +7,8 @@ import pytest
 
 from ema_optax import storage
 
+COPY = storage.split_weight(1.0)
+
 
 @pytest.mark.parametrize(
     ("dtype", "asked", "stored"),
@@ -33,14 +35,16 @@ def test_a_weight_of_one_copies_to_the_last_bit():
     """The sum s + 1·(p − s) would lose a small param beside a large shadow."""
     shadow = jnp.asarray([1e8, -3.3, 0.1])
     param = jnp.asarray([1e-3, 7.7, 0.2])
-    np.testing.assert_array_equal(storage.fold(shadow, param, 1.0, 0), param)
+    np.testing.assert_array_equal(storage.fold(shadow, param, COPY, 0), param)
 
 
 def test_a_weight_of_zero_holds_to_the_last_bit():
     """Nothing moves, whatever the params are."""
     shadow = jnp.asarray([1e8, -3.3, 0.1])
     for dtype in (jnp.float32, jnp.bfloat16):
-        held = storage.fold(shadow.astype(dtype), shadow * 3, 0.0, 5)
+        held = storage.fold(
+            shadow.astype(dtype), shadow * 3, storage.split_weight(0.0), 5
+        )
         np.testing.assert_array_equal(held, shadow.astype(dtype))
 
 
@@ -52,7 +56,7 @@ def test_rounding_is_unbiased():
     params = jnp.asarray(np.repeat(between, 4000))
     for seed in (1, 2**31):
         rounded = storage.fold(
-            jnp.zeros_like(params, jnp.bfloat16), params, 1.0, jnp.uint32(seed)
+            jnp.zeros_like(params, jnp.bfloat16), params, COPY, jnp.uint32(seed)
         )
         means = np.asarray(rounded, np.float64).reshape(33, 4000).mean(axis=1)
         # The standard error of 4,000 draws is at most 2^-7 · 0.5/√4000 = 6.2e-5.
@@ -63,12 +67,12 @@ def test_rounding_is_unbiased():
 def test_negative_and_exact_values_round_alike():
     """Away from zero as often as toward it; what bfloat16 holds is kept exactly."""
     params = jnp.full(8000, -1 - 2**-9)
-    rounded = storage.fold(jnp.zeros(8000, jnp.bfloat16), params, 1.0, jnp.uint32(3))
+    rounded = storage.fold(jnp.zeros(8000, jnp.bfloat16), params, COPY, jnp.uint32(3))
     assert np.mean(np.asarray(rounded, np.float64)) == pytest.approx(
         -1 - 2**-9, abs=3e-4
     )
     exact = jnp.full(8000, 1.5)
-    same = storage.fold(jnp.zeros(8000, jnp.bfloat16), exact, 1.0, jnp.uint32(3))
+    same = storage.fold(jnp.zeros(8000, jnp.bfloat16), exact, COPY, jnp.uint32(3))
     np.testing.assert_array_equal(same, exact)
 
 
@@ -77,7 +81,7 @@ def test_the_largest_values_do_not_round_to_infinity():
     params = jnp.full(1000, jnp.finfo(jnp.float32).max)
     for sign in (1, -1):
         rounded = storage.fold(
-            jnp.zeros(1000, jnp.bfloat16), sign * params, 1.0, jnp.uint32(9)
+            jnp.zeros(1000, jnp.bfloat16), sign * params, COPY, jnp.uint32(9)
         )
         assert np.all(np.isfinite(np.asarray(rounded, np.float32)))
 
@@ -89,7 +93,7 @@ def test_noise_differs_between_elements_folds_and_leaves():
     counts = [storage.fold_seeds(jnp.int32(t), 3) for t in (1, 2, 1000)]
     draws = [
         np.asarray(
-            storage.fold(jnp.zeros((200, 200), jnp.bfloat16), params, 1.0, seed),
+            storage.fold(jnp.zeros((200, 200), jnp.bfloat16), params, COPY, seed),
             np.float64,
         ).ravel()
         for seeds in counts
@@ -108,7 +112,7 @@ def test_noise_depends_on_the_place_and_not_on_the_sharding():
     params = jnp.full((4, 6), 1 + 2**-8)
     shadow = jnp.zeros((4, 6), jnp.bfloat16)
     seed = storage.fold_seeds(jnp.int32(3), 1)[0]
-    flat = storage.fold(shadow.ravel(), params.ravel(), 1.0, seed)
+    flat = storage.fold(shadow.ravel(), params.ravel(), COPY, seed)
     np.testing.assert_array_equal(
-        jax.jit(storage.fold)(shadow, params, 1.0, seed).ravel(), flat
+        jax.jit(storage.fold)(shadow, params, COPY, seed).ravel(), flat
     )
