@@ -4,12 +4,7 @@
 >>> optimizer = optax.chain(optax.adamw(3e-4), ema_optax.ema_params(0.9999))
 """
 
-from ema_optax.averaging import (
-    EmaParamsState,
-    NamedShadowsState,
-    ema_params,
-    update_shadow,
-)
+from ema_optax.averaging import ema_params, update_shadow
 from ema_optax.decays import (
     constant,
     cosine,
@@ -29,6 +24,7 @@ from ema_optax.decays import (
 from ema_optax.families import Decay
 from ema_optax.profiles import Profile, profile
 from ema_optax.shadows import shadow_params, with_shadow
+from ema_optax.states import EmaParamsState, NamedShadowsState
 
 __version__ = "0.1.0"
 

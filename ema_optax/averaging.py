@@ -1,7 +1,7 @@
 """The transform that averages the params, its states, and the bare fold."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +12,7 @@ from jax.core import Tracer
 from ema_optax import selection, storage, trees
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.families import Decay, check_decay, check_wide_enough
-
-
-class EmaParamsState(NamedTuple):
-    """State of `ema_params`.
-
-    Attributes:
-        count: int32[], the number of updates seen.
-        shadow: A tree like the params, with `optax.MaskedNode()` where a leaf is not
-            averaged; or, in a `NamedShadowsState`, a dict of such trees.
-    """
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] as in Optax
-    shadow: Any
-
-
-class NamedShadowsState(EmaParamsState):
-    """State of `ema_params` with decays by name: `shadow` maps each name to a tree.
-
-    A type of its own, because params may be a dict of like trees themselves.
-    """
+from ema_optax.states import EmaParamsState, state_type
 
 
 def ema_params(
@@ -100,16 +81,15 @@ def ema_params(
             )
     dtype = storage.check_shadow_dtype(shadow_dtype)
     several = isinstance(decay, Mapping)
+    make_state = state_type(several, _recordable(decay, decays), every)
 
     def init(params: Any) -> EmaParamsState:
         def started() -> Any:
             return jax.tree.map(lambda p: storage.start(p, dtype), chosen)
 
         chosen = selection.averaged_only(params, mask)
-        count = jnp.zeros([], jnp.int32)
-        if several:
-            return NamedShadowsState(count, {name: started() for name in decays})
-        return EmaParamsState(count, started())
+        shadow = {name: started() for name in decays} if several else started()
+        return make_state(jnp.zeros([], jnp.int32), shadow)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -160,10 +140,8 @@ def ema_params(
                 jump = _difference_to(columns[0][i], old[i]).astype(deltas[i].dtype)
                 deltas[i] = jnp.where(due, jump, deltas[i])
             updates = jax.tree.unflatten(structure, deltas)
-        if several:
-            named = dict(zip(decays, shadows, strict=True))
-            return updates, NamedShadowsState(count, named)
-        return updates, EmaParamsState(count, shadows[0])
+        shadow = dict(zip(decays, shadows, strict=True)) if several else shadows[0]
+        return updates, make_state(count, shadow)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -234,6 +212,23 @@ def _decays_by_name(
             "Write ema_params({'fast': 0.99, 'slow': 0.9999})."
         )
     return {name: as_decay(value) for name, value in decay.items()}
+
+
+def _recordable(
+    given: DecayLike | Mapping[str, DecayLike], decays: Mapping[str, Decay]
+) -> tuple[tuple[str, Decay | None], ...]:
+    """Returns the decays that can be written down; None for the others.
+
+    An array is none of them even where its value is known now: the same transform is
+    made again with a traced one, and its states must stay of one type.
+    """
+    arguments = given if isinstance(given, Mapping) else {"": given}
+    return tuple(
+        (name, decay)
+        if decay.is_json and not isinstance(arguments[name], jax.Array)
+        else (name, None)
+        for name, decay in decays.items()
+    )
 
 
 def _check_period(value: Any, name: str) -> int:

@@ -75,6 +75,12 @@ class Decay(abc.ABC):
         _check_steps(step)
         return _concrete(-np.expm1(self._logs_on_host(step, every)), step)
 
+    @property
+    def is_json(self) -> bool:
+        """Whether `to_json` can write it: not where it is, or holds, a callable."""
+        inner = self._arguments().values()
+        return all(value.is_json for value in inner if isinstance(value, Decay))
+
     def to_json(self) -> str:
         """Returns a JSON object with the kind of decay and its arguments.
 
@@ -433,6 +439,11 @@ class Schedule(Decay):
 
     kind: ClassVar[str] = "schedule"
     function: Callable[[Any], Any]
+
+    @property
+    def is_json(self) -> bool:
+        """False: a callable cannot be written."""
+        return False
 
     def _to_dict(self) -> dict[str, Any]:
         raise TypeError(

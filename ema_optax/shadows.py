@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ema_optax import trees
-from ema_optax.averaging import EmaParamsState, NamedShadowsState
+from ema_optax.states import EmaParamsState, NamedShadowsState
 
 
 def shadow_params(
