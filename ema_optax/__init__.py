@@ -25,8 +25,7 @@ from ema_optax.families import Decay
 from ema_optax.profiles import Profile, profile
 from ema_optax.shadows import shadow_params, with_shadow
 from ema_optax.states import EmaParamsState, NamedShadowsState
-
-__version__ = "0.1.0"
+from ema_optax.version import __version__ as __version__
 
 __all__ = [
     "Decay",

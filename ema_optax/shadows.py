@@ -43,7 +43,7 @@ def shadow_params(
     >>> shadow_params(state, params)
     {'steps': Array(7, dtype=int32), 'w': Array([1, 1], dtype=bfloat16)}
     """
-    shadow = _joined(_find(opt_state, name))
+    shadow = joined(_find(opt_state, name))
     if params is None:
         return jax.tree.map(_own, shadow)
     difference = trees.difference(shadow, params, ("shadow", "params"))
@@ -105,14 +105,20 @@ def with_shadow(train_state: Any, *, name: str | None = None) -> Any:
     )
 
 
-def _is_ema_state(node: Any) -> bool:
+def is_ema_state(node: Any) -> bool:
+    """Returns whether a node of an optimizer state holds shadows."""
     return isinstance(node, EmaParamsState)
+
+
+def ema_states(opt_state: Any) -> dict[str, EmaParamsState]:
+    """Returns every state that holds shadows, by its path."""
+    nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_ema_state)[0]
+    return {trees.path_name(path): node for path, node in nodes if is_ema_state(node)}
 
 
 def _find(opt_state: Any, name: str | None) -> dict[str, Any]:
     """Returns the stored shadows called `name`, by the path of their state."""
-    nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_ema_state)[0]
-    states = {trees.path_name(p): node for p, node in nodes if _is_ema_state(node)}
+    states = ema_states(opt_state)
     if not states:
         raise ValueError(
             f"There is no shadow in this {type(opt_state).__name__}. Chain the average "
@@ -136,8 +142,15 @@ def _find(opt_state: Any, name: str | None) -> dict[str, Any]:
     return chosen
 
 
-def _joined(shadows: dict[str, Any]) -> Any:
-    """Returns the one tree of shadows that cover disjoint leaves."""
+def joined(shadows: Mapping[str, Any]) -> Any:
+    """Returns the one tree of shadows that cover disjoint leaves.
+
+    Args:
+        shadows: Trees of one structure by the paths of their states, not copied.
+
+    Raises:
+        ValueError: If a leaf is averaged in more than one of them.
+    """
     (path, joined), *others = shadows.items()
     for other_path, other in others:
         leaves, structure = jax.tree.flatten(joined, is_leaf=trees.is_placeholder)

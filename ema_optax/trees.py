@@ -29,8 +29,14 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
 
 
 def path_name(path: Any) -> str:
-    """Returns a key path as text, its keys joined by slashes."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """Returns a key path as text, its keys joined by slashes.
+
+    The `.value` of Flax's variables is left out: an `nnx.State` and a dict of its
+    arrays have the same paths.
+    """
+    value = jax.tree_util.GetAttrKey("value")
+    keys = path[:-1] if len(path) > 1 and path[-1] == value else path
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def describe(leaf: Any) -> str:

@@ -1,0 +1,38 @@
+"""Params and shadow side by side in Orbax checkpoints, and the chosen one restored.
+
+    manager.save(step, args=checkpoint.EmaSave(params, opt_state))
+    params = checkpoint.restore(directory, "shadow", like=abstract_params)
+
+This package is the only importer of Orbax.
+"""
+
+from ema_optax.checkpoint.directory import (
+    Description,
+    Leaf,
+    Tree,
+    describe,
+    restore,
+    resume,
+    save,
+    verify,
+)
+from ema_optax.checkpoint.handler import EmaHandler, EmaRestore, EmaResume, EmaSave
+from ema_optax.checkpoint.manifest import CorruptCheckpointError
+from ema_optax.checkpoint.v1 import EmaCheckpointableHandler
+
+__all__ = [
+    "CorruptCheckpointError",
+    "Description",
+    "EmaCheckpointableHandler",
+    "EmaHandler",
+    "EmaRestore",
+    "EmaResume",
+    "EmaSave",
+    "Leaf",
+    "Tree",
+    "describe",
+    "restore",
+    "resume",
+    "save",
+    "verify",
+]

@@ -1,0 +1,185 @@
+"""What a step holds: params, shadows and the rest of the state, as trees by name."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ema_optax import shadows, trees
+from ema_optax.checkpoint.manifest import FORMAT, LIBRARY
+from ema_optax.states import EmaParamsState, NamedShadowsState, record_of
+
+PARAMS, SHADOW, STATE = "params", "shadow", "state"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """The trees of a step and what the manifest says of them.
+
+    Attributes:
+        trees: `params`, `shadow` or `shadow/NAME`, and `state`: the optimizer state
+            with None for each shadow. As Orbax stores them.
+        leaves: Tree → path → leaf.
+        manifest: JSON-able.
+    """
+
+    trees: Mapping[str, Any]
+    leaves: Mapping[str, Mapping[str, Any]]
+    manifest: Mapping[str, Any]
+
+
+def contents(params: Any, opt_state: Any, extra: Any, version: str) -> Contents:
+    """Returns what to store. Copies no array.
+
+    Raises:
+        ValueError: If the state holds no shadow, or names would collide on disk.
+        TypeError: If a leaf cannot be stored, or `extra` is not JSON.
+    """
+    averages, rest = split(opt_state)
+    if not averages:
+        raise ValueError(
+            "There is no shadow in this optimizer state to save. Chain the average "
+            "last: optax.chain(optimizer, ema_optax.ema_params(0.9999)). Without an "
+            "average, save with orbax.checkpoint.args.PyTreeSave."
+        )
+    stored, leaves = {}, {}
+    for name, tree in {PARAMS: params, **averages, STATE: rest}.items():
+        found = _leaves_by_path(name, tree)
+        if found or name == PARAMS:
+            stored[name], leaves[name] = jax.tree.map(_storable_or_none, tree), found
+    manifest = {
+        "format": FORMAT,
+        "library": LIBRARY,
+        "version": version,
+        "processes": jax.process_count(),
+        "extra": extra,
+        "averages": _averages(opt_state),
+        "trees": {
+            name: {
+                "structure": _structure(tree),
+                "leaves": {path: _describe(x) for path, x in leaves[name].items()},
+            }
+            for name, tree in stored.items()
+        },
+    }
+    return Contents(stored, leaves, manifest)
+
+
+def split(opt_state: Any) -> tuple[dict[str, Any], Any]:
+    """Returns the shadows by the names of their trees, and the state without them."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, state in shadows.ema_states(opt_state).items():
+        for name, tree in shadow_trees(state).items():
+            found.setdefault(name, {})[path] = tree
+    averages = {name: shadows.joined(parts) for name, parts in found.items()}
+
+    def without(node: Any) -> Any:
+        return node._replace(shadow=None) if shadows.is_ema_state(node) else node
+
+    return averages, jax.tree.map(without, opt_state, is_leaf=shadows.is_ema_state)
+
+
+def shadow_trees(state: EmaParamsState) -> dict[str, Any]:
+    """Returns the shadows of one state by the names of their trees."""
+    if isinstance(state, NamedShadowsState):
+        return {f"{SHADOW}/{name}": tree for name, tree in state.shadow.items()}
+    return {SHADOW: state.shadow}
+
+
+def is_empty(leaf: Any) -> bool:
+    """Returns whether a leaf has no elements: Orbax refuses it, nothing is lost."""
+    return 0 in np.shape(leaf)
+
+
+def is_key(leaf: Any) -> bool:
+    """Returns whether a leaf is an array of PRNG keys, concrete or abstract."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _leaves_by_path(name: str, tree: Any) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    files: dict[str, str] = {}
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        path = trees.path_name(key_path)
+        # Orbax joins keys by dots, and would store two such leaves as one.
+        file = jax.tree_util.keystr(key_path, simple=True, separator=".")
+        if path in leaves or file in files:
+            raise ValueError(
+                f"Two leaves of the {name} have one name on disk: '{path}' and "
+                f"'{files.get(file, path)}'. Rename one of them."
+            )
+        if not is_empty(leaf):
+            leaves[path], files[file] = _storable(leaf, f"'{path}' of the {name}"), path
+    return leaves
+
+
+def _storable(leaf: Any, what: str) -> Any:
+    if isinstance(leaf, (np.generic, complex)):
+        return np.asarray(leaf)  # Orbax would lose the dtype
+    if isinstance(leaf, (jax.Array, np.ndarray, bool, int, float)):
+        return leaf
+    raise TypeError(
+        f"Cannot save {what}: it is a {type(leaf).__name__}. Keep only arrays and "
+        "numbers in params, as equinox.partition(model, equinox.is_array) does."
+    )
+
+
+def _storable_or_none(leaf: Any) -> Any:
+    return None if is_empty(leaf) else _storable(leaf, "a leaf")
+
+
+def _averages(opt_state: Any) -> dict[str, Any]:
+    """Returns decay, every and count of each shadow's tree."""
+    found: dict[str, Any] = {}
+    for state in shadows.ema_states(opt_state).values():
+        record = record_of(state)
+        for tree in shadow_trees(state):
+            name = tree.removeprefix(SHADOW).removeprefix("/")
+            decay = record.decays.get(name) if record else None
+            found[tree] = {
+                "decay": decay._to_dict() if decay else None,
+                "every": record.every if record else None,
+                "count": _on_host(state.count),
+            }
+    return found
+
+
+def _on_host(count: Any) -> Any:
+    if isinstance(count, jax.Array) and not count.is_fully_addressable:
+        count = count.addressable_shards[0].data
+    return np.asarray(count).tolist()
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+    """Returns shape, dtype and kind of a leaf, in JSON."""
+    if is_key(leaf):
+        impl = str(jax.random.key_impl(leaf))
+        return {"shape": list(leaf.shape), "dtype": "uint32", "kind": f"key:{impl}"}
+    if isinstance(leaf, (bool, int, float)):
+        dtype = str(np.asarray(leaf).dtype)
+        return {"shape": [], "dtype": dtype, "kind": type(leaf).__name__}
+    kind = "jax" if isinstance(leaf, jax.Array) else "numpy"
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "kind": kind}
+
+
+def _structure(tree: Any) -> Any:
+    """Returns a tree as Orbax nests it, in JSON: dicts, lists, and paths as leaves."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [trees.path_name(path) for path, _ in pairs]
+    named = jax.tree.unflatten(treedef, paths)
+
+    def nested(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {str(key): nested(value) for key, value in node.items()}
+        if isinstance(node, (list, tuple)) and not hasattr(node, "_fields"):
+            return [nested(value) for value in node]
+        return node if isinstance(node, str) else None
+
+    if isinstance(named, str):
+        return named
+    return nested(ocp.tree.serialize_tree(named, keep_empty_nodes=True))

@@ -1,0 +1,268 @@
+"""Functions on a directory: save, restore, resume, describe and verify."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ema_optax.checkpoint import manifest
+from ema_optax.checkpoint.contents import STATE
+from ema_optax.checkpoint.handler import EmaRestore, EmaResume, EmaSave
+from ema_optax.checkpoint.manifest import CorruptCheckpointError
+from ema_optax.checkpoint.steps import damage, explained, find_step
+from ema_optax.families import Decay
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Shape and dtype of a leaf on disk."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A tree on disk.
+
+    Attributes:
+        leaves: By path. Of a shadow: those that are averaged.
+        bytes: Of all its leaves.
+        decay: What a shadow was averaged with, where that can be written down.
+        every: Updates between its folds.
+        count: Updates it has seen; a list where states were vmapped.
+    """
+
+    leaves: Mapping[str, Leaf]
+    bytes: int
+    decay: Decay | None = None
+    every: int | None = None
+    count: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a step holds.
+
+    Attributes:
+        step: Its number, or None where the path does not say.
+        path: Its folder.
+        version: Of the library that wrote it.
+        format: Of what it wrote.
+        trees: `params`, `shadow` or `shadow/NAME`.
+        state: The optimizer state without its shadows.
+        extra: What `EmaSave` was given.
+    """
+
+    step: int | None
+    path: str
+    version: str
+    format: int
+    trees: Mapping[str, Tree]
+    state: Tree
+    extra: Any
+
+
+def save(
+    directory: Any, params: Any, opt_state: Any, *, step: int = 0, extra: Any = None
+) -> None:
+    """Save params, shadows and optimizer state as one step of a directory.
+
+    Blocks until it is committed. In a training loop use a `CheckpointManager` with
+    `EmaSave`, which saves in the background and keeps only the steps that you want.
+
+    Args:
+        directory: Folder of the run, made if missing.
+        params: The live params.
+        opt_state: The optimizer state, with a shadow anywhere in it.
+        step: Number of the step, ≥ 0.
+        extra: Anything that is JSON, for `describe`.
+
+    Raises:
+        FileExistsError: If the step is there already; nothing is overwritten.
+        OSError: If it cannot be written; earlier steps stay as they are.
+        ValueError, TypeError: If there is no shadow, or a leaf cannot be stored.
+
+    >>> import tempfile, ema_optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> opt_state = ema_optax.ema_params(0.99).init(params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, params, opt_state, step=300)
+    ...     restore(folder, "shadow", like=params)
+    {'w': Array([1., 1.], dtype=float32)}
+    """
+    root = epath.Path(directory).expanduser().absolute()
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step must be a whole number ≥ 0, got {step!r}.")
+    if (root / str(step)).exists():
+        raise FileExistsError(
+            f"{root / str(step)} exists, and nothing is overwritten. Pass another "
+            "step, or remove it first."
+        )
+    args = EmaSave(params, opt_state, extra)
+    args.contents()  # what is wrong with the trees is said before anything is written
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    try:
+        with ocp.CheckpointManager(root, options=options) as manager:
+            manager.save(step, args=args, force=True)
+    except (OSError, ValueError) as error:
+        _remove_temporary(root, step)
+        raise OSError(
+            f"Could not write step {step} to {root}; earlier steps are as they were. "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def restore(
+    directory: Any,
+    tree: str = "shadow",
+    like: Any = None,
+    *,
+    step: int | None = None,
+    rename: Mapping[str, str] | None = None,
+    verify: bool = True,
+) -> Any:
+    """Restore one tree into the slots of a model; needs no optimizer.
+
+    A shadow comes as the whole model: leaves that are not averaged are those of the
+    params. Only what is asked for is read.
+
+    Args:
+        directory: The folder of a run, or of one step of it.
+        tree: `"params"`, `"shadow"`, or `"shadow/NAME"`.
+        like: The model's params, abstract (`jax.eval_shape`) or concrete, of any tree
+            type: the result has its structure, shapes, dtypes and shardings. Floats are
+            cast to its floats, nothing else is cast. Leaves without a sharding go to
+            the default device. None gives nested dicts.
+        step: Number of the step; None for the newest that was committed.
+        rename: Slots of `like` to stored paths, or beginnings of both:
+            `{"encoder/kernel": "my_scope/weights"}`. Two slots may take one leaf.
+        verify: Whether to compare what is read with its checksums.
+
+    Raises:
+        CorruptCheckpointError: If data on disk is not what was saved.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If tree, slots, shapes or dtypes do not fit, with the nearest names.
+
+    See `save` for an example.
+    """
+    found = find_step(directory, step)
+    return EmaRestore(tree, like, rename, verify).read(found.item)
+
+
+def resume(
+    directory: Any,
+    params: Any,
+    opt_state: Any,
+    *,
+    step: int | None = None,
+    accept_new_decay: bool = False,
+    verify: bool = True,
+) -> tuple[Any, Any]:
+    """Restore params and optimizer state exactly, to go on with the run.
+
+    Args:
+        directory: The folder of a run, or of one step of it.
+        params: Params of the same model, abstract or concrete.
+        opt_state: `optimizer.init(params)` of the same optimizer, or its `eval_shape`.
+        step: Number of the step; None for the newest that was committed.
+        accept_new_decay: Keep the shadow although the chain has another decay or
+            `every` than the one it was averaged with.
+        verify: Whether to compare what is read with its checksums.
+
+    Returns:
+        Params and optimizer state, count and shadows included, bit for bit.
+
+    Raises:
+        CorruptCheckpointError: If data on disk is not what was saved.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If model or optimizer differ from the saved run's, and how.
+
+    >>> import tempfile, ema_optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> opt_state = ema_optax.ema_params(0.99).init(params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, params, opt_state, step=300)
+    ...     params, opt_state = resume(folder, params, opt_state)
+    >>> opt_state.shadow
+    {'w': Array([1., 1.], dtype=float32)}
+    """
+    found = find_step(directory, step)
+    args = EmaResume(
+        params, opt_state, accept_new_decay=accept_new_decay, verify=verify
+    )
+    return args.read(found.item)
+
+
+def describe(directory: Any, *, step: int | None = None) -> Description:
+    """Tell what a step holds, without reading its arrays.
+
+    Args:
+        directory: The folder of a run, or of one step of it.
+        step: Number of the step; None for the newest that was committed.
+
+    Raises:
+        CorruptCheckpointError: If the manifest is missing or damaged.
+        FileNotFoundError: If there is no such checkpoint.
+    """
+    found = find_step(directory, step)
+    try:
+        described = manifest.read_manifest(found.item)
+    except CorruptCheckpointError as error:
+        raise explained(found.item, error) from error
+    trees = {name: _tree(described, name) for name in described["trees"]}
+    return Description(
+        step=found.number,
+        path=str(found.item),
+        version=described["version"],
+        format=described["format"],
+        state=trees.pop(STATE),
+        trees=trees,
+        extra=described["extra"],
+    )
+
+
+def verify(directory: Any, *, step: int | None = None) -> None:
+    """Read a whole step and compare all of it with its checksums.
+
+    Raises:
+        CorruptCheckpointError: If data on disk is not what was saved.
+        FileNotFoundError: If there is no such checkpoint.
+    """
+    found = find_step(directory, step)
+    wrong = damage(found.item)
+    if wrong:
+        raise explained(found.item, CorruptCheckpointError(wrong))
+
+
+def _tree(described: Mapping[str, Any], name: str) -> Tree:
+    stored = described["trees"][name]["leaves"]
+    leaves = {p: Leaf(tuple(x["shape"]), x["dtype"]) for p, x in stored.items()}
+    size = sum(
+        math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves.values()
+    )
+    average = described["averages"].get(name)
+    if average is None:
+        return Tree(leaves, size)
+    decay = average["decay"]
+    return Tree(
+        leaves,
+        size,
+        decay=Decay.from_json(decay) if decay else None,
+        every=average["every"],
+        count=average["count"],
+    )
+
+
+def _remove_temporary(root: epath.Path, step: int) -> None:
+    """Removes what a failed save left, which would keep the disk full."""
+    if jax.process_index() != 0 or not root.is_dir():
+        return
+    for path in root.iterdir():
+        if path.name.startswith(f"{step}{ocp.step.TMP_DIR_SUFFIX}"):
+            path.rmtree(missing_ok=True)

@@ -1,0 +1,141 @@
+"""Where the steps of a directory lie, and which of them are whole."""
+
+import re
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ema_optax.checkpoint import manifest
+from ema_optax.checkpoint.contents import PARAMS
+from ema_optax.checkpoint.manifest import CorruptCheckpointError
+from ema_optax.checkpoint.reading import Place, read
+
+_STEP_NAME = re.compile(r"(?:.*[^0-9])?([0-9]+)")  # 300, step_300, ckpt-00000300
+
+
+class Step(NamedTuple):
+    """A step on disk: its number, or None where the path does not say, and its item."""
+
+    number: int | None
+    item: epath.Path
+
+
+def find_step(directory: Any, step: int | None) -> Step:
+    """Returns a step of a directory: the newest, or the one of that number.
+
+    Args:
+        directory: The folder of a CheckpointManager or of `checkpoint.save`, or one
+            step in it.
+        step: Its number; None for the newest committed one.
+
+    Raises:
+        FileNotFoundError: If there is no such step.
+        ValueError: If the newest step was not saved by this library.
+    """
+    root = _absolute(directory)
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"There is no checkpoint at {root}: it {what}. Pass the folder that "
+            "checkpoint.save or the CheckpointManager was given."
+        )
+    alone = _item_in(root)
+    if alone is not None and step is None:
+        return Step(_number(alone.parent if alone == root else root), alone)
+    found = _steps(root)
+    if not found:
+        raise FileNotFoundError(
+            f"{root} holds no checkpoint: no committed step is in it. Pass the folder "
+            "that checkpoint.save or the CheckpointManager was given."
+        )
+    if step is not None and step not in found:
+        numbers = ", ".join(map(str, sorted(found)))
+        raise FileNotFoundError(f"{root} has no step {step}; it has {numbers}.")
+    number = max(found) if step is None else step
+    item = _item_in(found[number])
+    if item is None:
+        ours = [n for n in sorted(found) if _item_in(found[n]) is not None]
+        raise ValueError(
+            f"Step {number} of {root} was not saved by ema_optax, or its folder "
+            f"'{manifest.FOLDER}' is gone. Steps that were: "
+            f"{', '.join(map(str, ours)) or 'none'}; pass step=… for one of them."
+        )
+    return Step(number, item)
+
+
+def explained(item: epath.Path, error: CorruptCheckpointError) -> Exception:
+    """Returns an error that names the step and the newest older one that is whole."""
+    step = item if _number(item) is not None else item.parent
+    number, root = _number(step), step.parent
+    if number is None:
+        return error
+    whole = newest_whole(root, before=number)
+    rescue = (
+        "No older step is whole."
+        if whole is None
+        else f"The newest older step that is whole is {whole}: pass step={whole}."
+    )
+    return CorruptCheckpointError(
+        f"Step {number} of {root} is damaged. {error} {rescue}"
+    )
+
+
+def newest_whole(root: epath.Path, *, before: int) -> int | None:
+    """Returns the newest step below a number whose data all match their checksums."""
+    found = _steps(root)
+    for number in sorted((n for n in found if n < before), reverse=True):
+        item = _item_in(found[number])
+        if item is not None and damage(item) is None:
+            return number
+    return None
+
+
+def damage(item: epath.Path) -> str | None:
+    """Reads a whole item; returns what is wrong with it, or None."""
+    try:
+        described = manifest.read_manifest(item)
+        everything = {
+            Place(name, path): None
+            for name, tree in described["trees"].items()
+            for path in tree["leaves"]
+        }
+        read(item, described, everything, verify=True)
+    except CorruptCheckpointError as error:
+        return str(error)
+    except ValueError as error:  # a newer format: whole or not, it cannot be read
+        return str(error)
+    return None
+
+
+def _absolute(directory: Any) -> epath.Path:
+    return epath.Path(directory).expanduser().absolute()
+
+
+def _steps(root: epath.Path) -> dict[int, epath.Path]:
+    found = {}
+    for path in root.iterdir():
+        number = _number(path)
+        if number is not None and path.is_dir() and _is_committed(path):
+            found[number] = path
+    return found
+
+
+def _is_committed(path: epath.Path) -> bool:
+    return ocp.step.TMP_DIR_SUFFIX not in path.name and ocp.step.is_path_finalized(path)
+
+
+def _number(path: epath.Path) -> int | None:
+    match = _STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def _item_in(folder: epath.Path) -> epath.Path | None:
+    """Returns the item of ours that a step is or holds, whatever it is called."""
+    if (folder / manifest.FOLDER).is_dir():
+        return folder
+    names = ("default", "state", PARAMS)  # the usual ones first
+    for path in (*(folder / name for name in names), *sorted(folder.iterdir())):
+        if (path / manifest.FOLDER).is_dir():
+            return path
+    return None
