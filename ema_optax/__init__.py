@@ -4,6 +4,9 @@
 >>> optimizer = optax.chain(optax.adamw(3e-4), ema_optax.ema_params(0.9999))
 """
 
+import importlib
+import typing
+
 from ema_optax.averaging import ema_params, update_shadow
 from ema_optax.decays import (
     constant,
@@ -26,6 +29,25 @@ from ema_optax.profiles import Profile, profile
 from ema_optax.shadows import shadow_params, with_shadow
 from ema_optax.states import EmaParamsState, NamedShadowsState
 from ema_optax.version import __version__ as __version__
+
+# Loaded when first used: they import Orbax and matplotlib.
+_ON_FIRST_USE = ("checkpoint", "plots")
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("ema_optax"):
+            raise
+        raise ModuleNotFoundError(
+            f"ema_optax.{name} needs {error.name}, which is not installed: "
+            f"pip install 'ema-optax[{name}]'",
+            name=error.name,
+        ) from error
+
 
 __all__ = [
     "Decay",

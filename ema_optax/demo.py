@@ -3,33 +3,14 @@
 import dataclasses
 import json
 import shutil
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-import orbax.checkpoint as ocp
 from flax import nnx
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from sklearn.datasets import load_digits
 
-from ema_optax import plots
-from ema_optax.averaging import ema_params
+from ema_optax import checkpoint, digits, plots
 from ema_optax.shadows import shadow_params
-
-# Small batches of noisy pixels at a constant, high learning rate: the params keep
-# moving around the solution, which is what an average is for.
-_BATCH = 32
-_PIXEL_NOISE = 0.3
-_LEARNING_RATE = 0.1
-_MOMENTUM = 0.9
-_DECAY = 0.99
-_TEST_SHARE = 0.3
-_MEASUREMENTS = 50
 
 _MARKER, _CHECKPOINTS, _PICTURE = "demo.json", "checkpoints", "accuracy.png"
 _AUTHOR = "ema-optax demo"
@@ -63,41 +44,12 @@ class DemoRun:
     Attributes:
         comparisons: That of the raw params, then that of the shadow.
         picture: The PNG of accuracy over steps.
-        checkpoint: The Orbax step that holds params and shadow.
+        checkpoint: The step that holds params and shadow.
     """
 
     comparisons: tuple[Comparison, ...]
     picture: Path
     checkpoint: Path
-
-
-class _Digits(NamedTuple):
-    """Pixels float32[n, 64] in [0, 1] and labels int[n], to train on and held out."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-
-
-class _Measured(NamedTuple):
-    """Test accuracy of raw params and shadow after so many steps."""
-
-    step: int
-    raw: float
-    shadow: float
-
-
-class Classifier(nnx.Module):
-    """Images of 64 pixels to the logits of 10 digits, through one hidden layer."""
-
-    def __init__(self, *, rngs: nnx.Rngs) -> None:
-        self.hidden = nnx.Linear(64, 64, rngs=rngs)
-        self.logits = nnx.Linear(64, 10, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Returns logits float32[n, 10] for pixels float32[n, 64] in [0, 1]."""
-        return self.logits(nnx.relu(self.hidden(images)))
 
 
 def run(*, steps: int, out: Path, seed: int = 0) -> DemoRun:
@@ -117,27 +69,29 @@ def run(*, steps: int, out: Path, seed: int = 0) -> DemoRun:
     """
     marker = {"author": _AUTHOR, "steps": steps, "seed": seed}
     _claim(out, marker)
-    digits = _load_digits(seed)
-    model = Classifier(rngs=nnx.Rngs(seed))
-    params, opt_state, measured = _train(model, digits, steps=steps, seed=seed)
+    data = digits.load(seed)
+    model = digits.Classifier(rngs=nnx.Rngs(seed))
+    params, opt_state, measured = digits.train(model, data, steps=steps, seed=seed)
 
-    checkpoints = (out / _CHECKPOINTS).absolute()
     graph = nnx.graphdef(model)
     try:
-        _save(checkpoints, params, opt_state, step=steps)
+        checkpoint.save(out / _CHECKPOINTS, params, opt_state, step=steps)
         comparisons = []
         trees = {"params": params, "shadow": shadow_params(opt_state, params)}
         for name, trained in trees.items():
-            fresh = Classifier(rngs=nnx.Rngs(seed + 1))
-            like = jax.tree.map(_abstract, nnx.state(fresh, nnx.Param))
-            nnx.update(fresh, _restore(checkpoints, name, like, step=steps))
-            before = _logits(graph, trained, digits.test_images)
-            after = _logits(*nnx.split(fresh), digits.test_images)
+            fresh = digits.Classifier(rngs=nnx.Rngs(seed + 1))
+            like = nnx.state(fresh, nnx.Param)
+            restored = checkpoint.restore(
+                out / _CHECKPOINTS, name, like=like, step=steps
+            )
+            nnx.update(fresh, restored)
+            before = digits.logits(graph, trained, data.test_images)
+            after = digits.logits(*nnx.split(fresh), data.test_images)
             comparisons.append(
                 Comparison(
                     tree=name,
-                    before=_accuracy(before, digits),
-                    after=_accuracy(after, digits),
+                    before=digits.accuracy(before, data),
+                    after=digits.accuracy(after, data),
                     exact=bool(jnp.array_equal(before, after)),
                 )
             )
@@ -145,7 +99,7 @@ def run(*, steps: int, out: Path, seed: int = 0) -> DemoRun:
         axes.figure.savefig(out / _PICTURE)  # pyright: ignore no SubFigure here
         accuracies = {c.tree: c.after for c in comparisons}
         (out / _MARKER).write_text(json.dumps(marker | {"accuracies": accuracies}))
-    except OSError as error:
+    except (OSError, checkpoint.CorruptCheckpointError) as error:
         raise DemoError(f"cannot write the run to {out}: {error}") from error
     return DemoRun(
         comparisons=tuple(comparisons),
@@ -193,102 +147,3 @@ def _earlier_steps(marker: Path) -> int | None:
     if not isinstance(found, dict) or found.get("author") != _AUTHOR:
         return None
     return found["steps"] if isinstance(found.get("steps"), int) else None
-
-
-def _load_digits(seed: int) -> _Digits:
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32)  # pixels count from 0 to 16
-    order = np.random.default_rng(seed).permutation(len(labels))
-    test, train = np.split(order, [int(_TEST_SHARE * len(labels))])
-    return _Digits(images[train], labels[train], images[test], labels[test])
-
-
-def _train(
-    model: Classifier, digits: _Digits, *, steps: int, seed: int
-) -> tuple[Any, Any, list[_Measured]]:
-    """Returns params and optimizer state after training, and the way there."""
-    graph, params = nnx.split(model, nnx.Param)
-    optimizer = optax.chain(optax.sgd(_LEARNING_RATE, _MOMENTUM), ema_params(_DECAY))
-    opt_state = optimizer.init(params)
-    rng = np.random.default_rng(seed + 1)  # not the one that split the images
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(
-        params: Any, opt_state: Any, images: Any, labels: Any
-    ) -> tuple[Any, Any]:
-        def loss(params: Any) -> jax.Array:
-            logits = nnx.merge(graph, params)(images)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean()
-
-        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    interval = max(1, steps // _MEASUREMENTS)
-    measured = []
-    with _progress() as progress:
-        task = progress.add_task("training", total=steps, accuracies="")
-        for step in range(1, steps + 1):
-            images, labels = _noisy_batch(rng, digits)
-            params, opt_state = train_step(params, opt_state, images, labels)
-            progress.advance(task)
-            if step % interval == 0 or step == steps:
-                shadow = shadow_params(opt_state, params)
-                raw, average = (
-                    _accuracy(_logits(graph, tree, digits.test_images), digits)
-                    for tree in (params, shadow)
-                )
-                measured.append(_Measured(step, raw, average))
-                text = f"raw {raw:.1%}, shadow {average:.1%}"
-                progress.update(task, accuracies=text)
-    return params, opt_state, measured
-
-
-def _noisy_batch(
-    rng: np.random.Generator, digits: _Digits
-) -> tuple[np.ndarray, np.ndarray]:
-    chosen = rng.integers(len(digits.train_labels), size=_BATCH)
-    images = digits.train_images[chosen]
-    noise = rng.standard_normal(images.shape, dtype=np.float32)
-    return images + _PIXEL_NOISE * noise, digits.train_labels[chosen]
-
-
-@partial(jax.jit, static_argnums=0)
-def _logits(graph: Any, params: Any, images: jax.Array) -> jax.Array:
-    return nnx.merge(graph, params)(images)
-
-
-def _accuracy(logits: jax.Array, digits: _Digits) -> float:
-    return float(np.mean(np.asarray(logits).argmax(axis=1) == digits.test_labels))
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracies]}"),
-        console=Console(stderr=True),
-    )
-
-
-def _abstract(param: jax.Array) -> jax.ShapeDtypeStruct:
-    # With its sharding: without one Orbax would return NumPy arrays.
-    return jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=param.sharding)
-
-
-def _save(directory: Path, params: Any, opt_state: Any, *, step: int) -> None:
-    """Writes params and shadow side by side, as two items of one Orbax step."""
-    items = ocp.args.Composite(
-        params=ocp.args.StandardSave(params),
-        shadow=ocp.args.StandardSave(shadow_params(opt_state, params)),
-    )
-    with ocp.CheckpointManager(directory) as manager:
-        manager.save(step, args=items)
-
-
-def _restore(directory: Path, tree: str, like: Any, *, step: int) -> Any:
-    """Returns `params` or `shadow` as arrays like the abstract ones of `like`."""
-    items = ocp.args.Composite(**{tree: ocp.args.StandardRestore(like)})
-    with ocp.CheckpointManager(directory) as manager:
-        return manager.restore(step, args=items)[tree]

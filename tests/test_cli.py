@@ -44,6 +44,8 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]):
         ["demo", "--steps", "2147483648"],
         ["demo", "--seed=-1"],
         ["demo", "--out", ""],
+        ["inspect", ""],
+        ["inspect", "--step=-1"],
     ],
 )
 def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]):

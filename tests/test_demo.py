@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from matplotlib.image import imread
 
-from ema_optax import demo
+from ema_optax import checkpoint, demo
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("training started")
 
-    monkeypatch.setattr(demo, "_train", fail)
+    monkeypatch.setattr(demo.digits, "train", fail)
 
 
 def test_restored_models_are_exactly_the_saved_ones(run: demo.DemoRun):
@@ -42,15 +41,11 @@ def test_the_shadow_does_better(run: demo.DemoRun):
 
 
 def test_both_trees_lie_side_by_side(run: demo.DemoRun):
-    """One Orbax step holds params and shadow, of like shapes and different values."""
+    """One step holds params and shadow, of like shapes and different values."""
     assert run.checkpoint.name == "400"
-    with ocp.CheckpointManager(run.checkpoint.parent.absolute()) as manager:
-        items = manager.restore(
-            400,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(), shadow=ocp.args.StandardRestore()
-            ),
-        )
+    items = {
+        name: checkpoint.restore(run.checkpoint, name) for name in ("params", "shadow")
+    }
     params, shadow = (jax.tree.leaves(items[name]) for name in ("params", "shadow"))
     assert [p.shape for p in params] == [s.shape for s in shadow]
     assert all(not np.array_equal(p, s) for p, s in zip(params, shadow, strict=True))
@@ -58,14 +53,35 @@ def test_both_trees_lie_side_by_side(run: demo.DemoRun):
 
 def test_a_wrong_restore_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A restored tree that is off by a few ulps does not count as exact."""
-    restore = demo._restore
+    restore = checkpoint.restore
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         return jax.tree.map(lambda p: p * (1 + 2**-20), restore(*args, **kwargs))
 
-    monkeypatch.setattr(demo, "_restore", wrong)
+    monkeypatch.setattr(checkpoint, "restore", wrong)
     run = demo.run(steps=2, out=tmp_path, seed=0)
     assert not any(c.exact for c in run.comparisons)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("No space left on device"),
+        checkpoint.CorruptCheckpointError("leaf 'w' is not what was saved"),
+    ],
+)
+def test_a_failing_disk_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """What cannot be saved or read back is a DemoError that says why."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "restore", fail)
+    with pytest.raises(demo.DemoError, match=str(error)) as caught:
+        demo.run(steps=1, out=tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_picture_is_a_png(run: demo.DemoRun):

@@ -11,7 +11,7 @@ import ema_optax
 
 PACKAGE = pathlib.Path(ema_optax.__file__).parent
 
-# Each module, and what it may import of ours.
+# Each module or folder, and what it may import of ours.
 HOUSE = {
     "families": set(),
     "decays": {"families"},
@@ -22,42 +22,64 @@ HOUSE = {
     "states": {"families"},
     "averaging": {"families", "decays", "selection", "states", "storage", "trees"},
     "shadows": {"states", "trees"},
+    "version": set(),
+    "checkpoint": {"families", "shadows", "states", "trees", "version"},
     "plots": set(),
-    "demo": {"averaging", "shadows", "plots"},
-    "cli": {"demo"},
+    "digits": {"averaging", "shadows"},
+    "demo": {"checkpoint", "digits", "plots", "shadows"},
+    "cli": {"checkpoint", "demo"},
     "__main__": {"cli"},
 }
 
 
-def _imported(path):
-    """Returns the modules of ours that a file imports, and the others."""
+def _files(module):
+    """Returns the files of a module: one, or those of its folder."""
+    folder = PACKAGE / module
+    return (
+        sorted(folder.glob("*.py")) if folder.is_dir() else [PACKAGE / f"{module}.py"]
+    )
+
+
+def _imported(module):
+    """Returns the modules of ours that a module imports, and the others."""
     ours, others = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    nodes = [
+        n for path in _files(module) for n in ast.walk(ast.parse(path.read_text()))
+    ]
+    for node in nodes:
         if isinstance(node, ast.Import):
             others |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if module == "ema_optax":
+            name = node.module or ""
+            if name == "ema_optax":
                 ours |= {alias.name for alias in node.names}
-            elif module.startswith("ema_optax."):
-                ours.add(module.removeprefix("ema_optax."))
+            elif name.startswith("ema_optax."):
+                ours.add(name.split(".")[1])
             else:
-                others.add(module)
-    return ours, others
+                others.add(name)
+    return ours - {module}, others
 
 
 def test_every_module_has_its_place():
     """A new file must be written into the house."""
     files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert files == set(HOUSE)
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert files | folders == set(HOUSE)
 
 
 @pytest.mark.parametrize("module", HOUSE)
 def test_imports_run_one_way(module):
     """A module imports only what the house allows, and nobody's private parts."""
-    ours, others = _imported(PACKAGE / f"{module}.py")
+    ours, others = _imported(module)
     assert ours - {"__version__"} <= HOUSE[module]
     assert not [name for name in others if "_src" in name]
+
+
+@pytest.mark.parametrize("module", sorted(set(HOUSE) - {"checkpoint"}))
+def test_only_checkpoint_imports_orbax(module):
+    """Orbax changes often: one folder knows its ways."""
+    _, others = _imported(module)
+    assert not [name for name in others if name.partition(".")[0] == "orbax"]
 
 
 def test_the_house_has_no_cycles():
@@ -72,7 +94,7 @@ def test_the_house_has_no_cycles():
 
 def test_every_file_states_its_responsibility_in_one_line():
     """The first line of a module is a docstring that says what it is for."""
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         first = path.read_text().splitlines()[0]
         assert first.startswith('"""'), path.name
         assert len(first) > 15, path.name
@@ -99,3 +121,19 @@ def test_import_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert set(done.stdout.split()) <= {"ema_optax", *sys.stdlib_module_names}
+
+
+def test_rooms_that_load_on_first_use():
+    """They are there without an import of their own; a missing extra is named."""
+    assert ema_optax.checkpoint.save
+    with pytest.raises(AttributeError, match="no attribute 'chekpoint'"):
+        ema_optax.chekpoint  # noqa: B018 the access is the test
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; import ema_optax\n"
+        "try: ema_optax.plots\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "pip install 'ema-optax[plots]'" in done.stdout

@@ -14,7 +14,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.S | re.M)
     assert len(blocks) >= 3
-    namespace = {}
+    namespace = {"run_folder": tmp_path / "run"}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
 

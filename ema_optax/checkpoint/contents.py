@@ -1,6 +1,7 @@
 """What a step holds: params, shadows and the rest of the state, as trees by name."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ def contents(params: Any, opt_state: Any, extra: Any, version: str) -> Contents:
         "library": LIBRARY,
         "version": version,
         "processes": jax.process_count(),
-        "extra": extra,
+        "extra": _json(extra),
         "averages": _averages(opt_state),
         "trees": {
             name: {
@@ -131,6 +132,17 @@ def _storable(leaf: Any, what: str) -> Any:
 
 def _storable_or_none(leaf: Any) -> Any:
     return None if is_empty(leaf) else _storable(leaf, "a leaf")
+
+
+def _json(extra: Any) -> Any:
+    """Returns `extra` as it will be read, where keys are strings and tuples lists."""
+    try:
+        return json.loads(json.dumps(extra))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"extra must be JSON, to be written into the manifest: {error}. Arrays "
+            "belong into params, or pass array.tolist()."
+        ) from error
 
 
 def _averages(opt_state: Any) -> dict[str, Any]:

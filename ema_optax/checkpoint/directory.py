@@ -1,7 +1,9 @@
 """Functions on a directory: save, restore, resume, describe and verify."""
 
+import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,7 +140,7 @@ def restore(
         like: The model's params, abstract (`jax.eval_shape`) or concrete, of any tree
             type: the result has its structure, shapes, dtypes and shardings. Floats are
             cast to its floats, nothing else is cast. Leaves without a sharding go to
-            the default device. None gives nested dicts.
+            the default device. None gives nested dicts, in the dtypes stored.
         step: Number of the step; None for the newest that was committed.
         rename: Slots of `like` to stored paths, or beginnings of both:
             `{"encoder/kernel": "my_scope/weights"}`. Two slots may take one leaf.
@@ -265,4 +267,9 @@ def _remove_temporary(root: epath.Path, step: int) -> None:
         return
     for path in root.iterdir():
         if path.name.startswith(f"{step}{ocp.step.TMP_DIR_SUFFIX}"):
-            path.rmtree(missing_ok=True)
+            for _ in range(10):  # TensorStore's last writes may make it again
+                with contextlib.suppress(OSError):
+                    path.rmtree(missing_ok=True)
+                time.sleep(0.05)
+                if not path.exists():
+                    break

@@ -60,8 +60,12 @@ def read_manifest(item: epath.Path) -> dict[str, Any]:
 
     Raises:
         CorruptCheckpointError: If it is missing or damaged.
-        ValueError: If a newer version of this library wrote it.
+        ValueError: If a newer version of this library wrote it, or another one.
     """
+    if not (item / FOLDER).is_dir():
+        raise ValueError(
+            f"{item} was not saved by ema_optax, or its folder '{FOLDER}' is gone."
+        )
     manifest = read_sealed(manifest_path(item))
     if manifest["format"] > FORMAT:
         raise ValueError(

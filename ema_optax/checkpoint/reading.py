@@ -57,7 +57,10 @@ def read(
         return found
     for place, leaf in found.items():
         pieces = sums[place.tree].get(place.path, [])
-        wrong = checksums.mismatch(leaf, _stored(described, place)["dtype"], pieces)
+        stored = _stored(described, place)
+        wrong = checksums.mismatch(leaf, stored["dtype"], pieces)
+        if np.shape(leaf) != tuple(stored["shape"]) and stored["kind"][:4] != "key:":
+            wrong = f"it is {np.shape(leaf)}, its manifest says {stored['shape']}"
         if wrong:
             problem = problem or f"leaf '{place.path}' of the {place.tree}: {wrong}"
     if _anywhere(problem is not None):

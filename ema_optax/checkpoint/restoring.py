@@ -207,9 +207,9 @@ def _check_averages(
                 raise ValueError(
                     f"Cannot resume unasked: '{tree}' was averaged with "
                     f"{_decays_text({tree: saved[tree]})}, and would go on with "
-                    f"{decay} at every={record.every}. Pass accept_new_decay=True to keep the "
-                    "shadow and go on so; or restore the params and start with "
-                    "optimizer.init(params): a started shadow is a copy of the params."
+                    f"{decay} at every={record.every}. Pass accept_new_decay=True to "
+                    "keep the shadow and go on so; or restore the params and start "
+                    "with optimizer.init(params), whose shadow is a copy of them."
                 )
 
 

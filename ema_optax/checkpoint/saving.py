@@ -61,7 +61,7 @@ async def start_save(
     signalled = ocp.future.CommitFutureAwaitingContractedSignals(  # pyright: ignore
         describe(), name="ema_optax_manifest"
     )
-    return [*futures, signalled]
+    return [_Together([*futures, signalled])]
 
 
 def save_now(
@@ -102,6 +102,24 @@ def _stores(item: epath.Path, content: Contents) -> list[tuple[epath.Path, Any]]
     """Returns what Orbax saves and where: only two trees, as each has a fixed cost."""
     beside = {name: tree for name, tree in content.trees.items() if name != PARAMS}
     return [(item, content.trees[PARAMS]), (item / manifest.FOLDER, beside)]
+
+
+class _Together:
+    """Futures as one that ends, well or not, when nothing writes any more."""
+
+    def __init__(self, futures: list[Any]) -> None:
+        self._futures = futures
+
+    def result(self, timeout: float | None = None) -> None:
+        """Waits for all of them; raises the first error."""
+        errors = []
+        for future in self._futures:
+            try:
+                future.result(timeout=timeout)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 class _Gate:

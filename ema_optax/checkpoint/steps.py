@@ -12,6 +12,7 @@ from ema_optax.checkpoint.manifest import CorruptCheckpointError
 from ema_optax.checkpoint.reading import Place, read
 
 _STEP_NAME = re.compile(r"(?:.*[^0-9])?([0-9]+)")  # 300, step_300, ckpt-00000300
+_ORBAX_STEP = "_CHECKPOINT_METADATA"  # what Orbax writes into each step
 
 
 class Step(NamedTuple):
@@ -42,7 +43,7 @@ def find_step(directory: Any, step: int | None) -> Step:
         )
     alone = _item_in(root)
     if alone is not None and step is None:
-        return Step(_number(alone.parent if alone == root else root), alone)
+        return Step(_number(_step_folder(alone)), alone)
     found = _steps(root)
     if not found:
         raise FileNotFoundError(
@@ -66,7 +67,7 @@ def find_step(directory: Any, step: int | None) -> Step:
 
 def explained(item: epath.Path, error: CorruptCheckpointError) -> Exception:
     """Returns an error that names the step and the newest older one that is whole."""
-    step = item if _number(item) is not None else item.parent
+    step = _step_folder(item)
     number, root = _number(step), step.parent
     if number is None:
         return error
@@ -86,7 +87,7 @@ def newest_whole(root: epath.Path, *, before: int) -> int | None:
     found = _steps(root)
     for number in sorted((n for n in found if n < before), reverse=True):
         item = _item_in(found[number])
-        if item is not None and damage(item) is None:
+        if item is not None and _is_whole(item):
             return number
     return None
 
@@ -103,9 +104,14 @@ def damage(item: epath.Path) -> str | None:
         read(item, described, everything, verify=True)
     except CorruptCheckpointError as error:
         return str(error)
-    except ValueError as error:  # a newer format: whole or not, it cannot be read
-        return str(error)
     return None
+
+
+def _is_whole(item: epath.Path) -> bool:
+    try:
+        return damage(item) is None
+    except ValueError:  # a newer format: whole or not, it cannot be read
+        return False
 
 
 def _absolute(directory: Any) -> epath.Path:
@@ -130,12 +136,22 @@ def _number(path: epath.Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def _step_folder(item: epath.Path) -> epath.Path:
+    """Returns the folder of the step of an item, which may be the item itself."""
+    if (item.parent / _ORBAX_STEP).exists():
+        return item.parent
+    is_step = (item / _ORBAX_STEP).exists() or _number(item) is not None
+    return item if is_step else item.parent
+
+
 def _item_in(folder: epath.Path) -> epath.Path | None:
     """Returns the item of ours that a step is or holds, whatever it is called."""
     if (folder / manifest.FOLDER).is_dir():
         return folder
     names = ("default", "state", PARAMS)  # the usual ones first
-    for path in (*(folder / name for name in names), *sorted(folder.iterdir())):
+    is_run = not (folder / _ORBAX_STEP).exists()  # what it holds are no items
+    others = [] if is_run else sorted(folder.iterdir())
+    for path in (*(folder / name for name in names), *others):
         if (path / manifest.FOLDER).is_dir():
             return path
     return None

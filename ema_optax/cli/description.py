@@ -1,0 +1,120 @@
+"""A checkpoint's description, as tables for people and as JSON for programs.
+
+Names and `extra` in a manifest are whatever its writer chose. They are never read as
+markup, and what could steer a terminal or reorder a line is written as an escape.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ema_optax.checkpoint import Description, Tree
+from ema_optax.cli.parsing import printable
+
+
+def print_tables(found: Description, *, leaves: bool = False) -> None:
+    """Prints a description, with a table of its trees.
+
+    Args:
+        found: What `checkpoint.describe` returned.
+        leaves: Whether to print a table of all leaves too.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 100_000  # a file or a pipe has no width to wrap at
+    between = "\n" if console.is_terminal else ", "
+    number = "not in the path" if found.step is None else found.step
+    for what, value in (
+        ("Step", f"{number}"),
+        ("Path", found.path),
+        ("Written by", f"ema_optax {found.version}, format {found.format}"),
+        ("Extra", "" if found.extra is None else json.dumps(found.extra)),
+    ):
+        if value:
+            console.out(f"{what + ':':<11} {printable(value)}", highlight=False)
+
+    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("tree", "leaves", "size", "dtypes", "decay", "every", "count"):
+        is_number = column in ("leaves", "size", "every", "count")
+        table.add_column(
+            column, justify="right" if is_number else "left", overflow="fold"
+        )
+    for name, tree in _trees(found).items():
+        table.add_row(
+            printable(name),
+            f"{len(tree.leaves):,}",
+            decimal(tree.bytes),
+            between.join(map(printable, _dtypes(tree))),
+            *_average(name, tree),
+        )
+    console.print(table)
+    if not leaves:
+        return
+    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("tree", "path", "shape", "dtype"):
+        table.add_column(column, overflow="fold")
+    for name, tree in _trees(found).items():
+        for path, leaf in tree.leaves.items():
+            cells = (name, path, f"{leaf.shape}", leaf.dtype)
+            table.add_row(*map(printable, cells))
+        table.add_section()
+    console.print(table)
+
+
+def as_json(found: Description, *, whole: bool | None = None) -> str:
+    """Returns a description as JSON text, all leaves included.
+
+    Args:
+        found: What `checkpoint.describe` returned.
+        whole: What `checkpoint.verify` found, or None if it was not asked.
+    """
+    return json.dumps(
+        {
+            "step": found.step,
+            "path": found.path,
+            "version": found.version,
+            "format": found.format,
+            "trees": {name: _tree(tree) for name, tree in found.trees.items()},
+            "state": _tree(found.state),
+            "extra": found.extra,
+            "whole": whole,
+        },
+        indent=2,
+    )
+
+
+def _trees(found: Description) -> Mapping[str, Tree]:
+    return {**found.trees, "state": found.state}
+
+
+def _dtypes(tree: Tree) -> list[str]:
+    return sorted({leaf.dtype for leaf in tree.leaves.values()})
+
+
+def _average(name: str, tree: Tree) -> tuple[str, str, str]:
+    """Returns the cells of decay, every and count, which only a shadow has."""
+    if not name.startswith("shadow"):
+        return "", "", ""
+    decay = "not recorded" if tree.decay is None else printable(str(tree.decay))
+    every = "" if tree.every is None else f"{tree.every:,}"
+    count = f"{tree.count:,}" if isinstance(tree.count, int) else str(tree.count)
+    return decay, every, printable(count)
+
+
+def _tree(tree: Tree) -> dict[str, Any]:
+    return {
+        "bytes": tree.bytes,
+        "dtypes": _dtypes(tree),
+        "decay": None if tree.decay is None else json.loads(tree.decay.to_json()),
+        "every": tree.every,
+        "count": tree.count,
+        "leaves": {
+            path: {"shape": list(leaf.shape), "dtype": leaf.dtype}
+            for path, leaf in tree.leaves.items()
+        },
+    }

@@ -1,0 +1,59 @@
+"""Two processes save and restore together; one process reads what they wrote."""
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ema_optax import checkpoint
+
+SCRIPT = pathlib.Path(__file__).parent / "two_processes.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes of two devices each wrote, after all their own checks."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(rank), str(port), folder],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+        assert output.endswith("done\n")
+    return folder
+
+
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_one_process_reads_what_two_wrote(folder, version):
+    """Resharded onto this process's one device, verified, the same bits."""
+    like = {"w": jax.ShapeDtypeStruct((8, 1200), jnp.float32)}
+    step = 1 if version == "v0" else 2  # the other was damaged on purpose
+    restored = checkpoint.restore(folder / version, like=like, step=step)
+    np.testing.assert_array_equal(restored["w"], np.load(folder / "shadow.npy"))
+    found = checkpoint.describe(folder / version, step=step)
+    assert found.trees["shadow"].count == 3
+
+
+def test_one_process_finds_the_damage_too(folder):
+    """The pieces of both processes are compared."""
+    with pytest.raises(checkpoint.CorruptCheckpointError, match="leaf 'w' of the shad"):
+        checkpoint.verify(folder / "v0", step=2)

@@ -1,0 +1,121 @@
+"""One of two processes that train, save and restore together; run by test_processes.
+
+python two_processes.py RANK PORT FOLDER
+"""
+
+import os
+import pathlib
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import absl.logging
+import jax
+
+RANK, PORT, FOLDER = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
+absl.logging.set_verbosity("fatal")
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{PORT}", 2, RANK)
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1
+
+import ema_optax
+from ema_optax import checkpoint
+
+DEVICES = np.array(jax.devices())
+LINE = Mesh(DEVICES, ("x",))
+SQUARE = Mesh(DEVICES.reshape(2, 2), ("x", "y"))
+CROSSED = Mesh(DEVICES.reshape(2, 2).T, ("x", "y"))  # shards span both processes
+ROWS = NamedSharding(LINE, PartitionSpec("x"))
+EVERYWHERE = NamedSharding(LINE, PartitionSpec())
+SHAPE = (8, 1200)  # large enough for data files: small values lie in checked nodes
+
+
+def whole(tree):
+    """Returns a tree of arrays in full, on every process."""
+    return jax.tree.map(
+        lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree
+    )
+
+
+def train(optimizer):
+    """Three updates of sharded params."""
+
+    def init():
+        return {"w": jax.random.normal(jax.random.key(0), SHAPE), "b": jnp.ones(3)}
+
+    params = jax.jit(init, out_shardings={"w": ROWS, "b": EVERYWHERE})()
+    shapes = jax.eval_shape(optimizer.init, params)
+    shardings = jax.tree.map(lambda x: ROWS if x.ndim == 2 else EVERYWHERE, shapes)
+    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(jnp.cos, params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state)
+    return params, state
+
+
+def main():
+    """Saves under v0 and v1, restores onto other meshes, and meets damage."""
+    optimizer = optax.chain(optax.adam(0.1), ema_optax.ema_params(0.9))
+    params, state = train(optimizer)
+    shadow = whole(ema_optax.shadow_params(state, params))
+    with ocp.CheckpointManager(FOLDER / "v0") as manager:
+        for number in (1, 2):
+            manager.save(number, args=checkpoint.EmaSave(params, state))
+        manager.wait_until_finished()
+    v1.save_checkpointables(
+        FOLDER / "v1" / "2", {"default": checkpoint.EmaSave(params, state)}
+    )
+    for folder in (FOLDER / "v0", FOLDER / "v1"):
+        for mesh, spec in (
+            (LINE, PartitionSpec("x")),
+            (LINE, PartitionSpec(None, "x")),
+            (SQUARE, PartitionSpec("x", "y")),
+            (CROSSED, PartitionSpec("x", "y")),
+            (SQUARE, PartitionSpec("y")),
+        ):
+            sharding = NamedSharding(mesh, spec)
+            like = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=sharding)}
+            restored = checkpoint.restore(folder, like=like)
+            assert restored["w"].sharding == sharding
+            np.testing.assert_array_equal(whole(restored)["w"], shadow["w"])
+        resumed = checkpoint.resume(folder, params, state)
+        for a, b in zip(
+            jax.tree.leaves(resumed), jax.tree.leaves((params, state)), strict=True
+        ):
+            assert a.sharding == b.sharding
+            np.testing.assert_array_equal(whole(a), whole(b))
+
+    multihost_utils.sync_global_devices("before damage")
+    if RANK == 0:  # in a piece that the other process wrote
+        needle = shadow["w"][6:8].tobytes()
+        files = [p for p in (FOLDER / "v0" / "2").rglob("*") if p.is_file()]
+        (path,) = [p for p in files if needle in p.read_bytes()]
+        data = bytearray(path.read_bytes())
+        data[data.index(needle) + 5] ^= 4
+        path.write_bytes(data)
+    multihost_utils.sync_global_devices("after damage")
+    for spec in (PartitionSpec("x"), PartitionSpec(None, "x")):
+        sharding = NamedSharding(LINE, spec)
+        like = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=sharding)}
+        with pytest.raises(checkpoint.CorruptCheckpointError, match="whole is 1"):
+            checkpoint.restore(FOLDER / "v0", like=like)
+    if RANK == 0:
+        np.save(FOLDER / "shadow.npy", shadow["w"])
+    print("done")
+
+
+main()
