@@ -19,6 +19,7 @@ import os
 import pathlib
 import platform
 import statistics
+import sys
 import tempfile
 import time
 
@@ -124,7 +125,7 @@ def run_round(trees, variants, rows, figures):
             figures[name]["files"].append(len(sizes))
         for i, row in enumerate(rows):
             for name, manager in managers.items():
-                asked = restores(trees, ours=variants[name] is None)[i]
+                asked = restores(trees, variants[name] is None)[i]
                 before, start = bytes_read(), time.perf_counter()
                 for args in asked:
                     jax.block_until_ready(manager.restore(0, args=args))
@@ -218,7 +219,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     quick = "a small tree and 4 rounds, in seconds: shows that it runs"
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--rounds", type=int, default=16, help="half for the storage")
+    parser.add_argument("--rounds", type=int, default=10, help="half for the storage")
     parser.add_argument("--out", help="Markdown file to write as well")
     args = parser.parse_args(argv)
     rounds = 4 if args.quick else args.rounds
@@ -236,6 +237,7 @@ def main(argv=None):
         "neighbouring runs, with their quartiles.",
     ]
     for shapes in [QUICK] if args.quick else [LARGE, SMALL]:
+        print(f"{4 * len(shapes)} leaves …", file=sys.stderr, flush=True)
         trees, two = Trees(shapes, optax.adam(1e-3)), Trees(shapes, optax.sgd(1e-3))
         warm_up = not args.quick
         figures = measure(trees, PEERS, RESTORES, rounds, warm_up)

@@ -64,9 +64,9 @@ def difference(ours: Any, theirs: Any, names: tuple[str, str]) -> str | None:
             alone = [path for path in mine if path not in set(other)]
             if alone:
                 more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-                return f"only the {name} have a leaf at '{alone[0]}'{more}"
+                return f"'{alone[0]}'{more} is only in the {name}"
         return (
-            f"the {names[0]} are built of {our_structure} and the {names[1]} of "
+            f"the {names[0]} is built of {our_structure} and the {names[1]} of "
             f"{their_structure}, with the same leaves"
         )[:600]
     for path, mine, other in zip(our_paths, our_leaves, their_leaves, strict=True):
@@ -74,7 +74,7 @@ def difference(ours: Any, theirs: Any, names: tuple[str, str]) -> str | None:
             continue
         if is_placeholder(other) or jnp.shape(mine) != jnp.shape(other):
             return (
-                f"at '{path}' the {names[0]} are {describe(mine)} and the {names[1]} "
-                f"{describe(other)}"
+                f"'{path}' is {describe(mine)} in the {names[0]} and {describe(other)} "
+                f"in the {names[1]}"
             )
     return None

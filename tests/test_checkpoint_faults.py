@@ -592,3 +592,25 @@ def test_format_1_is_described():
     assert found.trees["shadow/slow"].bytes == 4 * (6 + 3 + 1 + 2)
     older = checkpoint.describe(format_1.FOLDER, step=100).trees["shadow"]
     assert (older.decay, older.count) == (ema_optax.warmup(0.999), 100)
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ([], "no format"),
+        ({"format": "1"}, "no format"),
+        ({"format": 1, "version": "0.1.0"}, "'processes' is missing"),
+        (
+            {"format": 1, "version": "", "processes": 1, "averages": {}, "trees": {}},
+            "no tree 'params'",
+        ),
+    ],
+)
+def test_a_sealed_manifest_that_says_nothing(tmp_path, content, wrong):
+    """Well sealed and yet no manifest: damage, said in one line."""
+    state = ema_optax.ema_params(0.9).init({"w": jnp.ones(2)})
+    checkpoint.save(tmp_path, {"w": jnp.ones(2)}, state)
+    item = epath.Path(tmp_path / "0" / "default")
+    manifest.write_sealed(manifest.manifest_path(item), content)
+    with pytest.raises(checkpoint.CorruptCheckpointError, match=wrong):
+        checkpoint.describe(tmp_path)

@@ -91,9 +91,13 @@ def test_params_that_look_like_named_shadows_are_params():
             r"no shadow .*optax.chain\(optimizer, ema",
         ),
         (None, None, "no shadow in this NoneType"),
-        (_state(), {"w": jnp.ones(3), "n": 1}, r"at 'w' .*float32\[2\].*float32\[3\]"),
-        (_state(), {"v": jnp.ones(2), "n": 1}, "only the shadow have a leaf at 'w'"),
-        (_state(), [jnp.ones(2), 1], "only the shadow have a leaf at 'n' and 1 more"),
+        (
+            _state(),
+            {"w": jnp.ones(3), "n": 1},
+            r"'w' is float32\[2\] in.*float32\[3\] in",
+        ),
+        (_state(), {"v": jnp.ones(2), "n": 1}, "'w' is only in the shadow"),
+        (_state(), [jnp.ones(2), 1], "'n' and 1 more is only in the shadow"),
     ],
 )
 def test_what_does_not_fit_is_named(state, params, wrong):

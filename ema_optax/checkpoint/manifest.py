@@ -67,6 +67,11 @@ def read_manifest(item: epath.Path) -> dict[str, Any]:
             f"{item} was not saved by ema_optax, or its folder '{FOLDER}' is gone."
         )
     manifest = read_sealed(manifest_path(item))
+    wrong = _malformed(manifest)
+    if wrong:
+        raise CorruptCheckpointError(
+            f"{manifest_path(item)} is no manifest of ema_optax: {wrong}."
+        )
     if manifest["format"] > FORMAT:
         raise ValueError(
             f"{item} has format {manifest['format']}, this version of ema_optax reads "
@@ -84,6 +89,38 @@ def read_checksums(item: epath.Path, manifest: Mapping[str, Any]) -> dict[str, A
             for path, pieces in leaves.items():
                 merged[name].setdefault(path, []).extend(pieces)
     return merged
+
+
+_KEYS = {
+    "format": int,
+    "version": str,
+    "processes": int,
+    "averages": dict,
+    "trees": dict,
+}
+
+
+def _malformed(manifest: Any) -> str | None:
+    """Returns what a manifest lacks to be read at all, or None."""
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        return "it states no format"
+    if manifest["format"] > FORMAT:
+        return None  # a newer one may be built differently
+    for key, kind in _KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            return f"'{key}' is missing or no {kind.__name__}"
+    for name in ("params", "state"):
+        if name not in manifest["trees"]:
+            return f"it has no tree '{name}'"
+    for name, tree in manifest["trees"].items():
+        if not isinstance(tree, dict) or not {"structure", "leaves"} <= set(tree):
+            return f"its tree '{name}' has no structure or no leaves"
+        for path, leaf in tree["leaves"].items():
+            if not isinstance(leaf, dict) or not {"shape", "dtype", "kind"} <= set(
+                leaf
+            ):
+                return f"leaf '{path}' of '{name}' lacks shape, dtype or kind"
+    return None
 
 
 def _seal(text: str) -> str:

@@ -42,8 +42,10 @@ def find_step(directory: Any, step: int | None) -> Step:
             "checkpoint.save or the CheckpointManager was given."
         )
     alone = _item_in(root)
-    if alone is not None and step is None:
-        return Step(_number(_step_folder(alone)), alone)
+    if alone is not None:
+        number = _number(_step_folder(alone))
+        if step in (None, number):
+            return Step(number, alone)
     found = _steps(root)
     if not found:
         raise FileNotFoundError(
