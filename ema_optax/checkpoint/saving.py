@@ -44,10 +44,7 @@ async def start_save(
                 cast(Any, _Gated(folder, gate)), args=ocp.args.PyTreeSave(tree)
             )
             futures += started or []
-        pieces = {
-            name: {path: checksums.host_pieces(leaf) for path, leaf in leaves.items()}
-            for name, leaves in content.leaves.items()
-        }
+        pieces = _host_pieces(content)
     except BaseException:
         gate.broken = True
         raise
@@ -70,11 +67,7 @@ def save_now(
     """Saves without a background part."""
     for folder, tree in _stores(item, content):
         handler.save(folder, args=ocp.args.PyTreeSave(tree))
-    pieces = {
-        name: {path: checksums.host_pieces(leaf) for path, leaf in leaves.items()}
-        for name, leaves in content.leaves.items()
-    }
-    write_sidecars(item, content, pieces)
+    write_sidecars(item, content, _host_pieces(content))
 
 
 def write_sidecars(item: epath.Path, content: Contents, pieces: dict[str, Any]) -> None:
@@ -96,6 +89,14 @@ def finalize(item: epath.Path, handler: ocp.PyTreeCheckpointHandler) -> None:
     """Merges what the processes wrote; on process 0, once all have written."""
     for folder in (item, item / manifest.FOLDER):
         handler.finalize(folder)
+
+
+def _host_pieces(content: Contents) -> dict[str, Any]:
+    """Returns tree → path → what this process writes of that leaf."""
+    return {
+        name: {path: checksums.host_pieces(leaf) for path, leaf in leaves.items()}
+        for name, leaves in content.leaves.items()
+    }
 
 
 def _stores(item: epath.Path, content: Contents) -> list[tuple[epath.Path, Any]]:
