@@ -18,11 +18,10 @@ from ema_optax.checkpoint import checksums, manifest
 from ema_optax.checkpoint.contents import PARAMS, Contents
 
 
-# Measured in benchmarks/checkpoints.py: compression is what costs time in Orbax's
-# default, and saves 8 % of float32 weights; without it save and restore take about half
-# and need no memory of their own. One file a leaf instead of OCDBT is as fast for large
-# leaves and 1.6 times slower for a thousand small ones. One chunk a shard: smaller only
-# cost.
+# Measured in benchmarks/checkpoints.py: compression, Orbax's default, makes float32
+# weights 8 % smaller; without it save and restore take two thirds to four fifths of the
+# time. One file a leaf instead of OCDBT is within noise for large leaves, 1.2 times
+# slower for a thousand small ones, and makes two files a leaf. One chunk a shard.
 def tree_handler() -> ocp.PyTreeCheckpointHandler:
     """Returns the Orbax handler that stores one tree as we store it."""
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
