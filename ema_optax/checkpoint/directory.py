@@ -16,7 +16,7 @@ from ema_optax.checkpoint import manifest
 from ema_optax.checkpoint.contents import STATE
 from ema_optax.checkpoint.handler import EmaRestore, EmaResume, EmaSave
 from ema_optax.checkpoint.manifest import CorruptCheckpointError
-from ema_optax.checkpoint.steps import damage, explained, find_step
+from ema_optax.checkpoint.steps import absolute, damage, explained, find_step
 from ema_optax.families import Decay
 
 
@@ -98,7 +98,7 @@ def save(
     ...     restore(folder, "shadow", like=params)
     {'w': Array([1., 1.], dtype=float32)}
     """
-    root = epath.Path(directory).expanduser().absolute()
+    root = absolute(directory)
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be a whole number ≥ 0, got {step!r}.")
     if (root / str(step)).exists():

@@ -57,7 +57,7 @@ def read(
         return found
     for place, leaf in found.items():
         pieces = sums[place.tree].get(place.path, [])
-        stored = _stored(described, place)
+        stored = stored_leaf(described, place)
         wrong = checksums.mismatch(leaf, stored["dtype"], pieces)
         if np.shape(leaf) != tuple(stored["shape"]) and stored["kind"][:4] != "key:":
             wrong = f"it is {np.shape(leaf)}, its manifest says {stored['shape']}"
@@ -80,7 +80,8 @@ def _stores(
     return [(item, params), (item / manifest.FOLDER, structures)]
 
 
-def _stored(described: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
+def stored_leaf(described: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
+    """Returns what a manifest says of a leaf: its shape, dtype and kind."""
     return described["trees"][place.tree]["leaves"][place.path]
 
 
@@ -128,7 +129,7 @@ def _read_leaves(
     def arguments(slot: Any) -> Any:
         if not isinstance(slot, _Slot):
             return ocp.RestoreArgs()
-        stored, sharding = _stored(described, slot.place), wanted[slot.place]
+        stored, sharding = stored_leaf(described, slot.place), wanted[slot.place]
         if sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray)
         if stored["kind"].startswith("key:"):

@@ -20,7 +20,7 @@ from ema_optax.checkpoint.contents import (
     shadow_trees,
     split,
 )
-from ema_optax.checkpoint.reading import Place, read
+from ema_optax.checkpoint.reading import Place, read, stored_leaf
 from ema_optax.families import Decay
 from ema_optax.states import record_of
 
@@ -53,7 +53,7 @@ def restore_tree(
     places = _places(slots, sources, rename or {}, tree)
     wanted = {}
     for slot, place in places.items():
-        _check_fits(_leaf(described, place), slots[slot], slot, exact=False)
+        _check_fits(stored_leaf(described, place), slots[slot], slot, exact=False)
         wanted.setdefault(place, _sharding(slots[slot]))
     found = read(item, described, _readable(described, wanted), verify=verify)
     leaves = [
@@ -225,10 +225,6 @@ def _called(tree: str) -> str:
     return "optimizer state" if tree == STATE else tree
 
 
-def _leaf(described: Mapping[str, Any], place: Place) -> Mapping[str, Any]:
-    return described["trees"][place.tree]["leaves"][place.path]
-
-
 def _check_fits(
     stored: Mapping[str, Any], target: Any, slot: str, *, exact: bool
 ) -> None:
@@ -280,7 +276,7 @@ def _readable(
     """Has NumPy read what JAX cannot hold, or what was a number or NumPy array."""
 
     def how(place: Place, sharding: Any) -> Any:
-        stored = _leaf(described, place)
+        stored = stored_leaf(described, place)
         if stored["kind"].startswith("key:"):
             return sharding or _default_sharding()
         wide = jax.dtypes.canonicalize_dtype(jnp.dtype(stored["dtype"]))

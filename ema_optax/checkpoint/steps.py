@@ -34,7 +34,7 @@ def find_step(directory: Any, step: int | None) -> Step:
         FileNotFoundError: If there is no such step.
         ValueError: If the newest step was not saved by this library.
     """
-    root = _absolute(directory)
+    root = absolute(directory)
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise FileNotFoundError(
@@ -116,7 +116,8 @@ def _is_whole(item: epath.Path) -> bool:
         return False
 
 
-def _absolute(directory: Any) -> epath.Path:
+def absolute(directory: Any) -> epath.Path:
+    """Returns a directory as Orbax wants it, with `~` replaced."""
     return epath.Path(directory).expanduser().absolute()
 
 

@@ -27,7 +27,7 @@ def add(commands: parsing.Commands) -> None:
         examples=(
             "  ema-optax demo\n"
             "  ema-optax demo --steps 300 --seed 4\n"
-            "  ema-optax demo --out /tmp/digits"
+            "  ema-optax demo --out runs/digits"
         ),
     )
     parser.add_argument(
