@@ -21,8 +21,8 @@ from ema_optax.checkpoint.contents import PARAMS, Contents, is_key
 
 
 # Measured in benchmarks/checkpoints.py: compression, Orbax's default, makes float32
-# weights 8 % smaller; without it save and restore take two thirds to four fifths of the
-# time. One file a leaf instead of OCDBT is within noise for large leaves, 1.2 times
+# weights 8 % smaller; without it save and restore take three quarters of the time. One
+# file a leaf instead of OCDBT is within noise for large leaves, 1.2 times
 # slower for a thousand small ones, and makes two files a leaf. One chunk a shard.
 def tree_handler() -> ocp.PyTreeCheckpointHandler:
     """Returns the Orbax handler that stores one tree as we store it."""
