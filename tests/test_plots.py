@@ -1,10 +1,13 @@
 """Pictures: what the axes hold."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from matplotlib.colors import rgb_to_hsv, to_rgb
 from matplotlib.figure import Figure
 
+import ema_optax
 from ema_optax import plots
 
 STEPS, RAW, SHADOW = [10, 20, 30], [0.90, 0.95, 0.93], [0.91, 0.94, 0.97]
@@ -80,3 +83,127 @@ def test_values_that_do_not_fit_the_steps_are_refused(steps, raw, shadow):
     """Nothing to draw, or not one value of each kind a step, is an error."""
     with pytest.raises(ValueError, match="one accuracy of each kind"):
         plots.accuracy_over_steps(steps, raw, shadow)
+
+
+SIX = {f"half-life {n}": ema_optax.half_life(n) for n in (5, 10, 20, 30, 40, 50)}
+
+
+def areas(line) -> np.ndarray:
+    """Returns the area under each step of a curve."""
+    x, y = line.get_xdata(), line.get_ydata()
+    assert line.get_drawstyle() == "steps-pre"  # y[i] holds from x[i − 1] to x[i]
+    return np.diff(x) * y[1:]
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_profiles_draws_the_weights_as_areas(every: int):
+    """In a run one unit wide the area since the last fold is the weight of a fold."""
+    decay = ema_optax.power(0.1)
+    (line,) = plots.profiles({"a": decay}, 100, every=every).get_lines()
+    run = ema_optax.profile(decay, 100, every)
+    folds = np.arange(every, 101, every)
+    # 100 updates are 14 folds of 7 and two updates without any weight.
+    weights = np.append(run.weights[folds - 1], [0.0] if every == 7 else [])
+    edges = np.append(folds, [100] if every == 7 else [])
+    np.testing.assert_array_equal(line.get_xdata(), np.append(0, edges))
+    np.testing.assert_allclose(areas(line) / 100, weights, rtol=1e-9, atol=1e-15)
+
+
+def test_profiles_of_a_long_run_stay_small():
+    """At most a thousand parts, each with the whole weight of the folds in it."""
+    steps, every = 123_456, 10
+    decay = ema_optax.half_life(20_000)
+    (line,) = plots.profiles(decay, steps, every=every).get_lines()
+    run = ema_optax.profile(decay, steps, every)
+    until = np.cumsum(run.weights)
+    edges = line.get_xdata()
+    assert 500 < len(edges) <= 1002
+    assert (edges[0], edges[-1]) == (0, steps)
+    whole = edges[1:].astype(int) - 1
+    np.testing.assert_allclose(np.cumsum(areas(line)) / steps, until[whole], rtol=1e-9)
+
+
+def test_profiles_marks_and_tells_the_mean_age():
+    """A marker of the line's own colour at steps − mean age; figures in the legend."""
+    ax = plots.profiles({"a": ema_optax.constant(0.98), "b": 0.9}, 100)
+    run = ema_optax.profile(ema_optax.constant(0.98), 100)
+    marker, _ = ax.collections
+    ((x, y),) = marker.get_offsets()
+    assert x == pytest.approx(100 - run.mean_age, rel=1e-12)
+    # The curve there: weight of that update of 100.
+    assert y == pytest.approx(100 * run.weights[int(np.ceil(x)) - 1], rel=1e-9)
+    line, _ = ax.get_lines()
+    assert np.allclose(marker.get_facecolor()[0][:3], to_rgb(line.get_color()))
+    legend = ax.get_legend()
+    assert legend is not None
+    first, second = (text.get_text() for text in legend.get_texts())
+    # 0.98^100 = 13.26 %; 49·(1 − 0.98^100) = 42.50
+    assert first == "a: mean age 43 (42.5%), 13.3% on the initial params"
+    assert second.startswith("b: mean age ")
+    assert "initial" not in second
+
+
+def test_profiles_differ_without_colour():
+    """Six curves with six dash patterns, markers and colours, and lightnesses apart."""
+    ax = plots.profiles(SIX, 1000)
+    lines = ax.get_lines()
+    assert [line.get_label().split(":")[0] for line in lines] == list(SIX)
+    assert len({line.get_marker() for line in lines}) == 6
+    assert len({line.get_color() for line in lines}) == 6
+    assert len({str(style["linestyle"]) for style in plots._CURVES}) == 6
+    luminance = [np.dot(to_rgb(ln.get_color()), (0.21, 0.72, 0.07)) for ln in lines]
+    assert all(abs(a - b) > 0.02 for a, b in combinations(luminance, 2))
+    assert max(luminance) < 0.75  # yellow would vanish on white
+
+
+def test_profiles_says_what_it_shows():
+    """Axes from zero to the length of the run, and labels with their units."""
+    ax = plots.profiles(ema_optax.power(0.1), 2000)
+    assert ax.get_xlim() == (0, 2000)
+    assert ax.get_ylim()[0] == 0
+    assert ax.get_title(loc="left")
+    assert "updates" in ax.get_xlabel()
+    assert "plain mean = 1" in ax.get_ylabel()
+    (line,) = ax.get_lines()
+    assert line.get_label().startswith("power(exponent=6.9")
+
+
+def test_a_profile_too_narrow_to_draw_whole_says_so():
+    """It is cut off where the others end, with its height in the legend."""
+    decays = {"mean": ema_optax.uniform(), "short": ema_optax.constant(0.9)}
+    ax = plots.profiles(decays, 10_000)
+    assert ax.get_ylim() == (0, pytest.approx(1.08))
+    mean, short = ax.get_lines()
+    assert "cut off" not in mean.get_label()
+    assert short.get_label().endswith("cut off: reaches 1,000")  # (1 − 0.9)·10,000
+    for marker in ax.collections:
+        assert marker.get_offsets()[0][1] == pytest.approx(1)
+    # One fold of ten updates has 1 − 0.9¹⁰ = 0.651 of the weight.
+    _, short = plots.profiles(decays, 10_000, every=10).get_lines()
+    assert short.get_label().endswith("cut off: reaches 651")
+    # Less than twenty times a typical peak is drawn whole: (1 − 0.9)·150 = 15.
+    assert plots.profiles(decays, 150).get_ylim() == (0, pytest.approx(1.08 * 15))
+
+
+def test_profiles_without_a_fold():
+    """All on the initial params: a flat line, and no warning."""
+    ax = plots.profiles(0.9, 5, every=10)
+    (line,) = ax.get_lines()
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 0], [5, 0]])
+    assert line.get_label().endswith("100.0% on the initial params")
+    assert plots.profiles({"a": 0.9}, 1).get_xlim() == (0, 1)
+
+
+def test_profiles_draws_on_axes_passed_in():
+    """A caller's own axes come back, with nothing else made in their figure."""
+    figure = Figure()
+    ax = figure.add_subplot()
+    assert plots.profiles(0.9, 10, ax=ax) is ax
+    assert figure.axes == [ax]
+
+
+@pytest.mark.parametrize("decays", [{}, SIX | {"one more": 0.9}])
+def test_profiles_refuses_what_cannot_be_told_apart(decays):
+    """None at all, or more than six."""
+    with pytest.raises(ValueError, match=f"one to 6 decays.*got {len(decays)}"):
+        plots.profiles(decays, 10)

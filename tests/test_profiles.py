@@ -42,7 +42,7 @@ def test_the_closed_forms_of_a_constant_decay():
 
 
 @pytest.mark.parametrize("every", [1, 10, 100])
-@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("width", [0.03, 0.05, 0.1, 0.15, 0.2])
 def test_power_has_the_width_asked_for(width, every):
     """Within .003 over 20,000 steps, however rarely it folds."""
     run = ema_optax.profile(ema_optax.power(width), 20_000, every)

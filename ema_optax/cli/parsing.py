@@ -40,14 +40,13 @@ def add_command(
     return parser
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """Returns a parser of whole numbers from `lowest` up to what an int32 holds."""
+def at_least(lowest: int, *, at_most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Returns a parser of whole numbers; JAX counts in int32, hence the default."""
 
     def parse(text: str) -> int:
-        highest = 2**31 - 1  # JAX counts in int32
-        if not text.strip().isdecimal() or not lowest <= int(text) <= highest:
+        if not text.strip().isdecimal() or not lowest <= int(text) <= at_most:
             raise argparse.ArgumentTypeError(
-                f"needs a whole number from {lowest} to {highest}, got {text!r}"
+                f"needs a whole number from {lowest} to {at_most}, got {text!r}"
             )
         return int(text)
 
@@ -68,8 +67,13 @@ def place(text: str) -> str:
 
 def fail(line: str) -> int:
     """Prints one line on stderr and returns the exit code of a failure."""
-    print(printable(line), file=sys.stderr)
+    tell(line)
     return 1
+
+
+def tell(line: str) -> None:
+    """Prints one line on stderr."""
+    print(printable(line), file=sys.stderr)
 
 
 def printable(text: str) -> str:
