@@ -1,18 +1,20 @@
 """The transform that averages the params, its states, and the bare fold."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 
-from ema_optax import selection, storage, trees
+from ema_optax import folding, selection, storage, trees
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.families import Decay, check_decay, check_wide_enough
 from ema_optax.states import EmaParamsState, state_type
+
+_STATIC = ("every", "overwrite_every")  # for optax.inject_hyperparams
 
 
 def ema_params(
@@ -71,9 +73,11 @@ def ema_params(
     Array([0.9181818], dtype=float32)
     """
     decays = _decays_by_name(decay)
-    every = _check_period(every, "every")
+    every = folding.check_period(every, "every", _STATIC)
     if overwrite_every is not None:
-        overwrite_every = _check_period(overwrite_every, "overwrite_every")
+        overwrite_every = folding.check_period(
+            overwrite_every, "overwrite_every", _STATIC
+        )
         if len(decays) > 1:
             raise ValueError(
                 f"overwrite_every writes one shadow into the params, got "
@@ -95,51 +99,19 @@ def ema_params(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, EmaParamsState]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "ema_params averages the params and was called without them. Call "
-                "optimizer.update(updates, state, params)."
-            )
-        shadows = _shadows_by_name(state.shadow, decays, several)
-        columns = [_matching_leaves(shadow, params) for shadow in shadows]
-        old, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
-        deltas = _matching_updates(updates, structure)
-        averaged = [
-            i for i, leaf in enumerate(columns[0]) if not trees.is_placeholder(leaf)
-        ]
-        new = [optax.apply_updates(old[i], deltas[i]) for i in averaged]
-        kept = [[column[i] for i in averaged] for column in columns]
+        folding.require_params(params, "ema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
-
-        def fold(kept: list[list[Any]], new: list[Any]) -> list[list[Any]]:
-            seeds = iter(storage.fold_seeds(count, len(decays) * len(averaged)))
-            folded = []
-            for each_decay, leaves in zip(decays.values(), kept, strict=True):
-                weight = storage.split_weight(each_decay.newest_weight(count, every))
-                pairs = zip(leaves, new, strict=True)
-                folded.append(
-                    [storage.fold(s, p, weight, next(seeds)) for s, p in pairs]
-                )
-            return folded
-
-        if every == 1:
-            kept = fold(kept, new)
-        else:
-            # The new params are an operand: a branch that closed over params and
-            # updates would make XLA copy both trees at every step.
-            kept = jax.lax.cond(
-                count % every == 0, fold, lambda kept, new: kept, kept, new
-            )
-        for column, leaves in zip(columns, kept, strict=True):
-            for i, leaf in zip(averaged, leaves, strict=True):
-                column[i] = leaf
-        shadows = [jax.tree.unflatten(structure, column) for column in columns]
+        shadows = folding.fold_update(
+            _shadows_by_name(state.shadow, decays, several),
+            [functools.partial(d.newest_weight, every=every) for d in decays.values()],
+            updates,
+            params,
+            count=count,
+            every=every,
+        )
         if overwrite_every is not None:
             due = count % overwrite_every == 0
-            for i in averaged:
-                jump = _difference_to(columns[0][i], old[i]).astype(deltas[i].dtype)
-                deltas[i] = jnp.where(due, jump, deltas[i])
-            updates = jax.tree.unflatten(structure, deltas)
+            updates = _overwriting(updates, params, shadows[0], due)
         shadow = dict(zip(decays, shadows, strict=True)) if several else shadows[0]
         return updates, make_state(count, shadow)
 
@@ -175,7 +147,7 @@ def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) ->
     Array([0.02], dtype=float32)
     """
     weight = storage.split_weight(_newest_weight(decay, count))
-    leaves = _matching_leaves(shadow, params)
+    leaves = folding.matching_leaves(shadow, params)
     paths, _, structure = trees.flatten(shadow)
     new = structure.flatten_up_to(params)
     seeds = storage.fold_seeds(0 if count is None else count, len(leaves))
@@ -231,21 +203,6 @@ def _recordable(
     )
 
 
-def _check_period(value: Any, name: str) -> int:
-    if isinstance(value, (jax.Array, np.ndarray)):
-        raise TypeError(
-            f"{name} must be a Python integer, got an array. optax.inject_hyperparams "
-            "turns every number into an array: pass it static_args=('every', "
-            "'overwrite_every')."
-        )
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(
-            f"{name} must be a whole number of updates ≥ 1, got {value!r}. "
-            f"{name}=1 means every update."
-        )
-    return int(value)
-
-
 def _shadows_by_name(
     shadow: Any, decays: Mapping[str, Decay], several: bool
 ) -> list[Any]:
@@ -261,25 +218,16 @@ def _shadows_by_name(
     return [shadow[name] for name in decays]
 
 
-def _matching_leaves(shadow: Any, params: Any) -> list[Any]:
-    """Returns the leaves of a shadow, after checking that the params fit it."""
-    difference = trees.difference(shadow, params, ("shadow", "params"))
-    if difference:
-        raise ValueError(
-            f"Shadow and params do not fit each other: {difference}. If the model "
-            "changed, start a new shadow with optimizer.init(params)."
-        )
-    return jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
-
-
-def _matching_updates(updates: Any, structure: Any) -> list[Any]:
-    try:
-        return structure.flatten_up_to(updates)
-    except ValueError as error:
-        raise ValueError(
-            f"Updates and params do not fit each other: {error} Pass the params that "
-            "the gradients were taken for."
-        ) from None
+def _overwriting(updates: Any, params: Any, shadow: Any, due: jax.Array) -> Any:
+    """Returns the updates that make the params the shadow where that is due."""
+    leaves, structure = jax.tree.flatten(shadow, is_leaf=trees.is_placeholder)
+    old = structure.flatten_up_to(params)
+    deltas = structure.flatten_up_to(updates)
+    for i, leaf in enumerate(leaves):
+        if not trees.is_placeholder(leaf):
+            jump = _difference_to(leaf, old[i]).astype(deltas[i].dtype)
+            deltas[i] = jnp.where(due, jump, deltas[i])
+    return jax.tree.unflatten(structure, deltas)
 
 
 def _difference_to(shadow: jax.Array, param: Any) -> jax.Array:

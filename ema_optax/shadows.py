@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ema_optax import trees
-from ema_optax.states import EmaParamsState, NamedShadowsState
+from ema_optax import bema, trees
+from ema_optax.states import BemaParamsState, EmaParamsState, NamedShadowsState
+
+_BEMA = " (bema_params)"  # after the path of a state, in errors
 
 
 def shadow_params(
@@ -24,9 +26,10 @@ def shadow_params(
     `jax.jit` the copy costs nothing.
 
     Args:
-        opt_state: The optimizer state, or an `EmaParamsState` itself.
+        opt_state: The optimizer state, or the state of an average itself.
         params: The live params. With them the result has exactly their structure and
-            dtypes, and the leaves that are not averaged are theirs.
+            dtypes, and the leaves that are not averaged are theirs. Needed with
+            `bema_params`, whose shadow is computed from them.
         name: Which shadow, where the decays were given by name or there are several.
 
     Returns:
@@ -35,7 +38,7 @@ def shadow_params(
 
     Raises:
         ValueError: If there is no shadow or no such name, if there are several and none
-            was named, or if the params do not fit it.
+            was named, or if the params do not fit it or are missing.
 
     >>> import optax, ema_optax
     >>> params = {"w": jnp.ones(2, jnp.bfloat16), "steps": jnp.int32(7)}
@@ -43,7 +46,7 @@ def shadow_params(
     >>> shadow_params(state, params)
     {'steps': Array(7, dtype=int32), 'w': Array([1, 1], dtype=bfloat16)}
     """
-    shadow = joined(_find(opt_state, name))
+    shadow = joined(_find(opt_state, params, name))
     if params is None:
         return jax.tree.map(_own, shadow)
     difference = trees.difference(shadow, params, ("shadow", "params"))
@@ -116,10 +119,22 @@ def ema_states(opt_state: Any) -> dict[str, EmaParamsState]:
     return {trees.path_name(path): node for path, node in nodes if is_ema_state(node)}
 
 
-def _find(opt_state: Any, name: str | None) -> dict[str, Any]:
-    """Returns the stored shadows called `name`, by the path of their state."""
-    states = ema_states(opt_state)
-    if not states:
+def bema_states(opt_state: Any) -> dict[str, BemaParamsState]:
+    """Returns every state of `bema_params`, by its path and what it is."""
+
+    def found(node: Any) -> bool:
+        return isinstance(node, BemaParamsState)
+
+    nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=found)[0]
+    return {
+        f"{trees.path_name(path)}{_BEMA}": node for path, node in nodes if found(node)
+    }
+
+
+def _find(opt_state: Any, params: Any, name: str | None) -> dict[str, Any]:
+    """Returns the shadows called `name`, by the path of their state."""
+    states, bemas = ema_states(opt_state), bema_states(opt_state)
+    if not states and not bemas:
         raise ValueError(
             f"There is no shadow in this {type(opt_state).__name__}. Chain the average "
             "last: optax.chain(optimizer, ema_optax.ema_params(0.9999)), and pass the "
@@ -128,18 +143,33 @@ def _find(opt_state: Any, name: str | None) -> dict[str, Any]:
     named = {p: s.shadow for p, s in states.items() if isinstance(s, NamedShadowsState)}
     unnamed = {p: s.shadow for p, s in states.items() if p not in named}
     names = sorted({key for shadows in named.values() for key in shadows})
-    if name is None and (not named or (not unnamed and len(names) == 1)):
-        return unnamed or {p: shadows[names[0]] for p, shadows in named.items()}
+    if name is None and not named:
+        return unnamed | {at: _read(at, s, params) for at, s in bemas.items()}
+    if name is None and not unnamed and not bemas and len(names) == 1:
+        return {p: shadows[names[0]] for p, shadows in named.items()}
     chosen = {p: shadows[name] for p, shadows in named.items() if name in shadows}
     if not chosen:
         asked = "none was asked for" if name is None else f"{name!r} is none of them"
         have = f"shadows named {', '.join(names)}" if names else "one unnamed shadow"
         call = f"name={names[0]!r}" if names else "no name"
+        if names and bemas:
+            have += f" and one without a name at '{min(bemas)}'"
+            call += ", or with the part of the state that holds the one without"
         raise ValueError(
             f"The optimizer state has {have}, and {asked}. Call "
             f"shadow_params(opt_state, params) with {call}."
         )
     return chosen
+
+
+def _read(at: str, state: BemaParamsState, params: Any) -> Any:
+    if params is None:
+        raise ValueError(
+            f"The shadow at '{at}' is computed from the live params, and there are "
+            "none. Call shadow_params(opt_state, params). The average without its "
+            "correction is the state's `average`."
+        )
+    return bema.corrected(state, params)
 
 
 def joined(shadows: Mapping[str, Any]) -> Any:
@@ -159,10 +189,17 @@ def joined(shadows: Mapping[str, Any]) -> Any:
             not trees.is_placeholder(a) and not trees.is_placeholder(b)
             for a, b in zip(leaves, more, strict=True)
         ):
+            advice = (
+                "Give them names, in one transform: "
+                "ema_params({'fast': 0.99, 'slow': 0.9999})"
+            )
+            if (path + other_path).endswith(_BEMA):
+                advice = (
+                    "Give the one of ema_params a name: ema_params({'slow': 0.999})"
+                )
             raise ValueError(
                 f"The optimizer state has several shadows of the same params, at "
-                f"'{path}' and '{other_path}'. Give them names, in one transform: "
-                "ema_params({'fast': 0.99, 'slow': 0.9999}), and read "
+                f"'{path}' and '{other_path}'. {advice}, and read "
                 "shadow_params(opt_state, params, name='slow'); or pass the part of "
                 "the state that holds the one you mean."
             )

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -42,6 +42,36 @@ class NamedShadowsState(EmaParamsState):
     """
 
 
+class BemaRecord(NamedTuple):
+    """What `bema_params` was given, kept with its state; hashable."""
+
+    every: int
+    ema_power: float
+    bias_power: float
+    lag: float
+    multiplier: float
+    min_newest_weight: float
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self._asdict().items())
+        return f"bema_params({given})"
+
+
+class BemaParamsState(NamedTuple):
+    """State of `bema_params`, from which `shadow_params` computes the shadow.
+
+    Attributes:
+        count: int32[], the number of updates seen.
+        average: s, a tree like the params, with `optax.MaskedNode()` where a leaf is
+            not averaged.
+        anchor: p₀, the params at init in their own dtypes, with the same placeholders.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] as in Optax
+    average: Any
+    anchor: Any
+
+
 class _Recorded:
     """Mixed into the states that a transform makes; `record` is part of their type.
 
@@ -49,18 +79,33 @@ class _Recorded:
     static data beside its leaves; a field would be saved, mapped over and counted.
     """
 
-    record: ClassVar[Record]
+    record: ClassVar[Any]
+    made_by: ClassVar[tuple[Any, tuple[Any, ...]]]  # what made the type, and from what
 
     def __reduce__(self) -> Any:
         state: Any = self
-        named = isinstance(self, NamedShadowsState)
-        key = (named, tuple(self.record.decays.items()), self.record.every)
-        return _unpickle, (key, tuple(state))
+        return _unpickle, (*self.made_by, tuple(state))
 
 
 def record_of(state: EmaParamsState) -> Record | None:
     """Returns what made a state, or None for one made by hand or by another library."""
     return state.record if isinstance(state, _Recorded) else None
+
+
+def bema_record_of(state: BemaParamsState) -> BemaRecord:
+    """Returns what made a state of `bema_params`.
+
+    Raises:
+        ValueError: If it was made by hand, and does not say.
+    """
+    if isinstance(state, _Recorded):
+        return state.record
+    raise ValueError(
+        "This BemaParamsState was made by hand and does not say its bias_power, lag "
+        "and multiplier, which reading it needs. Start from bema_params(...)"
+        ".init(params), and put other values in with state._replace(count=…, "
+        "average=…, anchor=…)."
+    )
 
 
 @functools.cache
@@ -69,9 +114,20 @@ def state_type(
 ) -> type[EmaParamsState]:
     """Returns the type of a transform's states, the same for the same arguments."""
     base = NamedShadowsState if named else EmaParamsState
-    members = {"record": Record(dict(decays), every), "__doc__": base.__doc__}
-    return cast(Any, type(base.__name__, (_Recorded, base), members))
+    made_by = (state_type, (named, decays, every))
+    return _recorded(base, Record(dict(decays), every), made_by)
 
 
-def _unpickle(key: Any, fields: Any) -> EmaParamsState:
-    return state_type(*key)(*fields)
+@functools.cache
+def bema_state_type(record: BemaRecord) -> type[BemaParamsState]:
+    """Returns the type of the states of `bema_params`, the same for the same record."""
+    return _recorded(BemaParamsState, record, (bema_state_type, (record,)))
+
+
+def _recorded(base: type, record: Any, made_by: Any) -> Any:
+    members = {"record": record, "made_by": made_by, "__doc__": base.__doc__}
+    return type(base.__name__, (_Recorded, base), members)
+
+
+def _unpickle(make_type: Any, key: Any, fields: Any) -> Any:
+    return make_type(*key)(*fields)

@@ -1,0 +1,125 @@
+"""One update of an average: which leaves it folds, what into them, and when."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from ema_optax import storage, trees
+
+
+def fold_update(
+    shadows: Sequence[Any],
+    newest_weights: Sequence[Callable[[Any], Any]],
+    updates: Any,
+    params: Any,
+    *,
+    count: jax.Array,
+    every: int,
+) -> list[Any]:
+    """Returns the shadows after an update, folded where one is due.
+
+    Args:
+        shadows: Trees like the params, with placeholders at the same leaves.
+        newest_weights: For each shadow, from the count to the weight w of new params.
+        updates: What `optax.apply_updates` will add to the params.
+        params: The params before the update.
+        count: int32[], the 1-based number of the update.
+        every: A fold is due at every `every`-th update, ≥ 1.
+
+    Raises:
+        ValueError: If shadows, updates and params do not fit each other.
+    """
+    columns = [matching_leaves(shadow, params) for shadow in shadows]
+    old, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
+    deltas = _matching_updates(updates, structure)
+    averaged = [
+        i for i, leaf in enumerate(columns[0]) if not trees.is_placeholder(leaf)
+    ]
+    new = [optax.apply_updates(old[i], deltas[i]) for i in averaged]
+    kept = [[column[i] for i in averaged] for column in columns]
+
+    def fold(kept: list[list[Any]], new: list[Any]) -> list[list[Any]]:
+        seeds = iter(storage.fold_seeds(count, len(shadows) * len(averaged)))
+        folded = []
+        for newest_weight, leaves in zip(newest_weights, kept, strict=True):
+            weight = storage.split_weight(newest_weight(count))
+            pairs = zip(leaves, new, strict=True)
+            folded.append([storage.fold(s, p, weight, next(seeds)) for s, p in pairs])
+        return folded
+
+    if every == 1:
+        kept = fold(kept, new)
+    else:
+        # The new params are an operand: a branch that closed over params and
+        # updates would make XLA copy both trees at every step.
+        kept = jax.lax.cond(count % every == 0, fold, lambda kept, new: kept, kept, new)
+    for column, leaves in zip(columns, kept, strict=True):
+        for i, leaf in zip(averaged, leaves, strict=True):
+            column[i] = leaf
+    return [jax.tree.unflatten(structure, column) for column in columns]
+
+
+def matching_leaves(shadow: Any, params: Any) -> list[Any]:
+    """Returns the leaves of a shadow, placeholders included.
+
+    Raises:
+        ValueError: If the params do not fit it.
+    """
+    difference = trees.difference(shadow, params, ("shadow", "params"))
+    if difference:
+        raise ValueError(
+            f"Shadow and params do not fit each other: {difference}. If the model "
+            "changed, start a new shadow with optimizer.init(params)."
+        )
+    return jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
+
+
+def require_params(params: Any, transform: str) -> None:
+    """Refuses an update without params.
+
+    Raises:
+        ValueError: If `params` is None.
+    """
+    if params is None:
+        raise ValueError(
+            f"{transform} averages the params and was called without them. Call "
+            "optimizer.update(updates, state, params)."
+        )
+
+
+def check_period(value: Any, name: str, static_args: tuple[str, ...]) -> int:
+    """Returns a number of updates as an integer.
+
+    Args:
+        value: What was given.
+        name: The argument it was given for.
+        static_args: The arguments that `optax.inject_hyperparams` must leave alone.
+
+    Raises:
+        TypeError: If it is an array.
+        ValueError: If it is not a whole number ≥ 1.
+    """
+    if isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name} must be a Python integer, got an array. optax.inject_hyperparams "
+            f"turns every number into an array: pass it static_args={static_args}."
+        )
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(
+            f"{name} must be a whole number of updates ≥ 1, got {value!r}. "
+            f"{name}=1 means every update."
+        )
+    return int(value)
+
+
+def _matching_updates(updates: Any, structure: Any) -> list[Any]:
+    try:
+        return structure.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(
+            f"Updates and params do not fit each other: {error} Pass the params that "
+            "the gradients were taken for."
+        ) from None
