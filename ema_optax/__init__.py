@@ -8,6 +8,7 @@ import importlib
 import typing
 
 from ema_optax.averaging import ema_params, update_shadow
+from ema_optax.bema import bema_params
 from ema_optax.decays import (
     constant,
     cosine,
@@ -27,11 +28,11 @@ from ema_optax.decays import (
 from ema_optax.families import Decay
 from ema_optax.profiles import Profile, profile
 from ema_optax.shadows import shadow_params, with_shadow
-from ema_optax.states import EmaParamsState, NamedShadowsState
+from ema_optax.states import BemaParamsState, EmaParamsState, NamedShadowsState
 from ema_optax.version import __version__ as __version__
 
-# Loaded when first used: they import Orbax and matplotlib.
-_ON_FIRST_USE = ("checkpoint", "plots")
+# Loaded when first used: they import Orbax and matplotlib, or are seldom needed.
+_ON_FIRST_USE = ("checkpoint", "plots", "reconstruction")
 
 
 def __getattr__(name: str) -> typing.Any:
@@ -50,10 +51,12 @@ def __getattr__(name: str) -> typing.Any:
 
 
 __all__ = [
+    "BemaParamsState",
     "Decay",
     "EmaParamsState",
     "NamedShadowsState",
     "Profile",
+    "bema_params",
     "constant",
     "cosine",
     "debiased",

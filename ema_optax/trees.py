@@ -1,5 +1,6 @@
 """Trees leaf by leaf: their paths, their placeholders, and where two of them differ."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -37,6 +38,22 @@ def path_name(path: Any) -> str:
     value = jax.tree_util.GetAttrKey("value")
     keys = path[:-1] if len(path) > 1 and path[-1] == value else path
     return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns leaves by path as nested dicts.
+
+    >>> nested({"a/b": 1, "c": 2})
+    {'a': {'b': 1}, 'c': 2}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
 
 
 def describe(leaf: Any) -> str:

@@ -14,10 +14,19 @@ from ema_optax.checkpoint.directory import (
     restore,
     resume,
     save,
+    save_average,
     verify,
 )
-from ema_optax.checkpoint.handler import EmaHandler, EmaRestore, EmaResume, EmaSave
+from ema_optax.checkpoint.handler import (
+    EmaHandler,
+    EmaRestore,
+    EmaResume,
+    EmaSave,
+    SnapshotSave,
+)
 from ema_optax.checkpoint.manifest import CorruptCheckpointError
+from ema_optax.checkpoint.snapshots import KeepSnapshots, snapshots
+from ema_optax.checkpoint.stored import StoredTree, stored
 from ema_optax.checkpoint.v1 import EmaCheckpointableHandler
 
 __all__ = [
@@ -28,11 +37,17 @@ __all__ = [
     "EmaRestore",
     "EmaResume",
     "EmaSave",
+    "KeepSnapshots",
     "Leaf",
+    "SnapshotSave",
+    "StoredTree",
     "Tree",
     "describe",
     "restore",
     "resume",
     "save",
+    "save_average",
+    "snapshots",
+    "stored",
     "verify",
 ]

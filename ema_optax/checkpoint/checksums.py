@@ -6,7 +6,7 @@ another number of processes: a piece is compared wherever one process holds all 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -46,6 +46,22 @@ def host_pieces(leaf: Any) -> Pieces:
         return []
     value = np.array(leaf)
     return [(tuple((0, n) for n in value.shape), value)]
+
+
+def refuse_overflow(pieces: Mapping[str, Mapping[str, Pieces]]) -> None:
+    """Raises OverflowError for float16 data of a tree that are not finite.
+
+    A shadow never is (it holds where params are not): such a value did not fit.
+    """
+    for name, leaves in pieces.items():
+        for path, parts in leaves.items():
+            for bounds, array in parts:
+                if array.dtype == np.float16 and not np.isfinite(array).all():
+                    raise OverflowError(
+                        f"'{path}' of the {name} does not fit float16, within "
+                        f"{[list(b) for b in bounds]}: it holds values beyond 65504. "
+                        "Pass dtype='bfloat16' to SnapshotSave."
+                    )
 
 
 def digest(array: np.ndarray) -> str:
@@ -94,6 +110,24 @@ def mismatch(
         if str(data.dtype) != dtype or digest(data) != pieces[bounds]:
             return f"its data is not what was saved, within {[list(b) for b in bounds]}"
     return None
+
+
+def part(
+    sums: Iterable[tuple[Iterable[Any], str]], index: Sequence[slice], shape: Any
+) -> list[tuple[Bounds, str]] | None:
+    """Returns the checksums of a part of a leaf, in its own bounds.
+
+    None where no pieces fill the part exactly: it can then only be verified with what
+    surrounds it.
+    """
+    here = _bounds(index, tuple(shape))
+    inside = []
+    for bounds, value in sums:
+        pairs = list(zip(bounds, here, strict=True))
+        if all(a >= c and b <= d for (a, b), (c, d) in pairs):
+            inside.append((tuple((a - c, b - c) for (a, b), (c, _) in pairs), value))
+    covered = sum(math.prod(b - a for a, b in bounds) for bounds, _ in inside)
+    return inside if covered == math.prod(b - a for a, b in here) else None
 
 
 def _share_out(leaf: jax.Array, pieces: list[Bounds]) -> tuple[list[Bounds], bool]:

@@ -11,10 +11,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ema_optax import shadows, trees
+from ema_optax.checkpoint import computed
 from ema_optax.checkpoint.manifest import FORMAT, LIBRARY
-from ema_optax.states import EmaParamsState, NamedShadowsState, record_of
+from ema_optax.families import Decay
+from ema_optax.states import (
+    EmaParamsState,
+    NamedShadowsState,
+    bema_record_of,
+    record_of,
+)
 
 PARAMS, SHADOW, STATE = "params", "shadow", "state"
+SNAPSHOT_DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +31,8 @@ class Contents:
 
     Attributes:
         trees: `params`, `shadow` or `shadow/NAME`, and `state`: the optimizer state
-            with None for each shadow. As Orbax stores them.
+            with None for each shadow. As Orbax stores them. Of a snapshot only shadows;
+            of a single average its params, and a shadow without leaves of its own.
         leaves: Tree → path → leaf.
         manifest: JSON-able.
     """
@@ -34,21 +43,74 @@ class Contents:
 
 
 def contents(params: Any, opt_state: Any, extra: Any, version: str) -> Contents:
-    """Returns what to store. Copies no array.
+    """Returns what to store. Copies no array; computes the shadow of `bema_params`.
 
     Raises:
         ValueError: If the state holds no shadow, or names would collide on disk.
         TypeError: If a leaf cannot be stored, or `extra` is not JSON.
     """
-    averages, rest = split(opt_state)
+    averages, rest = split(opt_state, computed.computed_shadows(opt_state, params))
     if not averages:
         raise ValueError(
             "There is no shadow in this optimizer state to save. Chain the average "
             "last: optax.chain(optimizer, ema_optax.ema_params(0.9999)). Without an "
             "average, save with orbax.checkpoint.args.PyTreeSave."
         )
-    stored, leaves = {}, {}
-    for name, tree in {PARAMS: params, **averages, STATE: rest}.items():
+    everything = {PARAMS: params, **averages, STATE: rest}
+    described = {**averages_of(opt_state)}
+    for state in shadows.bema_states(opt_state).values():
+        here = _average(None, bema_record_of(state).every, state.count)
+        here["bema"] = computed.arguments(opt_state)
+        described[SHADOW] = {**here, **described.get(SHADOW, {})}
+    return assembled(everything, described, extra, version)
+
+
+def snapshot(opt_state: Any, dtype: Any, extra: Any, version: str) -> Contents:
+    """Returns the shadows alone, in a dtype of at most their own width.
+
+    Raises:
+        ValueError: If there is no shadow, or `dtype` is no floating one.
+        TypeError: If `extra` is not JSON.
+    """
+    averages, _ = split(opt_state)
+    if not averages:
+        raise ValueError(
+            "There is no shadow in this optimizer state to save. Chain one last: "
+            "optax.chain(optimizer, ema_optax.ema_params({'a': ema_optax.power(0.05), "
+            "'b': ema_optax.power(0.1)}))."
+        )
+    if dtype is not None:
+        if jnp.dtype(dtype).name not in SNAPSHOT_DTYPES:
+            raise ValueError(
+                f"A snapshot's dtype is one of {', '.join(SNAPSHOT_DTYPES)}, or None "
+                f"for that of the shadow; got {jnp.dtype(dtype).name}."
+            )
+        averages = _narrowed(averages, jnp.dtype(dtype))
+    return assembled(averages, averages_of(opt_state), extra, version)
+
+
+def assembled(
+    everything: Mapping[str, Any],
+    averages: Mapping[str, Any],
+    extra: Any,
+    version: str,
+) -> Contents:
+    """Returns trees by name as a step of ours.
+
+    Args:
+        everything: The trees; those without leaves are not stored, but for the params.
+        averages: Tree → decay, every and count of it, as `averages_of` gives. These
+            trees are in the manifest even where they have no leaves of their own.
+        extra: Anything that is JSON.
+        version: Of this library.
+
+    Raises:
+        ValueError: If names would collide on disk.
+        TypeError: If a leaf cannot be stored, or `extra` is not JSON.
+    """
+    stored: dict[str, Any] = {}
+    leaves: dict[str, dict[str, Any]] = {name: {} for name in averages}
+    for name, tree in everything.items():
         found = _leaves_by_path(name, tree)
         if found or name == PARAMS:
             stored[name], leaves[name] = jax.tree.map(_storable_or_none, tree), found
@@ -58,24 +120,33 @@ def contents(params: Any, opt_state: Any, extra: Any, version: str) -> Contents:
         "version": version,
         "processes": jax.process_count(),
         "extra": _json(extra),
-        "averages": _averages(opt_state),
+        "averages": averages,
         "trees": {
             name: {
-                "structure": _structure(tree),
-                "leaves": {path: _describe(x) for path, x in leaves[name].items()},
+                "structure": _structure(stored.get(name, {})),
+                "leaves": {path: _describe(x) for path, x in found.items()},
             }
-            for name, tree in stored.items()
+            for name, found in leaves.items()
         },
     }
     return Contents(stored, leaves, manifest)
 
 
-def split(opt_state: Any) -> tuple[dict[str, Any], Any]:
-    """Returns the shadows by the names of their trees, and the state without them."""
+def split(
+    opt_state: Any, beside: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Returns the shadows by the names of their trees, and the state without them.
+
+    Args:
+        opt_state: The optimizer state.
+        beside: Shadows without a name that are in no state, by their place.
+    """
     found: dict[str, dict[str, Any]] = {}
     for path, state in shadows.ema_states(opt_state).items():
         for name, tree in shadow_trees(state).items():
             found.setdefault(name, {})[path] = tree
+    if beside:
+        found.setdefault(SHADOW, {}).update(beside)
     averages = {name: shadows.joined(parts) for name, parts in found.items()}
 
     def without(node: Any) -> Any:
@@ -134,6 +205,17 @@ def _storable_or_none(leaf: Any) -> Any:
     return None if is_empty(leaf) else _storable(leaf, "a leaf")
 
 
+def _narrowed(tree: Any, dtype: np.dtype) -> Any:
+    """Returns a tree whose wider floating leaves are rounded to `dtype`."""
+
+    def cast(leaf: Any) -> Any:
+        real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        wider = real and jnp.finfo(leaf.dtype).bits > jnp.finfo(dtype).bits
+        return leaf.astype(dtype) if wider else leaf
+
+    return jax.tree.map(cast, tree)
+
+
 def _json(extra: Any) -> Any:
     """Returns `extra` as it will be read, where keys are strings and tuples lists."""
     try:
@@ -145,26 +227,33 @@ def _json(extra: Any) -> Any:
         ) from error
 
 
-def _averages(opt_state: Any) -> dict[str, Any]:
-    """Returns decay, every and count of each shadow's tree."""
+def averages_of(opt_state: Any) -> dict[str, Any]:
+    """Returns decay, every and count of each shadow's tree.
+
+    Decay and every are None where they are unknown, and where groups of params that
+    are joined in one tree have different ones.
+    """
     found: dict[str, Any] = {}
     for state in shadows.ema_states(opt_state).values():
         record = record_of(state)
         for tree in shadow_trees(state):
             name = tree.removeprefix(SHADOW).removeprefix("/")
             decay = record.decays.get(name) if record else None
-            found[tree] = {
-                "decay": decay._to_dict() if decay else None,
-                "every": record.every if record else None,
-                "count": _on_host(state.count),
-            }
+            every = record.every if record else None
+            here = _average(decay, every, state.count)
+            alike = found.setdefault(tree, here) == here
+            found[tree] = here if alike else _average(None, None, state.count)
     return found
 
 
-def _on_host(count: Any) -> Any:
+def _average(decay: Decay | None, every: int | None, count: Any) -> dict[str, Any]:
     if isinstance(count, jax.Array) and not count.is_fully_addressable:
         count = count.addressable_shards[0].data
-    return np.asarray(count).tolist()
+    return {
+        "decay": decay._to_dict() if decay else None,
+        "every": every,
+        "count": np.asarray(count).tolist(),
+    }
 
 
 def _describe(leaf: Any) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ema_optax.checkpoint import manifest
-from ema_optax.checkpoint.contents import STATE
+from ema_optax.checkpoint.contents import PARAMS, SHADOW, STATE, Contents, assembled
 from ema_optax.checkpoint.handler import EmaRestore, EmaResume, EmaSave
 from ema_optax.checkpoint.manifest import CorruptCheckpointError
 from ema_optax.checkpoint.steps import absolute, damage, explained, find_step
 from ema_optax.families import Decay
+from ema_optax.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,51 @@ def save(
     ...     restore(folder, "shadow", like=params)
     {'w': Array([1., 1.], dtype=float32)}
     """
+    _write(directory, EmaSave(params, opt_state, extra), step)
+
+
+def save_average(
+    directory: Any,
+    tree: Any,
+    *,
+    step: int = 0,
+    decay: Decay | None = None,
+    extra: Any = None,
+) -> None:
+    """Save one average as a checkpoint of its own, for inference.
+
+    `restore` gives it as the shadow, and as the params: it is stored once, where
+    whoever loads the step without this library looks for the params.
+
+    Args:
+        directory: Folder of the checkpoint, made if missing; not that of the run, whose
+            params it would stand beside.
+        tree: The whole model, such as a `Reconstruction`'s tree.
+        step: Number of the step, ≥ 0.
+        decay: What it was averaged with, for `describe`.
+        extra: Anything that is JSON, for `describe`.
+
+    Raises:
+        FileExistsError: If the step is there already; nothing is overwritten.
+        OSError: If it cannot be written; earlier steps stay as they are.
+        ValueError, TypeError: If a leaf cannot be stored.
+
+    >>> import tempfile, ema_optax
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_average(folder, {"w": jnp.ones(2)}, decay=ema_optax.power(0.03))
+    ...     restore(folder, "shadow", like={"w": jnp.zeros(2)})
+    {'w': Array([1., 1.], dtype=float32)}
+    """
+    written = decay._to_dict() if decay is not None else None
+    averages = {SHADOW: {"decay": written, "every": None, "count": step}}
+
+    def content() -> Contents:
+        return assembled({PARAMS: tree}, averages, extra, __version__)
+
+    _write(directory, EmaSave(tree, None, extra, content), step)
+
+
+def _write(directory: Any, args: EmaSave, step: int) -> None:
     root = absolute(directory)
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be a whole number ≥ 0, got {step!r}.")
@@ -106,7 +152,6 @@ def save(
             f"{root / str(step)} exists, and nothing is overwritten. Pass another "
             "step, or remove it first."
         )
-    args = EmaSave(params, opt_state, extra)
     args.contents()  # what is wrong with the trees is said before anything is written
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     try:
@@ -223,7 +268,7 @@ def describe(directory: Any, *, step: int | None = None) -> Description:
         path=str(found.item),
         version=described["version"],
         format=described["format"],
-        state=trees.pop(STATE),
+        state=trees.pop(STATE, Tree({}, 0)),
         trees=trees,
         extra=described["extra"],
     )

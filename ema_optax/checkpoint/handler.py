@@ -1,14 +1,14 @@
 """Orbax's side: the arguments, and the handler that a CheckpointManager calls."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 
 from ema_optax.checkpoint import saving
-from ema_optax.checkpoint.contents import PARAMS, SHADOW, contents
+from ema_optax.checkpoint.contents import PARAMS, SHADOW, Contents, contents, snapshot
 from ema_optax.checkpoint.manifest import CorruptCheckpointError
 from ema_optax.checkpoint.restoring import restore_run, restore_tree
 from ema_optax.checkpoint.steps import explained
@@ -37,7 +37,9 @@ class EmaHandler(ocp.AsyncCheckpointHandler):
         return (args or EmaRestore(PARAMS)).read(directory)
 
     def metadata(self, directory: epath.Path) -> Any:
-        """Returns Orbax's metadata of the raw params."""
+        """Returns Orbax's metadata of the raw params; None where there are none."""
+        if not (directory / "_METADATA").exists():
+            return None
         return self._trees.metadata(directory)
 
     def finalize(self, directory: epath.Path) -> None:
@@ -76,9 +78,12 @@ class EmaSave(ocp.args.CheckpointArgs):
     params: Any
     opt_state: Any
     extra: Any = None
+    instead: Callable[[], Contents] | None = None  # not for users: see SnapshotSave
 
-    def contents(self) -> Any:
+    def contents(self) -> Contents:
         """Returns what to store; raises before anything is written."""
+        if self.instead is not None:
+            return self.instead()
         return contents(self.params, self.opt_state, self.extra, __version__)
 
 
@@ -125,3 +130,40 @@ def EmaResume(  # noqa: N802 used as the other arguments are
     Returns `EmaRestore` arguments: a manager binds an item to one type of them.
     """
     return EmaRestore(verify=verify, run=(params, opt_state, accept_new_decay))
+
+
+def SnapshotSave(  # noqa: N802 used as the other arguments are
+    opt_state: Any, *, dtype: Any = None, extra: Any = None
+) -> EmaSave:
+    """Save the shadows alone, as one small step to reconstruct other averages from.
+
+    With a manager and a folder of their own, asynchronous where the manager is, and as
+    often as wanted: `reconstruction.plan` tells how often. `checkpoint.snapshots`
+    reads them; `checkpoint.restore` gives a single one, without leaves that are not
+    averaged. `KeepSnapshots` is a retention that thins them out evenly.
+
+    Args:
+        opt_state: The optimizer state, with one or more shadows anywhere in it.
+        dtype: "float16", "bfloat16" or "float32", to round wider shadows to; None
+            keeps theirs. The rounding error of an average is at most
+            `Reconstruction.noise_gain` times that of a snapshot, which is 3e-4 of each
+            param in float16 and 2e-3 in bfloat16. Values beyond 65504 do not fit
+            float16: the save fails.
+        extra: Anything that is JSON, kept in the manifest; `describe` returns it.
+
+    Returns:
+        `EmaSave` arguments: a manager binds an item to one type of them.
+
+    >>> import tempfile, jax.numpy as jnp, ema_optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> opt_state = ema_optax.ema_params(ema_optax.power(0.05)).init(params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with ocp.CheckpointManager(folder) as manager:
+    ...         _ = manager.save(1, args=SnapshotSave(opt_state, dtype="float16"))
+    ...         manager.wait_until_finished()
+    ...         manager.restore(1, args=EmaRestore("shadow", like=params))
+    {'w': Array([1., 1.], dtype=float32)}
+    """
+    return EmaSave(
+        None, opt_state, extra, lambda: snapshot(opt_state, dtype, extra, __version__)
+    )

@@ -109,9 +109,8 @@ def _malformed(manifest: Any) -> str | None:
     for key, kind in _KEYS.items():
         if not isinstance(manifest.get(key), kind):
             return f"'{key}' is missing or no {kind.__name__}"
-    for name in ("params", "state"):
-        if name not in manifest["trees"]:
-            return f"it has no tree '{name}'"
+    if not manifest["trees"]:
+        return "it has no trees"
     for name, tree in manifest["trees"].items():
         if not isinstance(tree, dict) or not {"structure", "leaves"} <= set(tree):
             return f"its tree '{name}' has no structure or no leaves"

@@ -75,9 +75,13 @@ def _stores(
     item: epath.Path, described: Mapping[str, Any]
 ) -> list[tuple[epath.Path, dict[str, Any]]]:
     """Returns the folders that Orbax wrote, each with the structures of its trees."""
-    structures = {name: t["structure"] for name, t in described["trees"].items()}
-    params = {PARAMS: structures.pop(PARAMS)}
-    return [(item, params), (item / manifest.FOLDER, structures)]
+    beside = {
+        name: tree["structure"]
+        for name, tree in described["trees"].items()
+        if tree["leaves"] or name == PARAMS
+    }
+    params = {PARAMS: beside.pop(PARAMS)} if PARAMS in beside else {}
+    return [(item, params), (item / manifest.FOLDER, beside)]
 
 
 def stored_leaf(described: Mapping[str, Any], place: Place) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from ema_optax import shadows, trees
-from ema_optax.checkpoint import manifest
+from ema_optax.checkpoint import computed, manifest
 from ema_optax.checkpoint.contents import (
     PARAMS,
     SHADOW,
@@ -38,7 +38,7 @@ def restore_tree(
     Leaves that are not averaged come from the params. See `directory.restore`.
     """
     described = manifest.read_manifest(item)
-    sources = _sources(described, tree)
+    sources = sources_of(described, tree)
     if like is None:
         if rename:
             raise ValueError(
@@ -47,7 +47,7 @@ def restore_tree(
             )
         wanted = {place: _default_sharding() for place in sources.values()}
         found = read(item, described, _readable(described, wanted), verify=verify)
-        return _nested({path: found[place] for path, place in sources.items()})
+        return trees.nested({path: found[place] for path, place in sources.items()})
     pairs, structure = jax.tree_util.tree_flatten_with_path(like)
     slots = {trees.path_name(path): target for path, target in pairs}
     places = _places(slots, sources, rename or {}, tree)
@@ -75,11 +75,19 @@ def restore_run(
 ) -> tuple[Any, Any]:
     """Returns params and optimizer state exactly as saved. See `directory.resume`."""
     described = manifest.read_manifest(item)
+    if STATE not in described["trees"]:
+        raise ValueError(
+            f"Cannot resume from {item}: it holds {', '.join(described['trees'])} and "
+            "no optimizer state. Resume from a step that EmaSave wrote."
+        )
     averages, rest = split(opt_state)
     _check_averages(described, opt_state, averages, accept_new_decay)
+    unread = computed.computed_paths(opt_state)
     wanted: dict[Place, Any] = {}
     for name, tree in {PARAMS: params, **averages, STATE: rest}.items():
         stored = described["trees"].get(name, {"leaves": {}})["leaves"]
+        if name == SHADOW:
+            stored = {path: leaf for path, leaf in stored.items() if path not in unread}
         pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
         ours = {trees.path_name(path): x for path, x in pairs if not is_empty(x)}
         if set(ours) != set(stored):
@@ -119,18 +127,23 @@ def restore_run(
     return fill(PARAMS, params), new_state
 
 
-def _sources(described: Mapping[str, Any], tree: str) -> dict[str, Place]:
-    """Returns where each leaf of a tree lies: averaged ones in it, others in params."""
+def sources_of(described: Mapping[str, Any], tree: str) -> dict[str, Place]:
+    """Returns where each leaf of a tree lies: averaged ones in it, others in params.
+
+    Raises:
+        ValueError: If the checkpoint has no such tree.
+    """
     have = [name for name in described["trees"] if name != STATE]
     named = [name for name in have if name.startswith(f"{SHADOW}/")]
-    if tree == SHADOW and len(named) == 1:
+    if tree == SHADOW and SHADOW not in have and len(named) == 1:
         tree = named[0]
     if tree not in have:
         raise ValueError(
             f"The checkpoint has no tree {tree!r}; it has "
             f"{', '.join(map(repr, have))}. Pass tree={(named or have)[-1]!r}."
         )
-    sources = {p: Place(PARAMS, p) for p in described["trees"][PARAMS]["leaves"]}
+    params = described["trees"].get(PARAMS, {"leaves": {}})["leaves"]
+    sources = {path: Place(PARAMS, path) for path in params}
     return sources | {p: Place(tree, p) for p in described["trees"][tree]["leaves"]}
 
 
@@ -183,9 +196,13 @@ def _check_averages(
     accept_new_decay: bool,
 ) -> None:
     saved = described["averages"]
-    if set(saved) != set(averages):
+    computed.check_same_arguments(
+        saved.get(SHADOW, {}), opt_state, accept_new=accept_new_decay
+    )
+    ours = {*averages, *([SHADOW] if computed.arguments(opt_state) else [])}
+    if set(saved) != ours:
         there = ", ".join(sorted(saved)) or "no shadow"
-        here = ", ".join(sorted(averages)) or "no shadow"
+        here = ", ".join(sorted(ours)) or "no shadow"
         raise ValueError(
             f"Cannot resume: the checkpoint has {there}, the optimizer state has "
             f"{here}. Chain ema_params with the decays of the saved run "
@@ -216,6 +233,9 @@ def _check_averages(
 def _decays_text(averages: Mapping[str, Any]) -> str:
     texts = []
     for tree, saved in averages.items():
+        if saved.get("bema"):
+            texts.append(f"{tree}: {computed.text(saved['bema'])}")
+            continue
         decay = Decay.from_json(saved["decay"]) if saved["decay"] else "a callable"
         texts.append(f"{tree}: {decay} at every={saved['every'] or 'unknown'}")
     return "; ".join(texts)
@@ -302,14 +322,3 @@ def _fill(value: Any, target: Any) -> Any:
 def _without_elements(target: Any) -> Any:
     make = np.zeros if isinstance(target, np.ndarray) else jnp.zeros
     return make(target.shape, target.dtype)
-
-
-def _nested(leaves: Mapping[str, Any]) -> Any:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree

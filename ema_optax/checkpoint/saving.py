@@ -2,7 +2,8 @@
 
 An item is an Orbax checkpoint of the raw params, in their own structure, so that
 whoever loads it without this library gets those. The folder `ema_optax` inside it is
-another, of shadows and optimizer state, with manifest and checksums beside them.
+another, of shadows and optimizer state, with manifest and checksums beside them. A
+snapshot has that one alone.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from orbax.checkpoint import v1
 
 from ema_optax import trees
 from ema_optax.checkpoint import checksums, manifest
-from ema_optax.checkpoint.contents import PARAMS, Contents, is_key
+from ema_optax.checkpoint.contents import PARAMS, STATE, Contents, is_key
 
 
 # Measured in benchmarks/checkpoints.py: compression, Orbax's default, makes float32
@@ -43,7 +44,6 @@ async def start_save(
     """
     gate = _Gate()
     futures: list[Any] = []
-    params, beside = _stores(item, content)
 
     async def start(folder: epath.Path, tree: Any) -> list[Any]:
         args = ocp.args.PyTreeSave(tree)  # whose arrays are copied to the host first
@@ -52,12 +52,13 @@ async def start_save(
         )
 
     try:
-        futures += await start(*params)
+        if PARAMS in content.trees:
+            futures += await start(item, content.trees[PARAMS])
         _fetch(content)
         pieces = _host_pieces(content)
         views = _whole(content, pieces)
         if views is None:
-            futures += await start(*beside)
+            futures += await start(item / manifest.FOLDER, _beside(content))
     except BaseException:
         gate.broken = True
         raise
@@ -66,7 +67,8 @@ async def start_save(
 
     async def rest() -> None:
         await _Gated(item, gate).await_creation()
-        started = [] if views is None else await start(beside[0], views)
+        _refuse_overflow(pieces)
+        started = await start(item / manifest.FOLDER, views) if views else []
         try:
             write_sidecars(item, content, pieces)
         finally:  # nothing of ours may write once this has ended
@@ -82,9 +84,14 @@ def save_now(
     item: epath.Path, content: Contents, handler: ocp.PyTreeCheckpointHandler
 ) -> None:
     """Saves without a background part."""
-    for folder, tree in _stores(item, content):
-        handler.save(folder, args=ocp.args.PyTreeSave(tree))
-    write_sidecars(item, content, _host_pieces(content))
+    beside = _beside(content)
+    if PARAMS in content.trees:
+        handler.save(item, args=ocp.args.PyTreeSave(content.trees[PARAMS]))
+    if beside:
+        handler.save(item / manifest.FOLDER, args=ocp.args.PyTreeSave(beside))
+    pieces = _host_pieces(content)
+    _refuse_overflow(pieces)
+    write_sidecars(item, content, pieces)
 
 
 def write_sidecars(item: epath.Path, content: Contents, pieces: dict[str, Any]) -> None:
@@ -105,7 +112,8 @@ def write_sidecars(item: epath.Path, content: Contents, pieces: dict[str, Any]) 
 def finalize(item: epath.Path, handler: ocp.PyTreeCheckpointHandler) -> None:
     """Merges what the processes wrote; on process 0, once all have written."""
     for folder in (item, item / manifest.FOLDER):
-        handler.finalize(folder)
+        if any(folder.glob("ocdbt.process_*")):
+            handler.finalize(folder)
 
 
 def _host_pieces(content: Contents) -> dict[str, Any]:
@@ -114,6 +122,16 @@ def _host_pieces(content: Contents) -> dict[str, Any]:
         name: {path: checksums.host_pieces(leaf) for path, leaf in leaves.items()}
         for name, leaves in content.leaves.items()
     }
+
+
+def _refuse_overflow(pieces: dict[str, Any]) -> None:
+    """Raises OverflowError for shadows rounded to float16 that it cannot hold.
+
+    They are kept in no float16 but that of a snapshot. Params and state may be, and
+    are stored as they are.
+    """
+    shadows = {name: x for name, x in pieces.items() if name not in (PARAMS, STATE)}
+    checksums.refuse_overflow(shadows)
 
 
 def _fetch(content: Contents) -> None:
@@ -133,9 +151,7 @@ def _whole(content: Contents, pieces: dict[str, Any]) -> Any:
     if jax.process_count() > 1:
         return None
     views = {}
-    for name, tree in content.trees.items():
-        if name == PARAMS:
-            continue
+    for name, tree in _beside(content).items():
         paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
         leaves = []
         for path, leaf in paths:
@@ -149,10 +165,9 @@ def _whole(content: Contents, pieces: dict[str, Any]) -> Any:
     return views
 
 
-def _stores(item: epath.Path, content: Contents) -> list[tuple[epath.Path, Any]]:
-    """Returns what Orbax saves and where: only two trees, as each has a fixed cost."""
-    beside = {name: tree for name, tree in content.trees.items() if name != PARAMS}
-    return [(item, content.trees[PARAMS]), (item / manifest.FOLDER, beside)]
+def _beside(content: Contents) -> dict[str, Any]:
+    """Returns what lies beside the params, as one tree: each store has a fixed cost."""
+    return {name: tree for name, tree in content.trees.items() if name != PARAMS}
 
 
 class _Together:

@@ -67,18 +67,46 @@ def find_step(directory: Any, step: int | None) -> Step:
     return Step(number, item)
 
 
-def explained(item: epath.Path, error: CorruptCheckpointError) -> Exception:
-    """Returns an error that names the step and the newest older one that is whole."""
+def all_steps(root: epath.Path) -> list[epath.Path]:
+    """Returns the items of ours in a directory, or of one step, oldest step first.
+
+    Steps that were not saved by this library are passed over.
+
+    Raises:
+        FileNotFoundError: If there is no step.
+        ValueError: If none was saved by this library.
+    """
+    if root.is_dir() and _item_in(root) is None:
+        found = _steps(root)
+        items = [_item_in(found[number]) for number in sorted(found)]
+        ours = [item for item in items if item is not None]
+        if ours:
+            return ours
+    return [find_step(root, None).item]  # or says what is there instead
+
+
+def explained(
+    item: epath.Path, error: CorruptCheckpointError, rescue: str | None = None
+) -> Exception:
+    """Returns an error that names the step, and what to do.
+
+    Args:
+        item: What is damaged.
+        error: How.
+        rescue: What to do. None names the newest older step that is whole: to find it
+            steps are read, which all processes must do alike.
+    """
     step = _step_folder(item)
     number, root = _number(step), step.parent
     if number is None:
         return error
-    whole = newest_whole(root, before=number)
-    rescue = (
-        "No older step is whole."
-        if whole is None
-        else f"The newest older step that is whole is {whole}: pass step={whole}."
-    )
+    if rescue is None:
+        whole = newest_whole(root, before=number)
+        rescue = (
+            "No older step is whole."
+            if whole is None
+            else f"The newest older step that is whole is {whole}: pass step={whole}."
+        )
     return CorruptCheckpointError(
         f"Step {number} of {root} is damaged. {error} {rescue}"
     )

@@ -1,0 +1,47 @@
+"""Averages whose length is chosen after training, and merging of checkpoints.
+
+snapshots = checkpoint.snapshots(folder)
+found = reconstruction.reconstruct(snapshots, width=0.03, params=params)
+found.tree, found.profile_error
+"""
+
+from ema_optax.reconstruction.merging import (
+    decay_coefficients,
+    lr_decay,
+    lr_decay_coefficients,
+    merge,
+    uniform_coefficients,
+)
+from ema_optax.reconstruction.planning import Plan, plan
+from ema_optax.reconstruction.projection import (
+    coefficients,
+    profile_error,
+    rounding_variance,
+)
+from ema_optax.reconstruction.sums import Source
+from ema_optax.reconstruction.widths import (
+    Reconstruction,
+    ReconstructionWarning,
+    Snapshot,
+    reachable,
+    reconstruct,
+)
+
+__all__ = [
+    "Plan",
+    "Reconstruction",
+    "ReconstructionWarning",
+    "Snapshot",
+    "Source",
+    "coefficients",
+    "decay_coefficients",
+    "lr_decay",
+    "lr_decay_coefficients",
+    "merge",
+    "plan",
+    "profile_error",
+    "reachable",
+    "reconstruct",
+    "rounding_variance",
+    "uniform_coefficients",
+]
