@@ -35,6 +35,54 @@ def average(params, decays, every=1, start=None):
     return shadow
 
 
+def shadows(params, decays, every=1):
+    """Returns the shadow after every fold, float64[folds, …]; like `average`."""
+    found, shadow = [], np.array(params[0], np.float64)
+    for t in range(every, len(params) + 1, every):
+        kept = np.prod(decays[t - every : t])
+        shadow = kept * shadow + (1 - kept) * np.asarray(params[t - 1], np.float64)
+        found.append(shadow)
+    return np.stack(found)
+
+
+def power_densities(times, steps, exponents):
+    """Returns (γ+1)·t^γ / T^(γ+1) on [0, T], and 0 after it: float64[times, steps]."""
+    t, last = np.asarray(times, np.float64)[:, None], np.asarray(steps, np.float64)
+    g = np.broadcast_to(np.asarray(exponents, np.float64), last.shape)
+    return np.where(t <= last, (g + 1) / last * (t / last) ** g, 0.0)
+
+
+def quadrature(ends, order):
+    """Returns points and weights that integrate what is smooth between the ends."""
+    x, w = np.polynomial.legendre.leggauss(order)
+    ends = np.unique(np.concatenate([[0.0], ends]))
+    half = np.diff(ends)[:, None] / 2
+    return ((ends[:-1, None] + half * (x + 1)).ravel(), (half * w).ravel())
+
+
+def projection(steps, exponents, exponent, step, order=16):
+    """Returns the weights, of sum 1, that bring profiles closest to t^γ on [0, step].
+
+    By least squares on the profiles themselves, point by point. No inner product is
+    formed, so that the condition number is the root of the normal equations'.
+
+    Returns:
+        The weights, and the distance left over the norm of what is wanted.
+    """
+    t, w = quadrature(np.append(steps, step), order)
+    root = np.sqrt(w)[:, None]
+    columns = root * power_densities(t, steps, exponents)
+    wanted = (root * power_densities(t, [step], exponent))[:, 0]
+    # The last weight is what the others leave of 1.
+    matrix, side = columns[:, :-1] - columns[:, -1:], wanted - columns[:, -1]
+    norms = np.linalg.norm(matrix, axis=0)
+    q, r = np.linalg.qr(matrix / norms)
+    others = np.linalg.solve(r, q.T @ side) / norms
+    weights = np.append(others, 1 - others.sum())
+    left = np.linalg.norm(columns @ weights - wanted)
+    return weights, left / np.linalg.norm(wanted)
+
+
 def relative_rms(actual, expected):
     """Returns the RMS of the error over the RMS of the expected values."""
     error = np.asarray(actual, np.float64) - expected

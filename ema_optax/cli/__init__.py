@@ -9,7 +9,7 @@ from types import FrameType
 from typing import NoReturn
 
 import ema_optax
-from ema_optax.cli import demo, inspect, parsing
+from ema_optax.cli import demo, inspect, parsing, profile, reconstruct
 
 __all__ = ["main"]
 
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_at_once)
     args = _parser().parse_args(argv)
+    args.alone = argv is None  # in a process of its own
     try:
         return args.command(args)
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -56,7 +57,7 @@ def _parser() -> parsing.Parser:
     version = f"%(prog)s {ema_optax.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, inspect):
+    for command in (demo, inspect, profile, reconstruct):
         command.add(commands)
     return parser
 

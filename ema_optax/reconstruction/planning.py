@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -111,21 +111,24 @@ def plan(
 
 
 def _times(steps: int | Sequence[int], snapshots: int) -> list[int]:
-    if not isinstance(steps, numbers.Integral):
+    if np.ndim(cast(Any, steps)):
         found = sorted({int(step) for step in cast(Sequence[int], steps)})
         if not found:
             raise ValueError("plan needs the length of a run, or steps of snapshots.")
         return found
-    if not 1 <= snapshots <= steps:
+    length = operator.index(cast(int, steps))
+    if not 1 <= snapshots <= length:
         raise ValueError(
-            f"plan needs between 1 and {steps} snapshots in {steps} updates, got "
+            f"plan needs between 1 and {length} snapshots in {length} updates, got "
             f"{snapshots}."
         )
-    return [round(steps * i / snapshots) for i in range(1, snapshots + 1)]
+    return [round(length * i / snapshots) for i in range(1, snapshots + 1)]
 
 
 def _elements(params: Any) -> int | None:
-    if params is None or isinstance(params, numbers.Real):
-        return None if params is None else int(params)  # 7e9 is a number of params too
+    if params is None:
+        return None
+    if isinstance(params, (int, float, np.number)):
+        return int(params)
     averaged = filter(selection.is_averaged, jax.tree.leaves(params))
     return sum(math.prod(np.shape(leaf)) for leaf in averaged)

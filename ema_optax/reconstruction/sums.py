@@ -2,6 +2,7 @@
 
 Leaf by leaf, a few trees at a time, each block of elements is summed in float64 for all
 sums at once; the next parts are read meanwhile. Every byte of the trees is read once.
+(A leaf larger than half a tree is held twice.)
 """
 
 import abc
@@ -90,6 +91,7 @@ def weighted_sums(
             work done and all of it.
     """
     items = list(_items(sources, targets))
+    wide = _partial_dtypes(sources[0].leaves, targets, weights.shape[1])
     found: list[dict[str, jax.Array]] = [{} for _ in range(weights.shape[1])]
     shards: list[list[jax.Array]] = [[] for _ in found]
     parts: list[np.ndarray] = []
@@ -97,9 +99,7 @@ def weighted_sums(
         for done, (item, read) in enumerate(reader.ahead(items)):
             target = targets[item.path]
             if item.is_first:
-                # Rounded to the target's dtype once: by the last addition.
-                wide = jnp.promote_types(target.dtype, jnp.float64)
-                kind = target.dtype if item.is_last else wide
+                kind = target.dtype if item.is_last else wide[item.path]
                 parts = [np.zeros(read[0].shape, kind) for _ in found]
             _add(parts, read, weights[item.low : item.high])
             read.clear()
@@ -116,6 +116,26 @@ def weighted_sums(
                     of_leaf.clear()
             report(done + 1, len(items))
     return found
+
+
+def _partial_dtypes(
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    targets: Mapping[str, Target],
+    sums: int,
+) -> dict[str, Any]:
+    """Returns what the sums of a leaf are kept in until its last trees are added.
+
+    float64, so that they are rounded once; float32, at some 1e-7, where a leaf is so
+    large that this would take more than one tree.
+    """
+    room = max(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()), _SMALL)
+    kinds = {}
+    for path, target in targets.items():
+        wide = jnp.promote_types(target.dtype, jnp.float64)
+        more = leaves[path].size * (wide.itemsize - target.dtype.itemsize) * sums
+        fallback = jnp.promote_types(target.dtype, jnp.float32)
+        kinds[path] = wide if more <= room else fallback
+    return kinds
 
 
 class _Item(NamedTuple):

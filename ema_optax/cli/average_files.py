@@ -1,0 +1,205 @@
+"""What a reconstruction reads from the folders of a run, and where its averages go."""
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from ema_optax import trees
+from ema_optax.cli.averages import Plan
+from ema_optax.decays import power
+
+if TYPE_CHECKING:
+    from ema_optax.reconstruction import Reconstruction, Snapshot
+
+
+def snapshots(runs: Sequence[str]) -> "list[Snapshot]":
+    """Returns the snapshots in all folders, in order; of equal ones the finest."""
+    from ema_optax import checkpoint
+
+    found: dict[Any, Snapshot] = {}
+    for run in runs:
+        for snapshot in checkpoint.snapshots(run):
+            same = found.setdefault((snapshot.step, snapshot.exponent), snapshot)
+            if jnp.finfo(snapshot.dtype).eps < jnp.finfo(same.dtype).eps:
+                found[snapshot.step, snapshot.exponent] = snapshot
+    return [found[key] for key in sorted(found)]
+
+
+def model(
+    runs: Sequence[str], snapshots: "Sequence[Snapshot]", last: float
+) -> tuple[Any, bool]:
+    """Returns what the result is like, and whether that is the whole model.
+
+    Leaves that are averaged are abstract; the others are those of the params.
+    """
+    from ema_optax import checkpoint
+
+    averaged = snapshots[0].tree.leaves
+    item = _item_with_params(runs, last)
+    if item is None:
+        wide = {p: jnp.promote_types(x.dtype, "float32") for p, x in averaged.items()}
+        kept: dict[str, Any] = {}
+    else:
+        stored = checkpoint.describe(item).trees["params"].leaves
+        wide = {path: jnp.dtype(leaf.dtype) for path, leaf in stored.items()}
+        kept = {}
+        if set(stored) - set(averaged):
+            paths, leaves, _ = trees.flatten(checkpoint.restore(item, "params"))
+            kept = dict(zip(paths, leaves, strict=True))
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaf.shape, wide[path])
+        for path, leaf in averaged.items()
+        if path in wide  # else reconstruct says that the params lack it
+    }
+    return trees.nested({**kept, **abstract}), item is not None
+
+
+def check_free(plan: Plan, out: str) -> None:
+    """Refuses a folder that averages could not be written to.
+
+    Raises:
+        FileExistsError: If an average is there already.
+        OSError: If the folder cannot be made.
+        ValueError: If the averages would lie among the steps of a run.
+    """
+    from ema_optax.checkpoint.steps import absolute, all_steps
+
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        if all_steps(absolute(out)):
+            raise FileExistsError(
+                f"{out} holds the steps of a run, which averages must not lie among. "
+                "Pass a folder of their own as --out."
+            )
+    for row in plan.rows:
+        path = f"{row.directory}/{plan.step}"
+        if absolute(path).exists():
+            raise FileExistsError(
+                f"{path} exists, and nothing is overwritten. Remove it, or pass "
+                "another --out."
+            )
+    if "://" in out:
+        return
+    there = _nearest(out)
+    if not there.is_dir():
+        raise NotADirectoryError(f"Cannot write to {out}: {there} is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"Cannot write to {out}: {there} is read-only, or somebody else's."
+        )
+
+
+def check_room(plan: Plan, out: str, like: Any, dtype: str | None) -> None:
+    """Raises OSError if the disk has no room for the averages."""
+    if "://" in out:
+        return
+    averaged = plan.snapshots[0].tree.leaves
+    paths, leaves, _ = trees.flatten(like)
+    size = sum(
+        math.prod(leaf.shape) * jnp.dtype(dtype or leaf.dtype).itemsize
+        for path, leaf in zip(paths, leaves, strict=True)
+        if path in averaged
+    )
+    need, disk = size * len(plan.rows), shutil.disk_usage(_nearest(out))
+    if need > disk.free and disk.total:  # some kinds of file systems tell 0 of 0
+        raise OSError(
+            f"The averages need {need / 1e6:,.3f} MB, and the disk of {out} has "
+            f"{disk.free / 1e6:,.3f} MB left. Ask for fewer widths at a time, a "
+            "narrower --dtype, or pass another --out."
+        )
+
+
+def write(
+    plan: Plan,
+    found: "Sequence[Reconstruction]",
+    progress: Callable[[int, int], None],
+) -> None:
+    """Writes each average as a checkpoint.
+
+    Raises:
+        OSError: If one cannot be written; nothing of it is left, and those before it
+            are whole.
+    """
+    from ema_optax import checkpoint
+    from ema_optax.checkpoint.steps import absolute
+
+    for done, (row, average) in enumerate(zip(plan.rows, found, strict=True)):
+        progress(done, len(found))
+        extra = {
+            "width": row.width,
+            "profile_error": average.profile_error,
+            "noise_gain": average.noise_gain,
+            "snapshots": len(plan.snapshots),
+            "tracked": plan.tracked,
+            "snapshot_dtypes": plan.dtypes,
+            "whole_model": plan.whole,
+        }
+        folder = absolute(row.directory)
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            with _no_tracebacks():
+                checkpoint.save_average(
+                    folder,
+                    average.tree,
+                    step=plan.step,
+                    decay=power(row.width),
+                    extra=extra,
+                )
+        except Exception as error:
+            for path in new:
+                with contextlib.suppress(OSError):  # it holds what is whole
+                    path.rmdir()
+            if not done:
+                raise
+            before = ", ".join(f"{r.width:g}" for r in plan.rows[:done])
+            raise OSError(f"{error} Written before it: width {before}.") from error
+
+
+def _item_with_params(runs: Sequence[str], last: float) -> Any:
+    """Returns what holds the params of a step, by the updates that its shadows saw."""
+    from ema_optax import checkpoint
+    from ema_optax.checkpoint.steps import absolute, all_steps
+
+    for run in runs:
+        for item in reversed(all_steps(absolute(run))):
+            held = checkpoint.describe(item).trees
+            if "params" in held and any(_folded(t) == last for t in held.values()):
+                return item
+    return None
+
+
+def _folded(tree: Any) -> int | None:
+    """Returns the updates that a shadow had seen at its last fold."""
+    if not isinstance(tree.count, int):
+        return None
+    return tree.count - tree.count % (tree.every or 1)
+
+
+@contextlib.contextmanager
+def _no_tracebacks() -> Iterator[None]:
+    """Keeps Orbax's threads from logging an error that is raised and told as well."""
+
+    def drop(record: logging.LogRecord) -> bool:
+        del record
+        return False
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+
+
+def _nearest(out: str) -> Any:
+    """Returns a local folder, or the nearest above it that exists."""
+    from ema_optax.checkpoint.steps import absolute
+
+    root = absolute(out)
+    return next(path for path in (root, *root.parents) if path.exists())
