@@ -1,5 +1,6 @@
 """Pictures: what the axes hold."""
 
+import warnings
 from itertools import combinations
 
 import numpy as np
@@ -8,7 +9,8 @@ from matplotlib.colors import rgb_to_hsv, to_rgb
 from matplotlib.figure import Figure
 
 import ema_optax
-from ema_optax import plots
+from ema_optax import plots, reconstruction
+from ema_optax.plots import style
 
 STEPS, RAW, SHADOW = [10, 20, 30], [0.90, 0.95, 0.93], [0.91, 0.94, 0.97]
 
@@ -150,7 +152,7 @@ def test_profiles_differ_without_colour():
     assert [line.get_label().split(":")[0] for line in lines] == list(SIX)
     assert len({line.get_marker() for line in lines}) == 6
     assert len({line.get_color() for line in lines}) == 6
-    assert len({str(style["linestyle"]) for style in plots._CURVES}) == 6
+    assert len({str(style["linestyle"]) for style in style.CURVES}) == 6
     luminance = [np.dot(to_rgb(ln.get_color()), (0.21, 0.72, 0.07)) for ln in lines]
     assert all(abs(a - b) > 0.02 for a, b in combinations(luminance, 2))
     assert max(luminance) < 0.75  # yellow would vanish on white
@@ -207,3 +209,200 @@ def test_profiles_refuses_what_cannot_be_told_apart(decays):
     """None at all, or more than six."""
     with pytest.raises(ValueError, match=f"one to 6 decays.*got {len(decays)}"):
         plots.profiles(decays, 10)
+
+
+WIDTHS = [0.02, 0.05, 0.1, 0.2]
+SEEDS = np.array([[0.90, 0.92], [0.94, 0.95], [0.93, 0.97], [0.91, 0.93]])
+
+
+def legend_of(ax) -> list[str]:
+    """Returns what the legend says, from the top."""
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_accuracy_over_width_draws_the_mean_and_the_range_of_runs():
+    """One value a width is a line alone; several are their mean in their range."""
+    ax = plots.accuracy_over_width(WIDTHS, SEEDS[:, 0])
+    line, best = ax.get_lines()
+    np.testing.assert_array_equal(line.get_xydata(), np.stack([WIDTHS, SEEDS[:, 0]], 1))
+    assert not ax.collections
+    assert best.get_xydata().tolist() == [[0.05, 0.94]]
+    assert legend_of(ax) == ["reconstructed", "best: width 0.05"]
+
+    ax = plots.accuracy_over_width(WIDTHS, SEEDS)
+    line, best = ax.get_lines()
+    np.testing.assert_allclose(line.get_ydata(), [0.91, 0.945, 0.95, 0.92], rtol=1e-12)
+    (shade,) = ax.collections
+    corners = {(x, round(y, 6)) for x, y in shade.get_paths()[0].vertices}
+    assert corners == {
+        (w, y) for w, row in zip(WIDTHS, SEEDS, strict=True) for y in row
+    }
+    assert best.get_xydata()[0].tolist() == [0.1, pytest.approx(0.95)]
+    assert [text.get_text() for text in ax.texts] == ["95.0%"]
+    assert "range over the runs" in legend_of(ax)
+
+
+def test_accuracy_over_width_takes_widths_in_any_order():
+    """The line goes from the narrowest to the widest."""
+    ax = plots.accuracy_over_width(WIDTHS[::-1], SEEDS[::-1])
+    other = plots.accuracy_over_width(WIDTHS, SEEDS)
+    for mixed, sorted_line in zip(ax.get_lines(), other.get_lines(), strict=True):
+        np.testing.assert_array_equal(mixed.get_xydata(), sorted_line.get_xydata())
+    ours, theirs = (a.collections[0].get_paths()[0].vertices for a in (ax, other))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_accuracy_over_width_marks_what_was_tracked():
+    """Points at their widths, each with the range of its runs, and no line."""
+    trained = {0.15: [0.93, 0.96, 0.93], 0.03: [0.91, 0.91, 0.94]}
+    ax = plots.accuracy_over_width(WIDTHS, SEEDS, trained=trained)
+    (points,) = [line for line in ax.get_lines() if line.get_marker() == "s"]
+    np.testing.assert_allclose(points.get_xydata(), [[0.15, 0.94], [0.03, 0.92]])
+    assert points.get_linestyle() == "None"
+    bars = ax.collections[1].get_segments()
+    np.testing.assert_allclose(
+        bars, [[[0.15, 0.93], [0.15, 0.96]], [[0.03, 0.91], [0.03, 0.94]]]
+    )
+    assert "tracked in a run" in legend_of(ax)
+    # Of one run there is no range.
+    ax = plots.accuracy_over_width(WIDTHS, SEEDS, trained={0.15: 0.93})
+    assert len(ax.collections) == 1
+
+
+def test_accuracy_over_width_shows_the_raw_level():
+    """A dashed level at the mean of the runs, told in the legend, with their range."""
+    ax = plots.accuracy_over_width(WIDTHS, SEEDS, raw=[0.86, 0.90])
+    (level,) = [line for line in ax.get_lines() if "raw" in line.get_label()]
+    assert list(level.get_ydata()) == [pytest.approx(0.88)] * 2
+    assert level.get_label() == "raw params: 88.0%"
+    assert level.is_dashed()
+    assert ax.patches[0].get_y() == pytest.approx(0.86)
+    assert ax.patches[0].get_height() == pytest.approx(0.04)
+    assert not plots.accuracy_over_width(WIDTHS, SEEDS, raw=0.88).patches
+
+
+def test_accuracy_over_width_differs_without_colour():
+    """Marker, dashes and width tell the curve, the level and the points apart."""
+    ax = plots.accuracy_over_width(WIDTHS, SEEDS, trained={0.1: 0.9}, raw=0.88)
+    curve, points, level, best = (
+        next(line for line in ax.get_lines() if line.get_label().startswith(name))
+        for name in ("reconstructed", "_", "raw", "best")
+    )
+    assert curve.get_linewidth() > 1.5 * level.get_linewidth()
+    assert len({curve.get_marker(), points.get_marker(), best.get_marker()}) == 3
+    assert points.get_markerfacecolor() == "none"  # the curve is seen through them
+
+
+ERRORS = [0.01, 1e-4, 2e-4, 0.003]
+
+
+def test_error_over_width_draws_errors_and_what_was_tracked():
+    """Two log axes, the errors as given, and markers at the tracked widths."""
+    ax = plots.error_over_width(WIDTHS[::-1], ERRORS[::-1], tracked=(0.05, 0.1))
+    line, tracked, warned = ax.get_lines()
+    np.testing.assert_array_equal(line.get_xydata(), np.stack([WIDTHS, ERRORS], axis=1))
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert list(tracked.get_xdata()) == [0.05, 0.1]
+    assert tracked.get_linestyle() == "None"
+    assert legend_of(ax) == ["profile error", "tracked widths"]
+    assert set(warned.get_ydata()) == {0.05}
+    assert len(ax.figure.axes) == 1
+
+
+def test_error_over_width_shows_when_reconstruct_warns_and_refuses():
+    """The levels are those of the library; one far above all errors is left out."""
+    snapshots = [
+        reconstruction.Snapshot(step, 6.94, {"w": np.float32(1)})
+        for step in np.arange(10, 101, 10)
+    ]
+    level = {"warned": 0.05, "refused": 0.5}
+    errors, told = [], []
+    for width in np.geomspace(0.01, 0.09, 40):
+        x = [s.step for s in snapshots]
+        wanted = ema_optax.exponent_from_width(width)
+        found = reconstruction.coefficients(x, 6.94, wanted, 100)
+        errors.append(reconstruction.profile_error(found, x, 6.94, wanted, 100))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", reconstruction.ReconstructionWarning)
+            try:
+                reconstruction.reconstruct(snapshots, width=width)
+                told.append("")
+            except reconstruction.ReconstructionWarning:
+                told.append("warned")
+            except ValueError:
+                told.append("refused")
+    for error, what in zip(errors, told, strict=True):
+        assert (error > level["warned"]) == (what != "")
+        assert (error > level["refused"]) == (what == "refused")
+    assert set(told) == {"", "warned", "refused"}
+    ax = plots.error_over_width(np.geomspace(0.01, 0.09, 40), errors)
+    assert [text.get_text() for text in ax.texts] == ["5%: warned of", "50%: refused"]
+    drawn = [line.get_ydata()[0] for line in ax.get_lines()[1:]]
+    assert drawn == list(level.values())
+    ax = plots.error_over_width(WIDTHS, ERRORS)
+    assert [text.get_text() for text in ax.texts] == ["5%: warned of"]
+
+
+def test_error_over_width_leaves_out_what_is_rounding():
+    """An exact average does not stretch the axis; zero is no error and no warning."""
+    for exact in (0.0, 1e-12):
+        ax = plots.error_over_width(WIDTHS, [0.01, exact, 1e-4, 0.003])
+        assert ax.get_ylim()[0] == 1e-5
+
+
+def test_error_over_width_draws_noise_gains_on_an_axis_of_their_own():
+    """At the right, dashed, in the same legend."""
+    gains = [20, 1, 0.9, 0.5]
+    ax = plots.error_over_width(WIDTHS[::-1], ERRORS[::-1], noise_gains=gains[::-1])
+    _, right = ax.figure.axes
+    (line,) = right.get_lines()
+    np.testing.assert_array_equal(line.get_xydata(), np.stack([WIDTHS, gains], axis=1))
+    assert line.is_dashed()
+    assert not ax.get_lines()[0].is_dashed()
+    assert right.get_yscale() == "log"
+    assert right.get_ylabel() == "Noise gain"
+    assert legend_of(ax) == ["profile error", "noise gain (right)"]
+
+
+@pytest.mark.parametrize("draw", [plots.accuracy_over_width, plots.error_over_width])
+def test_pictures_over_width_say_what_they_show(draw):
+    """Widths stand on a log axis as they are written in code; title and labels."""
+    figure = Figure()
+    ax = figure.add_subplot()
+    assert draw(WIDTHS, ERRORS, ax=ax) is ax
+    assert figure.axes == [ax]
+    assert ax.get_xscale() == "log"
+    figure.draw_without_rendering()
+    shown = [text.get_text() for text in ax.get_xticklabels()]
+    assert {"0.02", "0.05", "0.1", "0.2"} <= set(shown)
+    assert ax.get_title(loc="left")
+    assert "σ_rel" in ax.get_xlabel()
+    assert ax.get_ylabel()
+
+
+@pytest.mark.parametrize("draw", [plots.accuracy_over_width, plots.error_over_width])
+@pytest.mark.parametrize(
+    ("widths", "values", "said"),
+    [
+        ([], [], "got 0 widths and 0 values"),
+        ([0.1, 0.2], [0.5], "got 2 widths and 1 values"),
+        ([0.1], [[]], r"got shapes \[\(0,\)\]"),
+        ([0.1], [[[0.5]]], r"got shapes \[\(1, 1\)\]"),
+        ([0.1, 0.0], [0.5, 0.6], "Widths are above 0"),
+        ([0.1, float("nan")], [0.5, 0.6], "Widths are above 0"),
+    ],
+)
+def test_values_that_do_not_fit_the_widths_are_refused(draw, widths, values, said):
+    """Nothing to draw, not one value for each, or a width that has no logarithm."""
+    with pytest.raises(ValueError, match=said):
+        draw(widths, values)
+
+
+def test_other_values_are_checked_as_well():
+    """Those tracked, of the raw params, and the noise gains."""
+    with pytest.raises(ValueError, match="Widths are above 0"):
+        plots.accuracy_over_width([0.1], [0.5], trained={0: 0.5})
+    with pytest.raises(ValueError, match=r"got shapes \[\(0,\)\]"):
+        plots.accuracy_over_width([0.1], [0.5], raw=[])
+    with pytest.raises(ValueError, match="got 1 widths and 2 values"):
+        plots.error_over_width([0.1], [0.5], noise_gains=[1, 2])
