@@ -26,7 +26,7 @@ def merge(
 ) -> Any:
     """Returns Σ coefficientsᵢ·treesᵢ of the leaves that can be averaged.
 
-    The trees are read once, in parts, whatever the number of results; sums are taken
+    The trees are read once, in parts, whatever the number of results. Sums are taken
     in float64.
 
     Args:

@@ -1,12 +1,13 @@
 """Weighted sums of many trees, read in parts: memory for the sums and one tree more.
 
-Leaf by leaf, a few trees at a time, each block of elements is summed in float64 for all
-sums at once; the next parts are read meanwhile. Every byte of the trees is read once.
-(A leaf larger than half a tree is held twice.)
+Leaf by leaf, a few trees at a time, each block of elements is summed for all sums at
+once, in float64; the next parts are read meanwhile. Every byte is read once.
 """
 
 import abc
 import contextlib
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias
@@ -21,9 +22,12 @@ Index: TypeAlias = tuple[slice, ...]
 Progress: TypeAlias = bool | Callable[[int, int], None]
 
 _BLOCK = 2**14  # elements; so many of 64 trees in float64 stay in a cache of 8 MB
-_COLUMNS = 2**7
+# Multiplications in a product of matrices that BLAS leaves on one thread. On cores that
+# others use too, its own threads wait for each other, and take ten times as long.
+_PRODUCT = 2**17
 _SMALL = 2**25  # bytes that may be held whatever the size of a tree
 _READERS = 4
+_ADDERS = min(4, os.cpu_count() or 1)
 
 
 class Source(abc.ABC):
@@ -95,13 +99,18 @@ def weighted_sums(
     found: list[dict[str, jax.Array]] = [{} for _ in range(weights.shape[1])]
     shards: list[list[jax.Array]] = [[] for _ in found]
     parts: list[np.ndarray] = []
-    with _reporting(progress, len(items)) as report, _Reader(sources) as reader:
+    with (
+        _reporting(progress, len(items)) as report,
+        _Reader(sources) as reader,
+        ThreadPoolExecutor(_ADDERS, thread_name_prefix="ema_optax_add") as adders,
+    ):
         for done, (item, read) in enumerate(reader.ahead(items)):
             target = targets[item.path]
             if item.is_first:
                 kind = target.dtype if item.is_last else wide[item.path]
-                parts = [np.zeros(read[0].shape, kind) for _ in found]
-            _add(parts, read, weights[item.low : item.high])
+                parts = [_empty(read[0].shape, kind) for _ in found]
+            here = weights[item.low : item.high]
+            _add(adders, parts, read, here, is_first=item.is_first)
             read.clear()
             if item.is_last:
                 for of_leaf in shards:
@@ -126,9 +135,9 @@ def _partial_dtypes(
     """Returns what the sums of a leaf are kept in until its last trees are added.
 
     float64, so that they are rounded once; float32, at some 1e-7, where a leaf is so
-    large that this would take more than one tree.
+    large that this would take more than a quarter of a tree.
     """
-    room = max(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()), _SMALL)
+    room = _tree_bytes(leaves, targets) // 4
     kinds = {}
     for path, target in targets.items():
         wide = jnp.promote_types(target.dtype, jnp.float64)
@@ -157,11 +166,11 @@ class _Item(NamedTuple):
 def _items(sources: Sequence[Source], targets: Mapping[str, Target]) -> Iterator[_Item]:
     count = len(sources)
     leaves = sources[0].leaves
-    sizes = {path: leaves[path].size * leaves[path].dtype.itemsize for path in targets}
     # Two items are held at a time, the one that is summed and the one that is read.
-    budget = max(sum(sizes.values()), _SMALL) // 2
+    budget = _tree_bytes(leaves, targets) // 2
     for path, target in targets.items():
-        at_once = max(1, min(count, budget // max(sizes[path], 1)))
+        size = leaves[path].size * leaves[path].dtype.itemsize
+        at_once = max(1, min(count, budget // max(size, 1)))
         parts = _parts(target.sharding, leaves[path].shape)
         for number, (index, devices) in enumerate(parts):
             for low in range(0, count, at_once):
@@ -176,6 +185,17 @@ def _items(sources: Sequence[Source], targets: Mapping[str, Target]) -> Iterator
                     is_first=low == 0,
                     is_last=high == count,
                 )
+
+
+def _tree_bytes(
+    leaves: Mapping[str, jax.ShapeDtypeStruct], targets: Mapping[str, Target]
+) -> int:
+    """Returns the size of a tree, as it is read or as it is summed."""
+    sizes = [
+        leaf.size * max(leaf.dtype.itemsize, targets[path].dtype.itemsize)
+        for path, leaf in leaves.items()
+    ]
+    return max(sum(sizes), _SMALL)
 
 
 class _Reader:
@@ -207,31 +227,56 @@ class _Reader:
 
 
 def _add(
-    sums: Sequence[np.ndarray], terms: Sequence[np.ndarray], weights: np.ndarray
+    adders: ThreadPoolExecutor,
+    sums: Sequence[np.ndarray],
+    terms: Sequence[np.ndarray],
+    weights: np.ndarray,
+    *,
+    is_first: bool,
 ) -> None:
-    """Adds Σᵢ weights[i, j]·terms[i] to sums[j], in place.
+    """Adds Σᵢ weights[i, j]·terms[i] to sums[j], in place, on threads.
 
-    As products of matrices of _COLUMNS columns, which BLAS leaves on one thread: on
-    cores that others use too, its threads wait for each other, and take ten times as
-    long. The next terms are read meanwhile.
+    Where it is the first addition, the sums hold nothing yet.
     """
-    wide = np.complex128 if np.iscomplexobj(sums[0]) else np.float64
     flat_sums = [total.reshape(-1) for total in sums]
     flat_terms = [np.ascontiguousarray(term).reshape(-1) for term in terms]
     size, factors = flat_terms[0].size, np.ascontiguousarray(weights.T)
-    start = 0
-    while start < size:
-        columns = min(_COLUMNS, size - start)
-        rows = min(_BLOCK, size - start) // columns
-        stop = start + rows * columns
-        block = np.empty((rows, len(terms), columns), wide)
-        for i, term in enumerate(flat_terms):
-            block[:, i] = term[start:stop].reshape(rows, columns)
-        added = factors @ block
-        for j, total in enumerate(flat_sums):
-            here = total[start:stop].reshape(rows, columns)
-            here += added[:, j].astype(total.dtype)
-        start = stop
+    width = max(_PRODUCT // factors.size, 16)
+    wide = np.complex128 if np.iscomplexobj(sums[0]) else np.float64
+
+    rows = max(min(_BLOCK, size) // width, 1)
+
+    def add(start: int, stop: int) -> None:
+        # Made once: the allocator would give such large ones back, and clear new ones.
+        block = np.empty((rows, len(terms), width), wide)
+        added = np.empty((rows, len(sums), width), wide)
+        while start < stop:
+            columns = min(width, stop - start)
+            count = min(rows, (stop - start) // columns)
+            end = start + count * columns
+            x, y = block[:count, :, :columns], added[:count, :, :columns]
+            for i, term in enumerate(flat_terms):
+                x[:, i] = term[start:end].reshape(count, columns)
+            np.matmul(factors, x, out=y)
+            for j, total in enumerate(flat_sums):
+                part = total[start:end].reshape(count, columns)
+                if is_first:
+                    part[...] = y[:, j]
+                else:
+                    np.add(part, y[:, j], out=part, casting="same_kind")
+            start = end
+
+    edges = np.linspace(0, size, _ADDERS + 1).astype(int).tolist()
+    list(adders.map(add, edges[:-1], edges[1:]))
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Returns an array whose memory JAX takes over on CPU, where it is aligned."""
+    kind = np.dtype(dtype)
+    size = math.prod(shape) * kind.itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(kind).reshape(shape)
 
 
 def _parts(

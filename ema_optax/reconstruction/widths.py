@@ -103,7 +103,7 @@ def reconstruct(
     """Returns the average of a width that was not tracked, from those that were.
 
     The snapshots are read once, in parts, whatever the number of widths: memory holds
-    the results and one snapshot. Sums are taken in float64.
+    the results and two snapshots. Sums are taken in float64.
 
     Args:
         snapshots: Of one run, in any order, of one or more exponents; two widths, .05
