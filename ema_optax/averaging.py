@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from ema_optax import folding, selection, storage, trees
+from ema_optax import folding, placement, selection, storage, trees
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.families import Decay, check_decay, check_wide_enough
-from ema_optax.states import EmaParamsState, state_type
+from ema_optax.states import EmaParamsState, record_of, state_type
 
 _STATIC = ("every", "overwrite_every")  # for optax.inject_hyperparams
 
@@ -24,6 +24,8 @@ def ema_params(
     mask: selection.Mask | None = None,
     shadow_dtype: Any = None,
     overwrite_every: int | None = None,
+    shadow_sharding: Any = None,
+    params_sharding: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps an exponential moving average of the params: the shadow.
 
@@ -40,7 +42,7 @@ def ema_params(
     Inside `optax.MultiSteps` it folds once per real update. Around it, it would fold
     once per micro-batch. `optax.inject_hyperparams` needs
     `static_args=("decay", "every", "overwrite_every")`, or without `"decay"` to inject
-    a float β.
+    a float β; and with `"shadow_sharding"` where that is a function.
 
     Args:
         decay: A float β in [0, 1), which means `warmup(β)`; a `Decay`; any callable
@@ -57,6 +59,14 @@ def ema_params(
             as with Keras' `ema_overwrite_frequency`. The model then holds
             p + (s − p), which is s to the last bit where s/2 ≤ p ≤ 2s, and within
             1 ulp of the larger of |p| and |s − p| elsewhere.
+        shadow_sharding: Where the shadow lives, if not with its params: a sharding, a
+            function from path and param (with shape, dtype and sharding) to one, or a
+            tree of these like the params, or a prefix of it, with None where a shadow
+            follows its param. `placement` has two: `over_axis` and `in_host_memory`.
+            The params keep their sharding.
+        params_sharding: That of the params, a sharding or a tree of them; needed with
+            `shadow_sharding` where they do not show it: `init` under `jit`, on a mesh
+            whose axes are not Explicit.
 
     Returns:
         A transform with state `EmaParamsState`.
@@ -85,15 +95,27 @@ def ema_params(
             )
     dtype = storage.check_shadow_dtype(shadow_dtype)
     several = isinstance(decay, Mapping)
-    make_state = state_type(several, _recordable(decay, decays), every)
+    make_type = functools.partial(
+        state_type, several, _recordable(decay, decays), every
+    )
 
     def init(params: Any) -> EmaParamsState:
         def started() -> Any:
-            return jax.tree.map(lambda p: storage.start(p, dtype), chosen)
+            starts = [
+                leaf
+                if trees.is_placeholder(leaf)
+                else placement.settle(storage.start(leaf, dtype), home)
+                for leaf, home in zip(
+                    leaves, homes or [None] * len(leaves), strict=True
+                )
+            ]
+            return jax.tree.unflatten(structure, starts)
 
         chosen = selection.averaged_only(params, mask)
+        homes = placement.find_homes(chosen, shadow_sharding, params_sharding)
+        leaves, structure = jax.tree.flatten(chosen, is_leaf=trees.is_placeholder)
         shadow = {name: started() for name in decays} if several else started()
-        return make_state(jnp.zeros([], jnp.int32), shadow)
+        return make_type(homes)(jnp.zeros([], jnp.int32), shadow)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -101,6 +123,14 @@ def ema_params(
         del extra_args
         folding.require_params(params, "ema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
+        record = record_of(state)
+        homes = (
+            record.homes
+            if record
+            else placement.find_homes(
+                selection.averaged_only(params, mask), shadow_sharding, params_sharding
+            )
+        )
         shadows = folding.fold_update(
             _shadows_by_name(state.shadow, decays, several),
             [functools.partial(d.newest_weight, every=every) for d in decays.values()],
@@ -108,12 +138,13 @@ def ema_params(
             params,
             count=count,
             every=every,
+            homes=homes,
         )
         if overwrite_every is not None:
             due = count % overwrite_every == 0
-            updates = _overwriting(updates, params, shadows[0], due)
+            updates = _overwriting(updates, params, shadows[0], due, homes)
         shadow = dict(zip(decays, shadows, strict=True)) if several else shadows[0]
-        return updates, make_state(count, shadow)
+        return updates, make_type(homes)(count, shadow)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -218,16 +249,39 @@ def _shadows_by_name(
     return [shadow[name] for name in decays]
 
 
-def _overwriting(updates: Any, params: Any, shadow: Any, due: jax.Array) -> Any:
+def _overwriting(
+    updates: Any,
+    params: Any,
+    shadow: Any,
+    due: jax.Array,
+    homes: placement.Homes | None,
+) -> Any:
     """Returns the updates that make the params the shadow where that is due."""
     leaves, structure = jax.tree.flatten(shadow, is_leaf=trees.is_placeholder)
     old = structure.flatten_up_to(params)
     deltas = structure.flatten_up_to(updates)
     for i, leaf in enumerate(leaves):
-        if not trees.is_placeholder(leaf):
+        if trees.is_placeholder(leaf):
+            continue
+        home = homes[i] if homes else None
+        if home is None:
             jump = _difference_to(leaf, old[i]).astype(deltas[i].dtype)
             deltas[i] = jnp.where(due, jump, deltas[i])
+        else:  # fetched only where it is due
+            deltas[i] = jax.lax.cond(
+                due,
+                functools.partial(_jump, home),
+                lambda *x: x[2],
+                leaf,
+                old[i],
+                deltas[i],
+            )
     return jax.tree.unflatten(structure, deltas)
+
+
+def _jump(home: placement.Home, shadow: Any, param: Any, delta: Any) -> jax.Array:
+    there = placement.brought(shadow, home)
+    return _difference_to(there, param).astype(delta.dtype)
 
 
 def _difference_to(shadow: jax.Array, param: Any) -> jax.Array:

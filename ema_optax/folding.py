@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from ema_optax import storage, trees
+from ema_optax import placement, storage, trees
 
 
 def fold_update(
@@ -18,6 +18,7 @@ def fold_update(
     *,
     count: jax.Array,
     every: int,
+    homes: placement.Homes | None = None,
 ) -> list[Any]:
     """Returns the shadows after an update, folded where one is due.
 
@@ -28,6 +29,7 @@ def fold_update(
         params: The params before the update.
         count: int32[], the 1-based number of the update.
         every: A fold is due at every `every`-th update, ≥ 1.
+        homes: Where each leaf of a shadow lives; None is where its param does.
 
     Raises:
         ValueError: If shadows, updates and params do not fit each other.
@@ -38,7 +40,11 @@ def fold_update(
     averaged = [
         i for i, leaf in enumerate(columns[0]) if not trees.is_placeholder(leaf)
     ]
-    new = [optax.apply_updates(old[i], deltas[i]) for i in averaged]
+    where = [homes[i] if homes else None for i in averaged]
+    new = [
+        placement.at_param(optax.apply_updates(old[i], deltas[i]), home)
+        for i, home in zip(averaged, where, strict=True)
+    ]
     kept = [[column[i] for i in averaged] for column in columns]
 
     def fold(kept: list[list[Any]], new: list[Any]) -> list[list[Any]]:
@@ -46,8 +52,12 @@ def fold_update(
         folded = []
         for newest_weight, leaves in zip(newest_weights, kept, strict=True):
             weight = storage.split_weight(newest_weight(count))
-            pairs = zip(leaves, new, strict=True)
-            folded.append([storage.fold(s, p, weight, next(seeds)) for s, p in pairs])
+            folded.append(
+                [
+                    _fold_at(home, s, p, weight, next(seeds))
+                    for s, p, home in zip(leaves, new, where, strict=True)
+                ]
+            )
         return folded
 
     if every == 1:
@@ -60,6 +70,13 @@ def fold_update(
         for i, leaf in zip(averaged, leaves, strict=True):
             column[i] = leaf
     return [jax.tree.unflatten(structure, column) for column in columns]
+
+
+def _fold_at(
+    home: placement.Home | None, shadow: Any, param: Any, weight: Any, seed: Any
+) -> jax.Array:
+    shadow, param = (placement.at_work(x, home) for x in (shadow, param))
+    return placement.settle(storage.fold(shadow, param, weight, seed), home)
 
 
 def matching_leaves(shadow: Any, params: Any) -> list[Any]:

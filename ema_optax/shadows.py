@@ -7,8 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ema_optax import bema, trees
-from ema_optax.states import BemaParamsState, EmaParamsState, NamedShadowsState
+from ema_optax import bema, placement, trees
+from ema_optax.states import (
+    BemaParamsState,
+    EmaParamsState,
+    NamedShadowsState,
+    record_of,
+)
 
 _BEMA = " (bema_params)"  # after the path of a state, in errors
 
@@ -140,8 +145,9 @@ def _find(opt_state: Any, params: Any, name: str | None) -> dict[str, Any]:
             "last: optax.chain(optimizer, ema_optax.ema_params(0.9999)), and pass the "
             "whole optimizer state."
         )
-    named = {p: s.shadow for p, s in states.items() if isinstance(s, NamedShadowsState)}
-    unnamed = {p: s.shadow for p, s in states.items() if p not in named}
+    held = {path: _held(state, params) for path, state in states.items()}
+    named = {p: held[p] for p, s in states.items() if isinstance(s, NamedShadowsState)}
+    unnamed = {p: held[p] for p in states if p not in named}
     names = sorted({key for shadows in named.values() for key in shadows})
     if name is None and not named:
         return unnamed | {at: _read(at, s, params) for at, s in bemas.items()}
@@ -160,6 +166,25 @@ def _find(opt_state: Any, params: Any, name: str | None) -> dict[str, Any]:
             f"shadow_params(opt_state, params) with {call}."
         )
     return chosen
+
+
+def _held(state: EmaParamsState, params: Any) -> Any:
+    """Returns the shadows of a state; where there are params, where those live."""
+    record = record_of(state)
+    homes = record.homes if record else None
+    if homes is None or params is None:
+        return state.shadow
+
+    def one(shadow: Any) -> Any:
+        leaves, structure = jax.tree.flatten(shadow, is_leaf=trees.is_placeholder)
+        pairs = zip(leaves, homes, strict=True)
+        return jax.tree.unflatten(
+            structure, [placement.brought(leaf, home) for leaf, home in pairs]
+        )
+
+    if isinstance(state, NamedShadowsState):
+        return {name: one(shadow) for name, shadow in state.shadow.items()}
+    return one(state.shadow)
 
 
 def _read(at: str, state: BemaParamsState, params: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 
 from ema_optax.families import Decay
+from ema_optax.placement import Homes
 
 
 class Record(NamedTuple):
@@ -16,10 +17,12 @@ class Record(NamedTuple):
         decays: Each shadow's decay by name (`""` where it has none), or None where it
             cannot be written down: a plain callable, or an injected array.
         every: Updates between folds.
+        homes: Where each leaf of a shadow lives; None where it is with its param.
     """
 
     decays: Mapping[str, Decay | None]
     every: int
+    homes: Homes | None = None
 
 
 class EmaParamsState(NamedTuple):
@@ -110,12 +113,15 @@ def bema_record_of(state: BemaParamsState) -> BemaRecord:
 
 @functools.cache
 def state_type(
-    named: bool, decays: tuple[tuple[str, Decay | None], ...], every: int
+    named: bool,
+    decays: tuple[tuple[str, Decay | None], ...],
+    every: int,
+    homes: Homes | None = None,
 ) -> type[EmaParamsState]:
     """Returns the type of a transform's states, the same for the same arguments."""
     base = NamedShadowsState if named else EmaParamsState
-    made_by = (state_type, (named, decays, every))
-    return _recorded(base, Record(dict(decays), every), made_by)
+    made_by = (state_type, (named, decays, every, homes))
+    return _recorded(base, Record(dict(decays), every, homes), made_by)
 
 
 @functools.cache

@@ -1,0 +1,244 @@
+"""Where a shadow lives: the rules, what may be given, one device; and eight."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+import ema_optax
+from ema_optax import shadow_params
+from ema_optax.placement import in_host_memory, over_axis
+
+P = PartitionSpec
+MESH = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+EVERYWHERE, ROWS = NamedSharding(MESH, P()), NamedSharding(MESH, P("data"))
+EIGHT = pathlib.Path(__file__).parent / "eight_devices.py"
+
+
+def test_eight_devices():
+    """All of eight_devices.py, in a process that has them."""
+    flags = "--xla_force_host_platform_device_count=8 "
+    # Without it XLA folds bfloat16 params before they are rounded, where it can.
+    flags += "--xla_allow_excess_precision=false"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", EIGHT],
+        cwd=EIGHT.parent.parent,
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "expected"),
+    [
+        ((16, 8), P(), P("data", None)),  # the longest
+        ((8, 16), P(), P(None, "data")),
+        ((16, 16), P(), P("data", None)),  # the first of equals
+        ((16, 8), P(None, "model"), P("data", "model")),
+        ((16, 8), P("model"), P("model", "data")),
+        ((18, 8), P(), P(None, "data")),  # 18 does not divide
+        ((8, 12, 4), P("model"), P("model", "data", None)),
+        ((18, 3), P(), P()),  # none divides
+        ((8,), P("model"), P("model")),
+        ((16, 8), P("data"), P("data")),  # sharded over it already
+        ((16, 8), P(("model", "data")), P(("model", "data"))),
+        ((0, 3), P(), P()),
+        ((), P(), P()),
+    ],
+)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_over_axis_splits_the_longest_free_dimension(kind, shape, given, expected):
+    """That the axis divides; in the spelling that a step hands back."""
+    mesh = AbstractMesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    param = jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, given))
+    place = over_axis("data")("kernel", param)
+    spec = tuple(expected)
+    while kind is AxisType.Auto and spec and spec[-1] is None:
+        spec = spec[:-1]
+    assert place == NamedSharding(mesh, P(*spec))
+
+
+def test_over_axis_keeps_the_memory_of_the_param():
+    """And in_host_memory changes nothing else."""
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    pinned = NamedSharding(mesh, P(), memory_kind="pinned_host")
+    param = jax.ShapeDtypeStruct((8,), "float32", sharding=pinned)
+    assert over_axis("data")("w", param).memory_kind == "pinned_host"
+    host = in_host_memory(over_axis("data"))("w", param)
+    assert host == NamedSharding(mesh, P("data"), memory_kind="pinned_host")
+    assert in_host_memory(lambda path, param: None)("w", param) == pinned
+
+
+PARAMS = {"head": {"w": jnp.ones((4, 2))}, "body": [jnp.ones(3), jnp.int32(2)]}
+HOST = EVERYWHERE.with_memory_kind("pinned_host")
+
+
+def by_path(path, param):
+    """Places one leaf, having seen what it is."""
+    assert param.sharding == EVERYWHERE
+    assert param.dtype == jnp.float32
+    return HOST if path == "head/w" and param.shape == (4, 2) else None
+
+
+@pytest.mark.parametrize(
+    ("given", "head", "body"),
+    [
+        (None, EVERYWHERE, EVERYWHERE),
+        (ROWS, ROWS, ROWS),
+        (over_axis("data"), ROWS, ROWS),
+        (by_path, HOST, EVERYWHERE),
+        ({"head": {"w": ROWS}, "body": [None, None]}, ROWS, EVERYWHERE),
+        ({"head": {"w": by_path}, "body": [ROWS, None]}, HOST, ROWS),
+        ({"head": None, "body": ROWS}, EVERYWHERE, ROWS),  # a prefix
+        ({"head": in_host_memory(), "body": None}, HOST, EVERYWHERE),
+    ],
+)
+def test_what_may_be_given(given, head, body):
+    """A sharding, a function, a tree of them, a prefix; None follows the param."""
+    params = jax.device_put(PARAMS, EVERYWHERE)
+    transform = ema_optax.ema_params({"a": 0.9, "b": 0.5}, shadow_sharding=given)
+    state = transform.init(params)
+    for _ in range(2):
+        for shadow in state.shadow.values():
+            assert shadow["head"]["w"].sharding.is_equivalent_to(head, 2)
+            assert shadow["body"][0].sharding.is_equivalent_to(body, 1)
+            assert shadow["body"][1] == optax.MaskedNode()
+        _, state = jax.jit(transform.update)(params, state, params)
+
+
+def test_the_sharding_of_the_params_may_be_given():
+    """What is given goes before what the params show."""
+    seen = []
+
+    def place(path, param):
+        seen.append(param.sharding)
+
+    params = {"w": jax.device_put(jnp.ones((4, 2)), EVERYWHERE)}
+    for known in (ROWS, {"w": ROWS}):
+        ema_optax.ema_params(0.9, shadow_sharding=place, params_sharding=known).init(
+            params
+        )
+    assert seen == [ROWS, ROWS]
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        (
+            {"shadow_sharding": {"head": ROWS}},
+            "shadow_sharding does not fit the params",
+        ),
+        (
+            {"shadow_sharding": ROWS, "params_sharding": [ROWS]},
+            "params_sharding does not fit the params",
+        ),
+        (
+            {"shadow_sharding": over_axis("model")},
+            r"has the axes \('data',\), and over_axis got 'model'",
+        ),
+        (
+            {"shadow_sharding": P("data")},
+            r"shadow_sharding holds P.*NamedSharding\(mesh, ",
+        ),
+        ({"shadow_sharding": {"head": "data", "body": None}}, "holds 'data'"),
+        (
+            {"shadow_sharding": lambda path, param: P("data")},
+            r"shadow_sharding gave P.* for 'body/0'",
+        ),
+        (
+            {"shadow_sharding": ROWS, "params_sharding": over_axis("data")},
+            "params_sharding holds <function",
+        ),
+    ],
+)
+def test_what_cannot_be_given_is_named(options, wrong):
+    """Trees that do not fit, axes that are not there, what is no sharding."""
+    params = jax.device_put(PARAMS, EVERYWHERE)
+    with pytest.raises((ValueError, TypeError), match=wrong):
+        ema_optax.ema_params(0.9, **options).init(params)
+
+
+def test_params_that_are_on_no_mesh():
+    """over_axis names the param and what to call."""
+    transform = ema_optax.ema_params(0.9, shadow_sharding=over_axis("data"))
+    with pytest.raises(
+        ValueError, match=r"'w' is on Single.*jax.device_put\(params, N"
+    ):
+        transform.init({"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match="sharding of the param 'w' is not known"):
+        transform.init({"w": np.ones(2, np.float32)})
+
+
+def make_step(transform):
+    """Donates params and state, and returns them in the same order."""
+
+    def step(params, state):
+        updates = {"w": -0.125 * params["w"], "n": jnp.int32(0)}
+        updates, state = transform.update(updates, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("mesh", [None, "mesh"])
+def test_one_device_and_its_host(mesh, every):
+    """The shadow is no longer on the device, and its numbers are the same."""
+    params = {"w": jnp.linspace(0.0, 1.0, 8), "n": jnp.int32(1)}
+    place = in_host_memory()
+    if mesh:
+        params = jax.device_put(params, EVERYWHERE)
+        place = in_host_memory(over_axis("data"))
+    ends = []
+    for to in (None, place):
+        transform = ema_optax.ema_params(0.9, every=every, shadow_sharding=to)
+        state = transform.init(params)
+        held, step = jax.tree.map(jnp.copy, params), make_step(transform)
+        for _ in range(5):
+            held, state = step(held, state)
+        ends.append((held, state))
+    (expected, plain), (held, state) = ends
+    np.testing.assert_array_equal(held["w"], expected["w"])
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state.shadow)} == {
+        "pinned_host"
+    }
+    np.testing.assert_array_equal(state.shadow["w"], plain.shadow["w"])
+    for read in (shadow_params, jax.jit(shadow_params)):
+        found = read(state, held)["w"]
+        assert found.sharding == held["w"].sharding == params["w"].sharding
+        np.testing.assert_array_equal(found, plain.shadow["w"])
+    moves = re.findall('"pinned_host"', step.lower(held, state).as_text())
+    assert moves  # put back; on CPU compiled away
+
+
+def test_what_is_read_is_a_copy():
+    """It outlives a step that donates the state, from the host as from the device."""
+    params = {"w": jnp.ones(4), "n": jnp.int32(1)}
+    transform = ema_optax.ema_params(0.9, shadow_sharding=in_host_memory())
+    state = transform.init(params)
+    read = [shadow_params(state, params)["w"], shadow_params(state)["w"]]
+    make_step(transform)(params, state)
+    assert state.shadow["w"].is_deleted()
+    for found in read:
+        np.testing.assert_array_equal(found, np.ones(4))
+
+
+def test_a_state_made_by_hand_is_folded_where_it_should_be():
+    """Nothing recorded says where: what the transform was given does."""
+    params = {"w": jnp.ones(4)}
+    transform = ema_optax.ema_params(0.9, shadow_sharding=in_host_memory())
+    made = transform.init(params)
+    state = ema_optax.EmaParamsState(made.count, made.shadow)
+    _, state = transform.update(params, state, params)
+    assert state.shadow["w"].sharding.memory_kind == "pinned_host"
