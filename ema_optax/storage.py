@@ -94,7 +94,7 @@ def fold(shadow: jax.Array, param: Any, weight: Weight, seed: Any) -> jax.Array:
     """
     dtype = jnp.promote_types(shadow.dtype, jnp.float32)
     old = shadow.astype(dtype)
-    new = jnp.asarray(param).astype(dtype)
+    new = _as_held(jnp.asarray(param), dtype)
     near_new, factor = weight
     factor = factor.astype(jnp.finfo(dtype).dtype)
     folded = jnp.where(near_new, new, old) + factor * (new - old)
@@ -102,6 +102,19 @@ def fold(shadow: jax.Array, param: Any, weight: Weight, seed: Any) -> jax.Array:
         folded = _round_stochastically(folded, seed)
     kept = jnp.where(jnp.isfinite(old), old, new)
     return jnp.where(jnp.isfinite(folded), folded, kept).astype(shadow.dtype)
+
+
+def _as_held(param: jax.Array, dtype: Any) -> jax.Array:
+    """Returns a param in a wider dtype, rounded as the model holds it.
+
+    XLA leaves out the rounding of a sum to 16 bits where it is widened again, and the
+    shadow would fold what no model ever held.
+    """
+    wide = param.astype(dtype)
+    kind = jnp.finfo(param.dtype) if jnp.issubdtype(param.dtype, jnp.floating) else None
+    if kind is None or kind.bits >= 32:
+        return wide
+    return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
 
 
 def fold_seeds(count: Any, leaves: int) -> list[jax.Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ema_optax import checkpoint
+from ema_optax import checkpoint, reconstruction
 
 SCRIPT = pathlib.Path(__file__).parent / "two_processes.py"
 
@@ -57,3 +57,18 @@ def test_one_process_finds_the_damage_too(folder):
     """The pieces of both processes are compared."""
     with pytest.raises(checkpoint.CorruptCheckpointError, match="leaf 'w' of the shad"):
         checkpoint.verify(folder / "v0", step=2)
+
+
+def test_one_process_reconstructs_the_same(folder):
+    """What two processes summed, each for its devices, to the bit."""
+    found = checkpoint.snapshots(folder / "small", verify=False)  # step 6 was damaged
+    wide = [snapshot for snapshot in found if snapshot.exponent < 10]
+    narrow = [s for s in found if s.exponent > 10]
+    assert [s.step for s in wide] == [s.step for s in narrow] == list(range(1, 7))
+    got = reconstruction.reconstruct(found, width=0.11)
+    expected = np.load(folder / "reconstructed.npy")
+    np.testing.assert_array_equal(got.tree["w"][:6], expected[:6])
+    wrong = np.asarray(got.tree["w"] != expected)
+    assert wrong.sum() == 1  # the flipped bit is in what the other process wrote
+    with pytest.raises(checkpoint.CorruptCheckpointError, match="leaf 'w' of the shad"):
+        reconstruction.reconstruct(checkpoint.snapshots(folder / "small"), width=0.11)

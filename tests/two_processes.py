@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 
 import ema_optax
-from ema_optax import checkpoint
+from ema_optax import checkpoint, reconstruction
 
 DEVICES = np.array(jax.devices())
 LINE = Mesh(DEVICES, ("x",))
@@ -67,6 +67,60 @@ def train(optimizer):
     return params, state
 
 
+def reconstruct(params):
+    """Saves sharded snapshots, sums them onto shardings of both, and meets damage."""
+    decays = {"a": ema_optax.power(0.05), "b": ema_optax.power(0.1)}
+    transform = ema_optax.ema_params(decays)
+    shapes = jax.eval_shape(transform.init, params)
+    shardings = jax.tree.map(lambda x: ROWS if x.ndim == 2 else EVERYWHERE, shapes)
+    state = jax.jit(transform.init, out_shardings=shardings)(params)
+    update = jax.jit(lambda p, s: transform.update(jax.tree.map(jnp.sin, p), s, p)[1])
+    with ocp.CheckpointManager(FOLDER / "small") as manager:
+        for number in range(1, 7):
+            state = update(params, state)
+            args = checkpoint.SnapshotSave(state, dtype="float16")
+            manager.save(number, args=args)
+        manager.wait_until_finished()
+    found = checkpoint.snapshots(FOLDER / "small")
+    results = []
+    for sharding in (
+        ROWS,
+        EVERYWHERE,
+        NamedSharding(LINE, PartitionSpec(None, "x")),
+        NamedSharding(CROSSED, PartitionSpec("x", "y")),
+        NamedSharding(CROSSED, PartitionSpec("y")),
+    ):
+        slot = jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=sharding)
+        like = params | {"w": slot}
+        got = reconstruction.reconstruct(found, width=0.11, params=like)
+        assert got.tree["w"].sharding == sharding
+        results.append(whole(got.tree))
+        np.testing.assert_array_equal(results[-1]["w"], results[0]["w"])
+        np.testing.assert_array_equal(results[-1]["b"], results[0]["b"])
+    needle = whole(state.shadow["a"])["w"][6:8].astype("f2").tobytes()
+    multihost_utils.sync_global_devices("before damage of a snapshot")
+    if RANK == 0:
+        np.save(FOLDER / "reconstructed.npy", results[0]["w"])
+        flip(FOLDER / "small" / "6", needle)
+    multihost_utils.sync_global_devices("after damage of a snapshot")
+    rows = (slice(6, 8), slice(None)) if RANK else (slice(0, 2), slice(None))
+    newest = found[-1].tree  # of the narrowest width
+    if RANK == 0:  # reads its own rows, and waits for nobody
+        assert newest.read("w", rows).shape == (2, 1200)
+    else:
+        with pytest.raises(checkpoint.CorruptCheckpointError, match=r"Step 6 .*Leave"):
+            newest.read("w", rows)
+
+
+def flip(folder, needle):
+    """Flips a bit in the one file that holds these bytes."""
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    (path,) = [p for p in files if needle in p.read_bytes()]
+    data = bytearray(path.read_bytes())
+    data[data.index(needle) + 5] ^= 4
+    path.write_bytes(data)
+
+
 def main():
     """Saves under v0 and v1, restores onto other meshes, and meets damage."""
     optimizer = optax.chain(optax.adam(0.1), ema_optax.ema_params(0.9))
@@ -101,18 +155,14 @@ def main():
 
     multihost_utils.sync_global_devices("before damage")
     if RANK == 0:  # in a piece that the other process wrote
-        needle = shadow["w"][6:8].tobytes()
-        files = [p for p in (FOLDER / "v0" / "2").rglob("*") if p.is_file()]
-        (path,) = [p for p in files if needle in p.read_bytes()]
-        data = bytearray(path.read_bytes())
-        data[data.index(needle) + 5] ^= 4
-        path.write_bytes(data)
+        flip(FOLDER / "v0" / "2", shadow["w"][6:8].tobytes())
     multihost_utils.sync_global_devices("after damage")
     for spec in (PartitionSpec("x"), PartitionSpec(None, "x")):
         sharding = NamedSharding(LINE, spec)
         like = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32, sharding=sharding)}
         with pytest.raises(checkpoint.CorruptCheckpointError, match="whole is 1"):
             checkpoint.restore(FOLDER / "v0", like=like)
+    reconstruct(params)
     if RANK == 0:
         np.save(FOLDER / "shadow.npy", shadow["w"])
     print("done")

@@ -109,11 +109,13 @@ def assembled(
         TypeError: If a leaf cannot be stored, or `extra` is not JSON.
     """
     stored: dict[str, Any] = {}
-    leaves: dict[str, dict[str, Any]] = {name: {} for name in averages}
+    leaves: dict[str, dict[str, Any]] = {}
     for name, tree in everything.items():
         found = _leaves_by_path(name, tree)
         if found or name == PARAMS:
             stored[name], leaves[name] = jax.tree.map(_storable_or_none, tree), found
+    for name in averages:
+        leaves.setdefault(name, {})
     manifest = {
         "format": FORMAT,
         "library": LIBRARY,

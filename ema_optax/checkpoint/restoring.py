@@ -285,9 +285,21 @@ def _default_sharding() -> Any:
 
 
 def _sharding(target: Any) -> Any:
+    """Returns where a leaf goes; None for what is not bound to a device."""
     if isinstance(target, (np.ndarray, np.generic, bool, int, float)):
         return None
+    if _is_free(target):
+        return None
     return getattr(target, "sharding", None) or _default_sharding()
+
+
+def _is_free(target: Any) -> bool:
+    """Returns whether an array is bound to no device, as JAX makes them.
+
+    Such as the count of a state beside params on a mesh: restored onto a device, it
+    could not be used with them.
+    """
+    return isinstance(target, jax.Array) and not getattr(target, "committed", True)
 
 
 def _readable(
@@ -315,7 +327,10 @@ def _fill(value: Any, target: Any) -> Any:
     if isinstance(target, (np.ndarray, np.generic)):
         return np.asarray(value).astype(target.dtype)
     if not isinstance(value, jax.Array):
-        return jax.device_put(np.asarray(value).astype(target.dtype), _sharding(target))
+        array = np.asarray(value).astype(target.dtype)
+        if _is_free(target):
+            return jnp.asarray(array)
+        return jax.device_put(array, _sharding(target))
     return value if value.dtype == target.dtype else value.astype(target.dtype)
 
 

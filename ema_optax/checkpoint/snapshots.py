@@ -71,8 +71,9 @@ def snapshots(
             name = tree.removeprefix(SHADOW).removeprefix("/")
             decay = Decay.from_json(average["decay"]) if average["decay"] else None
             taken = []
-            whole = isinstance(decay, Power) and not average.get("bema")
-            if whole and (names is None or name in names):
+            # A tree that is joined of groups is one average if all of them are.
+            asked = not average.get("bema") and (names is None or name in names)
+            if asked and isinstance(decay, Power):
                 taken = _snapshot(item, described, tree, decay, average, verify)
             found += taken
             if not taken:
@@ -154,7 +155,9 @@ class KeepSnapshots(checkpoint_managers.PreservationPolicy):
         span = steps[-1] - steps[0]
         while span < interval * self.at_most:
             interval /= 2
-        while _number(steps[-1], interval) - _number(steps[0], interval) >= self.at_most:
+        while (
+            _number(steps[-1], interval) - _number(steps[0], interval) >= self.at_most
+        ):
             interval *= 2
         numbers = [_number(step, interval) for step in steps]
         return [a != b for a, b in itertools.pairwise([*numbers, None])]

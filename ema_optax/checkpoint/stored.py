@@ -147,8 +147,14 @@ class StoredTree(Source):
         keys = self._names[place.tree][place.path]
         name = ".".join(keys if is_params else (place.tree, *keys))
         store = {"driver": "ocdbt", "base": _base(folder), "path": f"{name}/"}
-        spec = {"driver": "zarr", "kvstore": store}
-        return ts.open(spec, open=True, read=True, context=_context()).result()
+        none = {"total_bytes_limit": 0}  # each chunk is read once
+        spec = {"driver": "zarr", "kvstore": store, "cache_pool": none}
+        return ts.open(spec, open=True, read=True, context=self._context).result()
+
+    @functools.cached_property
+    def _context(self) -> ts.Context:
+        """Keeps the index of one store: its folder may be written anew later."""
+        return ts.Context({"cache_pool": {"total_bytes_limit": 2**20}})
 
     @functools.cached_property
     def _names(self) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -176,8 +182,3 @@ def _base(folder: epath.Path) -> Any:
     if "://" in text:
         return f"{text}/"
     return {"driver": "file", "path": f"{text}/"}
-
-
-@functools.cache
-def _context() -> ts.Context:
-    return ts.Context({"cache_pool": {"total_bytes_limit": 2**24}})
