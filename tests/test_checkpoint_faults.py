@@ -602,7 +602,7 @@ def test_format_1_is_described():
         ({"format": 1, "version": "0.1.0"}, "'processes' is missing"),
         (
             {"format": 1, "version": "", "processes": 1, "averages": {}, "trees": {}},
-            "no tree 'params'",
+            "it has no trees",
         ),
     ],
 )
