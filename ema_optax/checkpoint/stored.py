@@ -147,8 +147,7 @@ class StoredTree(Source):
         keys = self._names[place.tree][place.path]
         name = ".".join(keys if is_params else (place.tree, *keys))
         store = {"driver": "ocdbt", "base": _base(folder), "path": f"{name}/"}
-        none = {"total_bytes_limit": 0}  # each chunk is read once
-        spec = {"driver": "zarr", "kvstore": store, "cache_pool": none}
+        spec = {"driver": "zarr", "kvstore": store}
         return ts.open(spec, open=True, read=True, context=self._context).result()
 
     @functools.cached_property
