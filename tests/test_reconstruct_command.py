@@ -269,7 +269,7 @@ def test_a_dry_run_without_widths(run: Path, capsys: Any):
     rows = {cells[0]: cells[1:] for cells in map(str.split, lines) if cells}
     assert rows["0.05"] == ["<", "0.01%", "1.00"]
     assert float(rows["0.25"][0].rstrip("%")) == pytest.approx(6.03, abs=0.02)
-    assert "Widths from 0.0247 to 0.243" in lines[2]
+    assert "Widths from 0.0247 to 0.244" in lines[2]
 
 
 @pytest.mark.usefixtures("unread")
@@ -279,7 +279,7 @@ def test_a_dry_run_fails_where_the_run_would(run: Path, tmp_path: Path, capsys: 
     command += ["--out", str(tmp_path / "out")]
     line = fails(capsys, *command[1:])
     assert "width 0.005" in line
-    assert "give widths from 0.0247 to 0.243" in line
+    assert "give widths from 0.0247 to 0.244" in line
     assert cli.main([*command, "--dry-run"]) == 1
     printed = capsys.readouterr()
     assert printed.err == f"{line}\n"

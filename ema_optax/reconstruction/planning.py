@@ -90,12 +90,8 @@ def plan(
         raise ValueError("tracked needs at least one width, such as (0.05, 0.10).")
     t = np.repeat(times, len(exponents))
     g = np.tile(exponents, len(times))
-    errors, gains = [], []
-    for width in widths:
-        wanted = exponent_from_width(width)
-        x = projection.coefficients(t, g, wanted, times[-1], ridge=ridge)
-        errors.append(projection.profile_error(x, t, g, wanted, times[-1]))
-        gains.append(float(np.linalg.norm(x)))
+    wanted = [exponent_from_width(width) for width in widths]
+    x, errors = projection.fit(t, g, wanted, times[-1], ridge=ridge)
     count = _elements(params)
     size = None if count is None else count * kind.itemsize * len(t)
     best = reachable(t, g, times[-1], error=0.01, ridge=ridge)
@@ -103,8 +99,8 @@ def plan(
         steps=tuple(times),
         tracked=tuple(tracked),
         widths=tuple(widths),
-        profile_errors=tuple(errors),
-        noise_gains=tuple(gains),
+        profile_errors=tuple(errors.tolist()),
+        noise_gains=tuple(np.linalg.norm(x, axis=0).tolist()),
         reachable=best,
         bytes=size,
     )

@@ -63,23 +63,51 @@ def coefficients(
     >>> coefficients(steps, exponents, 16.97, 4000).round(2)  # shorter than any of them
     array([-0.03, -0.05, -0.2 ,  1.27])
     """
+    weights, _ = fit(steps, exponents, [exponent], step, ridge=ridge)
+    return weights[:, 0]
+
+
+def fit(
+    steps: Numbers,
+    exponents: Numbers | float,
+    wanted: Numbers,
+    step: float,
+    *,
+    ridge: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `coefficients` and `profile_error` of several averages, solved at once.
+
+    Args:
+        steps: As for `coefficients`.
+        exponents: As for `coefficients`.
+        wanted: γ > −½ of each average wanted.
+        step: As for `coefficients`.
+        ridge: As for `coefficients`.
+
+    Returns:
+        float64[snapshots, averages] and float64[averages].
+    """
     t, g = _checked(steps, exponents)
-    wanted_t, wanted_g = _checked([step], exponent)
+    wanted_t, wanted_g = _checked([step] * len(wanted), wanted)
     if not 0 <= ridge < np.inf:
         raise ValueError(f"ridge must be ≥ 0 and finite, got {ridge}.")
     _check_distinct(t, g)
     scale = np.sqrt(_inner(t, g, t, g))  # norms of the profiles, per √T
     gram = _inner(t[:, None], g[:, None], t, g)
-    target = _inner(t, g, wanted_t, wanted_g)
+    targets = _inner(t[:, None], g[:, None], wanted_t, wanted_g)
     # Unknowns are x·norm: the matrix then has a diagonal of ones, and profiles of all
     # lengths count alike in its rounding.
     matrix = gram / np.outer(scale, scale)
-    matrix[np.diag_indices(len(t))] += ridge / (wanted_t * scale**2)
+    matrix[np.diag_indices(len(t))] += ridge / (step * scale**2)
     # x = u + λ·v with u free of the constraint and v what holding the sum changes.
-    sides = np.stack([target / scale, 1 / scale], axis=1)
-    free, change = (np.linalg.solve(matrix, sides) / scale[:, None]).T
-    x = free + change * (1 - free.sum()) / change.sum()
-    return x / x.sum()
+    sides = np.concatenate([targets, np.ones((len(t), 1))], axis=1) / scale[:, None]
+    solved = np.linalg.solve(matrix, sides) / scale[:, None]
+    free, change = solved[:, :-1], solved[:, -1:]
+    x = free + change * (1 - free.sum(axis=0)) / change.sum()
+    x /= x.sum(axis=0)
+    squares = _inner(wanted_t, wanted_g, wanted_t, wanted_g)
+    distances = np.sum(x * (gram @ x - 2 * targets), axis=0) + squares
+    return x, np.sqrt(np.maximum(distances, 0.0) / squares)
 
 
 def profile_error(
