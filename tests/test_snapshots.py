@@ -1,5 +1,6 @@
 """Snapshots on disk: what is written, what is read back, and what is kept."""
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
 import ema_optax
 from ema_optax import checkpoint, reconstruction
-from ema_optax.checkpoint import CorruptCheckpointError, manifest
+from ema_optax.checkpoint import CorruptCheckpointError, manifest, saving
 from tests import reference
 
 # After a failed read or write, callbacks of TensorStore find their event loop closed,
@@ -307,6 +308,18 @@ def test_training_goes_on_while_they_are_written(tmp_path):
             assert bits(restored) == bits(
                 jax.tree.map(lambda x: x.astype("f2"), shadow)
             )
+
+
+def test_threads_that_await_one_folder(tmp_path):
+    """One may find it to be awaited and await what another has put in its place."""
+    gate = saving._Gate()
+    gate.opened.set()
+    folder = saving._Gated(epath.Path(tmp_path), gate) / "item"
+    there = asyncio.run(folder.await_creation())
+    assert there == asyncio.run(there.await_creation()) == epath.Path(tmp_path / "item")
+    assert not isinstance(
+        there, v1.path.PathAwaitingCreation
+    )  # for those who come later
 
 
 def test_a_run_and_its_snapshot_in_one_step(tmp_path):
@@ -829,3 +842,19 @@ def test_sharded_snapshots_onto_other_shardings(tmp_path):
         },
     )
     assert done.stdout == "done\n", done.stderr[-3000:]
+
+
+def test_between_two_folds_there_is_one_snapshot(tmp_path):
+    """Saved twice since the last fold, a shadow counts once, least rounded."""
+    transform = ema_optax.ema_params(ema_optax.power(0.1), every=4)
+    params = {"w": jnp.ones(3)}
+    state = transform.init(params)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for step in range(1, 12):
+            _, state = transform.update({"w": jnp.ones(3)}, state, params)
+            if step in (5, 6, 9):
+                dtype = None if step == 6 else "float16"
+                manager.save(step, args=checkpoint.SnapshotSave(state, dtype=dtype))
+        manager.wait_until_finished()
+    found = checkpoint.snapshots(tmp_path)
+    assert [(s.step, s.dtype.name) for s in found] == [(4, "float32"), (8, "float16")]

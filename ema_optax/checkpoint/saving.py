@@ -7,6 +7,7 @@ snapshot has that one alone.
 """
 
 import asyncio
+import functools
 import threading
 from typing import Any, cast
 
@@ -214,4 +215,18 @@ class _Gated(v1.path.PathAwaitingCreation):
             await asyncio.to_thread(self._gate.opened.wait)
         if self._gate.broken:
             raise RuntimeError("Another part of this save could not be started.")
-        return self._folder
+        return _awaitable_again(type(self._folder))(self._folder)
+
+
+@functools.cache
+def _awaitable_again(kind: type) -> type:
+    """Returns a kind of path that can be awaited although it is there.
+
+    Orbax's threads share what they know of a leaf. Between a thread's finding that the
+    folder is to be awaited, and its awaiting it, another may put the path in its place.
+    """
+
+    async def await_creation(self: Any) -> Any:
+        return self
+
+    return type(kind.__name__, (kind,), {"await_creation": await_creation})
