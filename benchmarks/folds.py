@@ -1,7 +1,7 @@
 """One fold of an average by every library that has one, behind one interface.
 
-Each is set to a constant β and primed with one fold of p₀, after which its shadow is
-p₀: torch, diffusers, ema-pytorch and haiku copy whatever they are given first.
+Each is set to a constant β and starts as a copy of p₀. Who measures errors gives p₀ to
+be folded once more: torch, diffusers and ema-pytorch copy what they are given first.
 """
 
 import importlib.util
@@ -104,14 +104,20 @@ def haiku_ema(params, beta):
 
     @haiku.transform_with_state
     def average(tree):
-        return haiku.EMAParamsTree(beta, zero_debias=False, warmup_length=1)(tree)
+        return haiku.EMAParamsTree(beta, zero_debias=False)(tree)
 
-    state = jax.jit(average.init)(None, params)[1]
+    state = jax.eval_shape(average.init, None, params)[1]
+    arrays = {f"{m}__{k}": x for m, tree in params.items() for k, x in tree.items()}
+    started = {  # as copies of the params: its own start, of zeros, is its debiasing
+        path: {"counter": jnp.zeros([], jnp.int32), "hidden": x, "average": x}
+        for path in state
+        for x in [arrays[path.split("/")[-1]]]
+    }
 
     def fold(state, params):
         return average.apply(None, state, None, params)[1]
 
-    return JaxFold(state, fold, lambda s: [v["average"] for v in s.values()])
+    return JaxFold(started, fold, lambda s: [v["average"] for v in s.values()])
 
 
 def kauldron_ema(params, beta):

@@ -39,8 +39,15 @@ OPTIMIZER = optax.chain(
 TREES = ("params", "shadow/plain", "shadow/spread")
 
 # How process 1 sees its copy of a step damaged, and what it is restored onto.
-COLUMNS = P(None, "data")
-SEEN = (("flipped", COLUMNS), ("cut", COLUMNS), ("gone", COLUMNS))
+COLUMNS, EVERYWHERE = P(None, "data"), P()
+SEEN = (
+    ("flipped", COLUMNS),
+    ("cut", COLUMNS),
+    ("gone", COLUMNS),
+    ("flipped", EVERYWHERE),
+    ("no checksums", COLUMNS),
+    ("no manifest", COLUMNS),
+)
 
 
 def model():
@@ -269,10 +276,13 @@ def damage(item, expected):
     needle = kernel[:, 36:].tobytes()  # what one device of process 1 wrote
     files = [path for path in item.rglob("*") if path.is_file()]
     (data,) = [path for path in files if needle in path.read_bytes()]
+    beside = item / "ema_optax"
     return {
         "flipped": lambda: flip(data, needle),
         "cut": lambda: os.truncate(data, 100),
         "gone": data.unlink,
+        "no checksums": (beside / "checksums" / "0.json").unlink,
+        "no manifest": (beside / "manifest.json").unlink,
     }
 
 
@@ -305,7 +315,7 @@ def main(rank, port, folder, when):
         f"localhost:{port}",
         num_processes=2,
         process_id=int(rank),
-        heartbeat_timeout_seconds=3,
+        heartbeat_timeout_seconds=6,
         shutdown_timeout_seconds=10,
     )
     folder = pathlib.Path(folder)

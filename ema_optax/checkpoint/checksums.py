@@ -137,20 +137,21 @@ def _share_out(leaf: jax.Array, pieces: list[Bounds]) -> tuple[list[Bounds], boo
     """
     if leaf.is_fully_addressable:
         return pieces, False
-    owners: dict[Bounds, int] = {}
+    owners: dict[Bounds, set[int]] = {}
     for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
         bounds = _bounds(index, leaf.shape)
-        process = int(device.process_index)
-        owners[bounds] = min(owners.get(bounds, process), process)
+        owners.setdefault(bounds, set()).add(int(device.process_index))
     holders = [
-        min((o for shard, o in owners.items() if _inside(piece, shard)), default=None)
+        {o for shard, those in owners.items() if _inside(piece, shard) for o in those}
         for piece in pieces
     ]
-    gather = None in holders
+    gather = not all(holders)
     if gather:
-        holders = [i % jax.process_count() for i in range(len(pieces))]
+        holders = [{i % jax.process_count()} for i in range(len(pieces))]
     here = jax.process_index()
-    return [p for p, o in zip(pieces, holders, strict=True) if o == here], gather
+    return [
+        p for p, those in zip(pieces, holders, strict=True) if here in those
+    ], gather
 
 
 def _cut(piece: Bounds, shards: Mapping[Bounds, Any]) -> np.ndarray | None:

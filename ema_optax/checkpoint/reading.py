@@ -1,7 +1,7 @@
 """Reading leaves of an item: only those wanted, as they were stored, and verified."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,11 @@ def read(
         CorruptCheckpointError: On every process, if one of them cannot read its part or
             finds it damaged.
     """
-    sums = manifest.read_checksums(item, described) if verify else None
+    sums = (
+        agreed(item, lambda: manifest.read_checksums(item, described))
+        if verify
+        else None
+    )
     found: dict[Place, Any] = {}
     problem: str | None = None
     for folder, structure in _stores(item, described):
@@ -69,6 +73,27 @@ def read(
 
 
 _ELSEWHERE = "another process could not read its part, or found it damaged"
+
+T = TypeVar("T")
+
+
+def agreed(item: epath.Path, read_one: Callable[[], T]) -> T:
+    """Returns what was read; raises on every process if it cannot be read on one.
+
+    Whoever could read it would otherwise wait for the others for ever.
+    """
+    try:
+        found, error = read_one(), None
+    except ValueError as caught:
+        found, error = None, caught
+    if _anywhere(error is not None):
+        raise error or CorruptCheckpointError(f"{item}: {_ELSEWHERE}.")
+    return cast(T, found)
+
+
+def read_manifest(item: epath.Path) -> dict[str, Any]:
+    """Returns the manifest of an item; all processes must call it alike."""
+    return agreed(item, lambda: manifest.read_manifest(item))
 
 
 def _stores(

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from ema_optax import shadows, trees
-from ema_optax.checkpoint import computed, manifest
+from ema_optax.checkpoint import computed
 from ema_optax.checkpoint.contents import (
     PARAMS,
     SHADOW,
@@ -20,7 +20,7 @@ from ema_optax.checkpoint.contents import (
     shadow_trees,
     split,
 )
-from ema_optax.checkpoint.reading import Place, read, stored_leaf
+from ema_optax.checkpoint.reading import Place, read, read_manifest, stored_leaf
 from ema_optax.families import Decay
 from ema_optax.states import record_of
 
@@ -37,7 +37,7 @@ def restore_tree(
 
     Leaves that are not averaged come from the params. See `directory.restore`.
     """
-    described = manifest.read_manifest(item)
+    described = read_manifest(item)
     sources = sources_of(described, tree)
     if like is None:
         if rename:
@@ -74,7 +74,7 @@ def restore_run(
     verify: bool,
 ) -> tuple[Any, Any]:
     """Returns params and optimizer state exactly as saved. See `directory.resume`."""
-    described = manifest.read_manifest(item)
+    described = read_manifest(item)
     if STATE not in described["trees"]:
         raise ValueError(
             f"Cannot resume from {item}: it holds {', '.join(described['trees'])} and "

@@ -9,7 +9,7 @@ from etils import epath
 from ema_optax.checkpoint import manifest
 from ema_optax.checkpoint.contents import PARAMS
 from ema_optax.checkpoint.manifest import CorruptCheckpointError
-from ema_optax.checkpoint.reading import Place, read
+from ema_optax.checkpoint.reading import Place, read, read_manifest
 
 _STEP_NAME = re.compile(r"(?:.*[^0-9])?([0-9]+)")  # 300, step_300, ckpt-00000300
 _ORBAX_STEP = "_CHECKPOINT_METADATA"  # what Orbax writes into each step
@@ -125,7 +125,7 @@ def newest_whole(root: epath.Path, *, before: int) -> int | None:
 def damage(item: epath.Path) -> str | None:
     """Reads a whole item; returns what is wrong with it, or None."""
     try:
-        described = manifest.read_manifest(item)
+        described = read_manifest(item)
         everything = {
             Place(name, path): None
             for name, tree in described["trees"].items()
