@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from ema_optax import placement, storage, trees
+from ema_optax import packing, placement, storage, trees
 
 
 def fold_update(
@@ -23,7 +23,7 @@ def fold_update(
     """Returns the shadows after an update, folded where one is due.
 
     Args:
-        shadows: Trees like the params, with placeholders at the same leaves.
+        shadows: Trees like the params, with placeholders at the same leaves; or packed.
         newest_weights: For each shadow, from the count to the weight w of new params.
         updates: What `optax.apply_updates` will add to the params.
         params: The params before the update.
@@ -34,28 +34,30 @@ def fold_update(
     Raises:
         ValueError: If shadows, updates and params do not fit each other.
     """
-    columns = [matching_leaves(shadow, params) for shadow in shadows]
+    stored = [_Stored(shadow, params) for shadow in shadows]
     old, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
     deltas = _matching_updates(updates, structure)
-    averaged = [
-        i for i, leaf in enumerate(columns[0]) if not trees.is_placeholder(leaf)
-    ]
-    where = [homes[i] if homes else None for i in averaged]
-    new = [
-        placement.at_param(optax.apply_updates(old[i], deltas[i]), home)
-        for i, home in zip(averaged, where, strict=True)
-    ]
-    kept = [[column[i] for i in averaged] for column in columns]
+    averaged = sorted({i for each in stored for part in each.parts for i in part})
+    home = {i: homes[i] if homes else None for i in averaged}
+    new = {
+        i: placement.at_param(optax.apply_updates(old[i], deltas[i]), home[i])
+        for i in averaged
+    }
+    kept = [each.arrays for each in stored]
 
-    def fold(kept: list[list[Any]], new: list[Any]) -> list[list[Any]]:
-        seeds = iter(storage.fold_seeds(count, len(shadows) * len(averaged)))
+    def fold(kept: list[list[Any]], new: dict[int, Any]) -> list[list[Any]]:
+        parts = {part for each in stored for part in each.parts}
+        gathered = {part: _gathered([new[i] for i in part]) for part in sorted(parts)}
+        seeds = iter(storage.fold_seeds(count, sum(map(len, kept))))
         folded = []
-        for newest_weight, leaves in zip(newest_weights, kept, strict=True):
+        for newest_weight, each, arrays in zip(
+            newest_weights, stored, kept, strict=True
+        ):
             weight = storage.split_weight(newest_weight(count))
             folded.append(
                 [
-                    _fold_at(home, s, p, weight, next(seeds))
-                    for s, p, home in zip(leaves, new, where, strict=True)
+                    _fold_at(home[part[0]], s, gathered[part], weight, next(seeds))
+                    for s, part in zip(arrays, each.parts, strict=True)
                 ]
             )
         return folded
@@ -66,10 +68,46 @@ def fold_update(
         # The new params are an operand: a branch that closed over params and
         # updates would make XLA copy both trees at every step.
         kept = jax.lax.cond(count % every == 0, fold, lambda kept, new: kept, kept, new)
-    for column, leaves in zip(columns, kept, strict=True):
-        for i, leaf in zip(averaged, leaves, strict=True):
-            column[i] = leaf
-    return [jax.tree.unflatten(structure, column) for column in columns]
+    return [each.with_arrays(new) for each, new in zip(stored, kept, strict=True)]
+
+
+class _Stored:
+    """A shadow as the arrays that are folded, each of one leaf or of several.
+
+    Attributes:
+        arrays: Those.
+        parts: For each, the numbers of its leaves among those of the params.
+    """
+
+    def __init__(self, shadow: Any, params: Any) -> None:
+        packed = isinstance(shadow, packing.Packed)
+        leaves = matching_leaves(shadow.tree() if packed else shadow, params)
+        if packed:
+            columns = shadow.columns()
+        else:
+            columns = [
+                (leaf, (i,))
+                for i, leaf in enumerate(leaves)
+                if not trees.is_placeholder(leaf)
+            ]
+        self._shadow = shadow
+        self.arrays = [array for array, _ in columns]
+        self.parts = [part for _, part in columns]
+
+    def with_arrays(self, arrays: list[Any]) -> Any:
+        """Returns the same shadow with other arrays."""
+        if isinstance(self._shadow, packing.Packed):
+            return self._shadow.with_columns(arrays)
+        leaves, structure = jax.tree.flatten(
+            self._shadow, is_leaf=trees.is_placeholder
+        )
+        for (i,), array in zip(self.parts, arrays, strict=True):
+            leaves[i] = array
+        return jax.tree.unflatten(structure, leaves)
+
+
+def _gathered(new: list[Any]) -> Any:
+    return new[0] if len(new) == 1 else packing.concatenated(new)
 
 
 def _fold_at(

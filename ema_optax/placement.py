@@ -1,6 +1,6 @@
 """Where a shadow lives: on which devices, and in which of their memories."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -157,6 +157,30 @@ def find_homes(params: Any, shadow_sharding: Any, params_sharding: Any) -> Homes
                 raise _no_sharding(f"shadow_sharding gave {wanted!r} for '{path}'")
         homes.append(None if wanted is None else Home(wanted, param))
     return tuple(homes)
+
+
+def whole_on(params: Any, params_sharding: Any) -> list[Hashable | None]:
+    """Returns for each leaf what tells on which devices it is whole; None if sharded.
+
+    Args:
+        params: With placeholders for those that are not averaged.
+        params_sharding: As in `find_homes`. Under `jit`, on a mesh whose axes are not
+            Explicit, a leaf of which it says nothing counts as whole.
+    """
+
+    def devices(leaf: Any, known: Sharding | None) -> Hashable | None:
+        sharding = known or _sharding_of(leaf)
+        if sharding is None:
+            return ()
+        if not sharding.is_fully_replicated:
+            return None
+        if isinstance(leaf, Tracer):
+            return (sharding.memory_kind,)
+        return (frozenset(sharding.device_set), sharding.memory_kind)
+
+    known_by_leaf = _for_each(params, params_sharding, "params_sharding")
+    leaves = trees.flatten(params)[1]
+    return [devices(*pair) for pair in zip(leaves, known_by_leaf, strict=True)]
 
 
 def settle(shadow: jax.Array, home: Home | None) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
+from ema_optax import packing
 from ema_optax.families import Decay
 from ema_optax.placement import Homes
 
@@ -90,6 +91,27 @@ class _Recorded:
         return _unpickle, (*self.made_by, tuple(state))
 
 
+class _AsTrees:
+    """Mixed into the states of `ema_params`, so that nobody sees what is packed."""
+
+    @property
+    def shadow(self) -> Any:
+        return packing.unpacked(stored_shadow(self))
+
+    def _replace(self, **fields: Any) -> Any:
+        if "shadow" in fields:
+            fields["shadow"] = packing.packed_like(
+                fields["shadow"], stored_shadow(self)
+            )
+        state: Any = super()
+        return state._replace(**fields)
+
+
+def stored_shadow(state: Any) -> Any:
+    """Returns the shadow of a state of `ema_params` as it is stored: maybe packed."""
+    return state[1]
+
+
 def record_of(state: EmaParamsState) -> Record | None:
     """Returns what made a state, or None for one made by hand or by another library."""
     return state.record if isinstance(state, _Recorded) else None
@@ -121,18 +143,20 @@ def state_type(
     """Returns the type of a transform's states, the same for the same arguments."""
     base = NamedShadowsState if named else EmaParamsState
     made_by = (state_type, (named, decays, every, homes))
-    return _recorded(base, Record(dict(decays), every, homes), made_by)
+    bases = (_Recorded, _AsTrees, base)
+    return _recorded(bases, Record(dict(decays), every, homes), made_by)
 
 
 @functools.cache
 def bema_state_type(record: BemaRecord) -> type[BemaParamsState]:
     """Returns the type of the states of `bema_params`, the same for the same record."""
-    return _recorded(BemaParamsState, record, (bema_state_type, (record,)))
+    bases = (_Recorded, BemaParamsState)
+    return _recorded(bases, record, (bema_state_type, (record,)))
 
 
-def _recorded(base: type, record: Any, made_by: Any) -> Any:
-    members = {"record": record, "made_by": made_by, "__doc__": base.__doc__}
-    return type(base.__name__, (_Recorded, base), members)
+def _recorded(bases: tuple[type, ...], record: Any, made_by: Any) -> Any:
+    members = {"record": record, "made_by": made_by, "__doc__": bases[-1].__doc__}
+    return type(bases[-1].__name__, bases, members)
 
 
 def _unpickle(make_type: Any, key: Any, fields: Any) -> Any:

@@ -116,10 +116,8 @@ def restore_run(
         if not shadows.is_ema_state(node):
             return node
         filled = {name: fill(name, tree) for name, tree in shadow_trees(old).items()}
-        if SHADOW in filled:
-            return node._replace(shadow=filled[SHADOW])
         by_name = {n.removeprefix(f"{SHADOW}/"): tree for n, tree in filled.items()}
-        return node._replace(shadow=by_name)
+        return old._replace(count=node.count, shadow=filled.get(SHADOW, by_name))
 
     new_state = jax.tree.map(
         put_back, fill(STATE, rest), opt_state, is_leaf=shadows.is_ema_state

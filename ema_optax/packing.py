@@ -1,0 +1,200 @@
+"""Small leaves of a tree side by side in flat buffers, and the tree that they are."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ema_optax import trees
+
+# Bytes of the largest leaf that is packed. From benchmarks/many_leaves.py: what a
+# kernel and a dispatch for each leaf cost is saved, and each byte is copied once more.
+SMALL = 64 * 1024
+
+
+class Group(NamedTuple):
+    """Leaves that lie one after the other in one buffer.
+
+    Attributes:
+        leaves: Their numbers, placeholders counted, as `trees.flatten` does.
+        shapes: Their shapes.
+    """
+
+    leaves: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Layout(NamedTuple):
+    """Where each leaf of a tree lies; hashable.
+
+    Attributes:
+        structure: Of the tree; placeholders count as leaves.
+        groups: Those that share a buffer. The others lie apart, in their order.
+    """
+
+    structure: Any
+    groups: tuple[Group, ...]
+
+    def apart(self) -> list[int]:
+        """Returns the numbers of the leaves that are in no group."""
+        packed = {i for group in self.groups for i in group.leaves}
+        return [i for i in range(self.structure.num_leaves) if i not in packed]
+
+
+class Packed:
+    """A tree whose small leaves lie in flat buffers: a pytree node of few leaves.
+
+    Attributes:
+        flat: One array of one dimension for each group of the layout.
+        apart: The other leaves, placeholders among them.
+        layout: Which is which.
+    """
+
+    def __init__(self, flat: Any, apart: Any, layout: Layout) -> None:
+        self.flat, self.apart, self.layout = flat, apart, layout
+
+    def __repr__(self) -> str:
+        return f"Packed(flat={self.flat!r}, apart={self.apart!r})"
+
+    def __reduce__(self) -> Any:  # a structure with nodes of its own cannot be pickled
+        numbers = range(self.layout.structure.num_leaves)
+        skeleton = jax.tree.unflatten(self.layout.structure, numbers)
+        return _unpickle, (self.flat, self.apart, skeleton, self.layout.groups)
+
+    def tree(self) -> Any:
+        """Returns the tree, with arrays for what is packed; or abstract ones."""
+        leaves: list[Any] = [None] * self.layout.structure.num_leaves
+        for i, leaf in zip(self.layout.apart(), self.apart, strict=True):
+            leaves[i] = leaf
+        for group, flat in zip(self.layout.groups, self.flat, strict=True):
+            start = 0
+            for i, shape in zip(group.leaves, group.shapes, strict=True):
+                leaves[i] = _part(flat, start, shape)
+                start += math.prod(shape)
+        return jax.tree.unflatten(self.layout.structure, leaves)
+
+    def columns(self) -> list[tuple[Any, tuple[int, ...]]]:
+        """Returns each array that is folded, and the leaves that lie in it."""
+        groups = [group.leaves for group in self.layout.groups]
+        return [
+            *zip(self.flat, groups, strict=True),
+            *(
+                (leaf, (i,))
+                for i, leaf in zip(self.layout.apart(), self.apart, strict=True)
+                if not trees.is_placeholder(leaf)
+            ),
+        ]
+
+    def with_columns(self, arrays: Sequence[Any]) -> "Packed":
+        """Returns the same with other arrays, in the order of `columns`."""
+        flat, rest = arrays[: len(self.flat)], iter(arrays[len(self.flat) :])
+        apart = [x if trees.is_placeholder(x) else next(rest) for x in self.apart]
+        return Packed(tuple(flat), tuple(apart), self.layout)
+
+
+def plan(tree: Any, kinds: Sequence[Hashable | None]) -> Layout:
+    """Returns a layout in which small leaves of one kind share a buffer.
+
+    Args:
+        tree: Of arrays and placeholders.
+        kinds: For each leaf, placeholders counted, what those that share a buffer have
+            in common, such as dtype and devices; None for those that share none.
+    """
+    _, leaves, structure = trees.flatten(tree)
+    members: dict[Hashable, list[int]] = {}
+    for i, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
+        if kind is not None and not trees.is_placeholder(leaf):
+            size = math.prod(jnp.shape(leaf)) * jnp.result_type(leaf).itemsize
+            if 0 < size <= SMALL:
+                members.setdefault(kind, []).append(i)
+    groups = [
+        Group(tuple(numbers), tuple(tuple(jnp.shape(leaves[i])) for i in numbers))
+        for numbers in members.values()
+        if len(numbers) > 1
+    ]
+    return Layout(structure, tuple(groups))
+
+
+def pack(tree: Any, layout: Layout) -> Packed:
+    """Returns a tree in a layout.
+
+    Raises:
+        ValueError: If the tree has another structure.
+    """
+    leaves = layout.structure.flatten_up_to(tree)
+    flat = [concatenated([leaves[i] for i in group.leaves]) for group in layout.groups]
+    return Packed(tuple(flat), tuple(leaves[i] for i in layout.apart()), layout)
+
+
+def concatenated(leaves: Sequence[Any]) -> jax.Array:
+    """Returns arrays of any shapes as one of one dimension, of a dtype they all fit."""
+    flat = [jnp.ravel(leaf) for leaf in leaves]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in flat):
+        # One kernel: jnp's own goes by sixteens.
+        dtype = jnp.result_type(*flat)
+        return jax.lax.concatenate([leaf.astype(dtype) for leaf in flat], 0)
+    return jnp.concatenate(flat)
+
+
+def unpacked(node: Any) -> Any:
+    """Returns what may be packed, or a dict of it, as trees."""
+    return _each(lambda x: x.tree(), node)
+
+
+def packed_like(value: Any, node: Any) -> Any:
+    """Returns a tree, or a dict of trees, packed as `node` is; None as it is.
+
+    Args:
+        value: A tree, or where `node` is a dict of packed trees, a dict of trees.
+        node: What may be packed. Where it is not, the value is returned as it is.
+    """
+    if isinstance(value, Packed) or value is None:
+        return value
+    if isinstance(node, Packed):
+        return pack(value, node.layout)
+    if _is_dict_of_packed(node) and set(value) == set(node):
+        return {name: packed_like(tree, node[name]) for name, tree in value.items()}
+    return value
+
+
+def _each(function: Callable[[Packed], Any], node: Any) -> Any:
+    if isinstance(node, Packed):
+        return function(node)
+    if _is_dict_of_packed(node):
+        return {name: function(value) for name, value in node.items()}
+    return node
+
+
+def _is_dict_of_packed(node: Any) -> bool:
+    return isinstance(node, dict) and any(isinstance(v, Packed) for v in node.values())
+
+
+def _part(flat: Any, start: int, shape: tuple[int, ...]) -> Any:
+    if isinstance(flat, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, flat.dtype, sharding=flat.sharding)
+    # Compiled once for each shape, not for each place.
+    return _sliced(flat, start, shape)
+
+
+@jax.jit(static_argnums=2)
+def _sliced(flat: jax.Array, start: Any, shape: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_slice(flat, (start,), (math.prod(shape),)).reshape(shape)
+
+
+def _unpickle(flat: Any, apart: Any, skeleton: Any, groups: Any) -> Packed:
+    return Packed(flat, apart, Layout(trees.flatten(skeleton)[2], groups))
+
+
+def _flatten_with_keys(node: Packed) -> Any:
+    keys = (jax.tree_util.GetAttrKey("flat"), jax.tree_util.GetAttrKey("apart"))
+    return list(zip(keys, (node.flat, node.apart), strict=True)), node.layout
+
+
+jax.tree_util.register_pytree_with_keys(
+    Packed,
+    _flatten_with_keys,
+    lambda layout, children: Packed(*children, layout),
+    lambda node: ((node.flat, node.apart), node.layout),
+)
