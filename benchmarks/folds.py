@@ -18,6 +18,7 @@ import ema_optax
 
 OURS = "ema_optax.update_shadow"
 TRANSFORM = "ema_optax.ema_params"
+PACKED = f"{TRANSFORM}, pack_small"
 COPY, TRIAD, TORCH_COPY = "copy, JAX", "triad, JAX", "copy, torch"
 LIMITS = COPY, TRIAD, TORCH_COPY
 
@@ -68,6 +69,10 @@ def _transform(made, params, shadow_of):
 def ours_transform(params, beta, **options):
     made = ema_optax.ema_params(ema_optax.constant(beta), **options)
     return _transform(made, params, lambda state: state.shadow)
+
+
+def ours_packed(params, beta):
+    return ours_transform(params, beta, pack_small=True)
 
 
 def ours_bfloat16(params, beta):
@@ -213,6 +218,7 @@ IN_JAX = {
     TRIAD: jax_triad,
     OURS: ours,
     TRANSFORM: ours_transform,
+    PACKED: ours_packed,
     "optax.incremental_update": optax_incremental,
     "flax.nnx.EMA": flax_ema,
     "haiku.EMAParamsTree": haiku_ema,

@@ -98,9 +98,7 @@ class _Stored:
         """Returns the same shadow with other arrays."""
         if isinstance(self._shadow, packing.Packed):
             return self._shadow.with_columns(arrays)
-        leaves, structure = jax.tree.flatten(
-            self._shadow, is_leaf=trees.is_placeholder
-        )
+        leaves, structure = jax.tree.flatten(self._shadow, is_leaf=trees.is_placeholder)
         for (i,), array in zip(self.parts, arrays, strict=True):
             leaves[i] = array
         return jax.tree.unflatten(structure, leaves)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ema_optax import trees
 
-# Bytes of the largest leaf that is packed. From benchmarks/many_leaves.py: what a
+# Bytes of the largest leaf that is packed. From benchmarks/optimizer_step.py: what a
 # kernel and a dispatch for each leaf cost is saved, and each byte is copied once more.
 SMALL = 64 * 1024
 

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import checkpoint, shadow_params, with_shadow
 from ema_optax.placement import in_host_memory, over_axis
-from ema_optax.states import record_of
+from ema_optax.states import record_of, stored_shadow
 
 MESHES = {
     f"{kind.name}-{'x'.join(map(str, shape))}": jax.make_mesh(
@@ -180,6 +180,35 @@ def test_between_folds_nothing_is_moved(place):
     assert len(instructions(idle)) == 1
     assert " parameter(0)" in instructions(idle)[0]
     assert len(instructions(due)) > 10
+
+
+@on_every_mesh
+@pytest.mark.parametrize(("place", "every"), [("plain", 1), ("plain", 4), ("split", 1)])
+def test_packed_shadows_share_what_is_whole_on_every_device(mesh, place, every):
+    """The plain run to the bit; sharded leaves lie apart; nothing is sent for it."""
+    plain = train(mesh, "plain", every=every)
+    run = train(mesh, place, every=every, pack_small=True)
+    assert_same((run.params, run.state[-1].shadow), (plain.params, plain.state[-1][1]))
+    assert_alike(run.params, run.start[0])
+    packed = stored_shadow(run.state[-1])["slow"]
+    sizes = {"plain": 3 + 1 + (128 + 8 if "model" not in MESHES[mesh].shape else 0)}
+    sizes["split"] = 0  # all of them are placed
+    assert sum(flat.size for flat in packed.flat) == sizes[place]
+    assert all(flat.sharding.is_fully_replicated for flat in packed.flat)
+    found, usual = (collections.Counter(re.findall(SENT, r.text)) for r in (run, plain))
+    assert found == usual
+
+
+def test_packing_under_jit_needs_the_params_sharding():
+    """Told of it, init leaves apart what is sharded; where axes show it, untold."""
+    for name, known in (("Auto-4x2", shardings), ("Explicit-4x2", lambda p: None)):
+        params = make_params(MESHES[name])
+        transform = ema_optax.ema_params(
+            0.9, mask=mask, pack_small=True, params_sharding=known(params)
+        )
+        outside, inside = transform.init(params), jax.jit(transform.init)(params)
+        assert jax.tree.structure(inside) == jax.tree.structure(outside)
+        assert_alike(inside.shadow, outside.shadow)
 
 
 def parts_of(kind, mesh):

@@ -26,7 +26,9 @@ def make_params():
         return jnp.asarray(rng.standard_normal(shape, "float32"))
 
     return {
-        "layers": [{"w": draw(4, 3), "b": draw(3), "n": jnp.int32(i)} for i in range(5)],
+        "layers": [
+            {"w": draw(4, 3), "b": draw(3), "n": jnp.int32(i)} for i in range(5)
+        ],
         "half": {name: draw(2, 5).astype(jnp.bfloat16) for name in "abc"},
         "large": draw(130, 130),
         "scalar": draw(),
