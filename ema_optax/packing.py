@@ -1,11 +1,13 @@
 """Small leaves of a tree side by side in flat buffers, and the tree that they are."""
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from ema_optax import trees
 
@@ -131,7 +133,7 @@ def pack(tree: Any, layout: Layout) -> Packed:
 def concatenated(leaves: Sequence[Any]) -> jax.Array:
     """Returns arrays of any shapes as one of one dimension, of a dtype they all fit."""
     flat = [jnp.ravel(leaf) for leaf in leaves]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in flat):
+    if any(isinstance(leaf, Tracer) for leaf in flat):
         # One kernel: jnp's own goes by sixteens.
         dtype = jnp.result_type(*flat)
         return jax.lax.concatenate([leaf.astype(dtype) for leaf in flat], 0)
@@ -178,7 +180,7 @@ def _part(flat: Any, start: int, shape: tuple[int, ...]) -> Any:
     return _sliced(flat, start, shape)
 
 
-@jax.jit(static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2)
 def _sliced(flat: jax.Array, start: Any, shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.dynamic_slice(flat, (start,), (math.prod(shape),)).reshape(shape)
 

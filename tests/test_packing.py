@@ -264,8 +264,8 @@ def test_errors_name_the_leaf_as_without_packing():
     other = params | {"w1": jnp.zeros(4)}
     with pytest.raises(ValueError, match=r"'w1' is float32\[3\] in the shadow"):
         transform.update(other, state, other)
+    more = params | {"w3": jnp.zeros(3)}
     with pytest.raises(ValueError, match="'w3' is only in the params"):
-        more = params | {"w3": jnp.zeros(3)}
         transform.update(more, state, more)
 
 
