@@ -34,10 +34,23 @@ ELEMENTS = 128
 BLOCK = 20_000  # steps whose params are held at once
 SIZE = 0.02  # of the noise, where weights and their drift are of size 1
 EVERY = 10
-STEPS_A_RUN = 4
+STEPS_A_RUN = 10  # so that every=10 folds once in each
 
 NOTES = """\
-"""
+**Candidates.** "By chance": what rounding loses decides, with a hash of index and count,
+whether the sum moves on to its neighbour. "Dithered": a hashed ulp of noise is added
+before rounding to nearest. "float32 + bfloat16": what float32 loses is kept in two more
+bytes, rounded to nearest or by chance.
+
+**Params.** "Noisy" ones drift at one speed under noise; "quiet" ones follow a cosine
+learning rate to zero, where float32 meets its dead zone: it does not move while
+(1−β)·|p−s| is less than half an ulp of s; "constant" ones jump once and stay.
+
+**References.** Errors are of shadow and remainder together. Reading them as float32 adds
+what the row in brackets says, and no other way to store can save that. The weight 1−β
+is a float32 in all but the float64 row. every=10 is compared with a float64 average
+that folds as seldom; how that differs from folding always is a row in brackets: it is
+another average of the noise, not a worse one."""
 
 
 @jax.jit
@@ -305,7 +318,7 @@ def exact_fold(value, param, weight):
     return (param if near_new else value) + change, abs(change)
 
 
-def check_compensation(elements=4096, steps=40):
+def check_compensation(elements=4096, steps=20):
     """Returns the worst error of a fold over what rounding the remainder allows.
 
     Folds run op by op, under jit, inside a scan, inside one that is unrolled, and in an
@@ -320,7 +333,7 @@ def check_compensation(elements=4096, steps=40):
     rows = (scale * rng.standard_normal((steps, elements))).astype("float32")
     begin = jnp.asarray((scale * rng.standard_normal(elements)).astype("float32"))
     worst = {}
-    for w in (0.0, 1e-6, 1e-4, 0.3, 0.7, 1 - 1e-5, 1.0):
+    for w in (0.0, 1e-6, 0.3, 0.7, 1.0):
         weight = storage.split_weight(w)
         for name in (COMPENSATED, BY_CHANCE):
             fold = KINDS[name].fold
@@ -438,13 +451,12 @@ def time_steps(params, rounds):
     names = list(optimizers)
     for i in range(rounds + 1):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            run = EVERY if name == SPARSE else STEPS_A_RUN  # one fold in each
             start = time.perf_counter()
-            for _ in range(run):
+            for _ in range(STEPS_A_RUN):
                 carries[name] = steps[name](*carries[name], params)
             jax.block_until_ready(carries[name])
             if i:  # after one of warm-up
-                figures[name]["seconds"].append((time.perf_counter() - start) / run)
+                figures[name]["seconds"].append(time.perf_counter() - start)
     return figures
 
 
@@ -491,7 +503,7 @@ def main(argv=None):
     """Prints the tables, and writes them where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short runs, small trees")
-    parser.add_argument("--rounds", type=int, default=9, help="of optimizer steps")
+    parser.add_argument("--rounds", type=int, default=5, help="of optimizer steps")
     parser.add_argument("--out", help="Markdown file to write as well")
     args = parser.parse_args(argv)
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (jax, optax, np))
