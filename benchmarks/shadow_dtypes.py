@@ -37,7 +37,7 @@ EVERY = 10
 STEPS_A_RUN = 10  # so that every=10 folds once in each
 
 NOTES = """\
-**Candidates.** "By chance": what rounding loses decides, with a hash of index and count,
+**Candidates.** "By chance": what rounding loses decides, by a hash of index and count,
 whether the sum moves on to its neighbour. "Dithered": a hashed ulp of noise is added
 before rounding to nearest. "float32 + bfloat16": what float32 loses is kept in two more
 bytes, rounded to nearest or by chance.
@@ -46,7 +46,7 @@ bytes, rounded to nearest or by chance.
 learning rate to zero, where float32 meets its dead zone: it does not move while
 (1−β)·|p−s| is less than half an ulp of s; "constant" ones jump once and stay.
 
-**References.** Errors are of shadow and remainder together. Reading them as float32 adds
+**References.** Errors are of shadow and remainder together. Reading as float32 adds
 what the row in brackets says, and no other way to store can save that. The weight 1−β
 is a float32 in all but the float64 row. every=10 is compared with a float64 average
 that folds as seldom; how that differs from folding always is a row in brackets: it is
