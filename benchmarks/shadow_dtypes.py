@@ -50,7 +50,8 @@ learning rate to zero, where float32 meets its dead zone: it does not move while
 what the row in brackets says, and no other way to store can save that. The weight 1−β
 is a float32 in all but the float64 row. every=10 is compared with a float64 average
 that folds as seldom; how that differs from folding always is a row in brackets: it is
-another average of the noise, not a worse one."""
+another average of the noise, not a worse one.
+"""
 
 
 @jax.jit
