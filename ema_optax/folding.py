@@ -19,6 +19,7 @@ def fold_update(
     count: jax.Array,
     every: int,
     homes: placement.Homes | None = None,
+    stochastic: bool = False,
 ) -> list[Any]:
     """Returns the shadows after an update, folded where one is due.
 
@@ -30,6 +31,7 @@ def fold_update(
         count: int32[], the 1-based number of the update.
         every: A fold is due at every `every`-th update, ≥ 1.
         homes: Where each leaf of a shadow lives; None is where its param does.
+        stochastic: Whether float32 shadows are rounded stochastically.
 
     Raises:
         ValueError: If shadows, updates and params do not fit each other.
@@ -56,7 +58,14 @@ def fold_update(
             weight = storage.split_weight(newest_weight(count))
             folded.append(
                 [
-                    _fold_at(home[part[0]], s, gathered[part], weight, next(seeds))
+                    _fold_at(
+                        home[part[0]],
+                        s,
+                        gathered[part],
+                        weight,
+                        next(seeds),
+                        stochastic,
+                    )
                     for s, part in zip(arrays, each.parts, strict=True)
                 ]
             )
@@ -109,10 +118,16 @@ def _gathered(new: list[Any]) -> Any:
 
 
 def _fold_at(
-    home: placement.Home | None, shadow: Any, param: Any, weight: Any, seed: Any
+    home: placement.Home | None,
+    shadow: Any,
+    param: Any,
+    weight: Any,
+    seed: Any,
+    stochastic: bool,
 ) -> jax.Array:
     shadow, param = (placement.at_work(x, home) for x in (shadow, param))
-    return placement.settle(storage.fold(shadow, param, weight, seed), home)
+    folded = storage.fold(shadow, param, weight, seed, stochastic=stochastic)
+    return placement.settle(folded, home)
 
 
 def matching_leaves(shadow: Any, params: Any) -> list[Any]:

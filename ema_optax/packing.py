@@ -194,9 +194,14 @@ def _flatten_with_keys(node: Packed) -> Any:
     return list(zip(keys, (node.flat, node.apart), strict=True)), node.layout
 
 
+def _unflatten(layout: Layout, children: Any) -> Packed:
+    flat, apart = children
+    return Packed(flat, apart, layout)
+
+
 jax.tree_util.register_pytree_with_keys(
     Packed,
     _flatten_with_keys,
-    lambda layout, children: Packed(*children, layout),
+    _unflatten,
     lambda node: ((node.flat, node.apart), node.layout),
 )

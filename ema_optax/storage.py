@@ -1,5 +1,6 @@
 """How a shadow leaf is stored, and how one fold is rounded into it."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -31,6 +32,25 @@ def check_shadow_dtype(shadow_dtype: Any) -> np.dtype | None:
             "without it JAX would store float32."
         )
     return dtype
+
+
+def check_rounding(rounding: str | None, shadow_dtype: np.dtype | None) -> bool:
+    """Returns whether float32 shadows are rounded by chance.
+
+    Raises:
+        ValueError: If there is no such rounding, or it would freeze the shadow.
+    """
+    if rounding not in (None, "nearest", "stochastic"):
+        raise ValueError(
+            f"rounding must be 'nearest' or 'stochastic', got {rounding!r}. None "
+            "rounds bfloat16 shadows stochastically and wider ones to nearest."
+        )
+    if rounding == "nearest" and shadow_dtype == jnp.bfloat16:
+        raise ValueError(
+            "A bfloat16 shadow rounded to nearest does not move: at β = 0.999 not "
+            "before it is 390 % away. Leave rounding out, or use float32."
+        )
+    return rounding == "stochastic"
 
 
 def stored_dtype(dtype: Any, shadow_dtype: np.dtype | None = None) -> np.dtype:
@@ -78,8 +98,16 @@ def split_weight(newest_weight: Any) -> Weight:
     return Weight(w > 0.5, jnp.where(w > 0.5, w - 1, w))
 
 
-@jax.jit  # traced and lowered once per shape, not once per leaf
-def fold(shadow: jax.Array, param: Any, weight: Weight, seed: Any) -> jax.Array:
+# Traced and lowered once per shape, not once per leaf.
+@functools.partial(jax.jit, static_argnames="stochastic")
+def fold(
+    shadow: jax.Array,
+    param: Any,
+    weight: Weight,
+    seed: Any,
+    *,
+    stochastic: bool = False,
+) -> jax.Array:
     """Returns s + w·(p − s), rounded to the shadow's dtype.
 
     An element that would become non-finite holds; one that is non-finite itself takes
@@ -90,14 +118,19 @@ def fold(shadow: jax.Array, param: Any, weight: Weight, seed: Any) -> jax.Array:
         param: Array p of the same shape, any floating or complex dtype.
         weight: What `split_weight` made of w.
         seed: uint32 scalar that differs between folds and between leaves; decides how
-            a bfloat16 shadow is rounded, and is not used for wider ones.
+            stochastic rounding, and is not used without.
+        stochastic: Whether float32 is rounded stochastically; bfloat16 always is, wider
+            and complex shadows never.
     """
     dtype = jnp.promote_types(shadow.dtype, jnp.float32)
     old = shadow.astype(dtype)
     new = _as_held(jnp.asarray(param), dtype)
     near_new, factor = weight
     factor = factor.astype(jnp.finfo(dtype).dtype)
-    folded = jnp.where(near_new, new, old) + factor * (new - old)
+    base, change = jnp.where(near_new, new, old), factor * (new - old)
+    if stochastic and shadow.dtype == jnp.float32:
+        change = _dithered(change, base, seed)
+    folded = base + change
     if shadow.dtype == jnp.bfloat16:
         folded = _round_stochastically(folded, seed)
     kept = jnp.where(jnp.isfinite(old), old, new)
@@ -139,18 +172,40 @@ def _round_stochastically(x: jax.Array, seed: Any) -> jax.Array:
     of the element's index and the seed: no key, and the same after a resume or on
     another mesh.
     """
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for axis in range(x.ndim):
-        stride = math.prod(x.shape[axis + 1 :]) % 2**32
-        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        index += iota * jnp.uint32(stride)
-    noise = _mix(index ^ seed) >> 16
+    noise = _random_bits(x.shape, seed) >> 16
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = bits & jnp.uint32(0x8000_0000)
     magnitude = (bits & jnp.uint32(0x7FFF_FFFF)) + noise
     kept = magnitude & jnp.uint32(0xFFFF_0000)  # the 16 bits that bfloat16 has
     rounded = jax.lax.bitcast_convert_type(sign | kept, jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x)
+
+
+def _dithered(change: jax.Array, base: jax.Array, seed: Any) -> jax.Array:
+    """Returns a change with noise as wide as the gap to the next float32 on its way.
+
+    The sum, rounded to nearest, then moves by chance where it would not, and by the
+    change on average. It never moves the other way, and what does not change gets no
+    noise: constant params are a fixed point, and a weight of 1 copies exactly.
+    """
+    bits = jax.lax.bitcast_convert_type(base, jnp.int32)
+    outwards = (change > 0) == (base > 0)
+    after = bits + jnp.where(outwards, 1, -1)
+    gap = jnp.abs(jax.lax.bitcast_convert_type(after, jnp.float32) - base)
+    uniform = (_random_bits(base.shape, seed) >> 8).astype(jnp.float32) * 2**-24
+    noisy = change + (uniform - 0.5) * jnp.where(base == 0, 0, gap)
+    back = (noisy > 0) != (change > 0)
+    return jnp.where(back | (change == 0), 0, noisy)
+
+
+def _random_bits(shape: tuple[int, ...], seed: Any) -> jax.Array:
+    """Returns uint32 for each element, a hash of its index and the seed."""
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :]) % 2**32
+        iota = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index += iota * jnp.uint32(stride)
+    return _mix(index ^ seed)
 
 
 def _mix(x: Any) -> Any:

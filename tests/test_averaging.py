@@ -327,3 +327,30 @@ def test_bad_input_is_an_error_with_the_call_that_works(call, error, wrong):
     """What was found, where, and what to write instead."""
     with pytest.raises(error, match=wrong):
         call()
+
+
+def test_stochastic_rounding_follows_params_that_settle():
+    """From 1 towards 1 + 2e-3 at .99999: nearest never moves (dead zone 6e-3).
+
+    After 200,000 folds 1 − .99999²⁰⁰⁰⁰⁰ = 86.47 % of the way; one e-fold of the decay
+    too many or too few would be 5 % off.
+    """
+    decay, steps = ema_optax.constant(0.99999), 200_000
+    start = {"w": jnp.ones(256)}
+    zero = {"w": jnp.zeros(256)}
+    params = {"w": jnp.full(256, 1.002)}
+
+    def run(**options):
+        transform = ema_optax.ema_params(decay, **options)
+
+        def fold(state, _):
+            return transform.update(zero, state, params)[1], None
+
+        scan = jax.jit(lambda s: jax.lax.scan(fold, s, None, length=steps)[0])
+        return np.asarray(scan(transform.init(start)).shadow["w"], np.float64)
+
+    assert (run() == 1).all()
+    moved = run(rounding="stochastic") - 1
+    expected = (np.float64(np.float32(1.002)) - 1) * (1 - 0.99999**steps)
+    assert abs(moved.mean() / expected - 1) < 3e-3  # noise .5·ulp·√(1/2w)/√256: 6e-4
+    assert np.abs(moved / expected - 1).max() < 5e-2

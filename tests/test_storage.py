@@ -116,3 +116,64 @@ def test_noise_depends_on_the_place_and_not_on_the_sharding():
     np.testing.assert_array_equal(
         jax.jit(storage.fold)(shadow, params, COPY, seed).ravel(), flat
     )
+
+
+TINY = storage.split_weight(2.0**-20)
+
+
+def test_stochastic_float32_moves_where_nearest_would_not():
+    """By the change on average: a quarter of an ulp, which nearest leaves out."""
+    shadow, param = jnp.ones(20_000), jnp.full(20_000, 1.03)
+    ulp = 2.0**-23
+    change = 0.03 * 2.0**-20  # 0.24 ulp
+    np.testing.assert_array_equal(storage.fold(shadow, param, TINY, 1), shadow)
+    for seed in (1, 2**31):
+        folded = storage.fold(shadow, param, TINY, jnp.uint32(seed), stochastic=True)
+        moved = (np.asarray(folded, np.float64) - 1) / ulp
+        assert set(np.unique(moved)) == {0.0, 1.0}
+        # Half an ulp of bias would be 0.74; the standard error is 3e-3.
+        assert abs(moved.mean() - change / ulp) < 0.01
+
+
+def test_stochastic_float32_is_unbiased_at_any_change():
+    """Up and down, small and large, on both sides of a power of two."""
+    rng = np.random.default_rng(0)
+    shadow = np.repeat(rng.standard_normal(50).astype(np.float32), 4000)
+    param = np.repeat(3 * rng.standard_normal(50).astype(np.float32), 4000)
+    weight = storage.split_weight(1e-6)
+    folded = storage.fold(
+        jnp.asarray(shadow), jnp.asarray(param), weight, jnp.uint32(7), stochastic=True
+    )
+    s, p = shadow.astype(np.float64), param.astype(np.float64)
+    lost = np.asarray(folded, np.float64) - (s + np.float32(1e-6) * (p - s))
+    ulp = np.spacing(np.abs(shadow)).astype(np.float64)
+    mean = (lost / ulp).reshape(50, 4000).mean(1)
+    # 4,000 draws of at most half an ulp: standard error .008. Nearest: up to .5.
+    assert np.abs(mean).max() < 0.035
+
+
+def test_stochastic_float32_keeps_what_nearest_keeps():
+    """Copies at weight 1, fixed points, holds at weight 0 and at what is not finite."""
+    rng = np.random.default_rng(0)
+    shadow = jnp.asarray(rng.standard_normal(100), jnp.float32)
+    param = jnp.asarray(rng.standard_normal(100), jnp.float32)
+    for s, p, weight, expected in (
+        (shadow, param, COPY, param),
+        (shadow, shadow, TINY, shadow),
+        (shadow, param, storage.split_weight(0.0), shadow),
+        (shadow, param * jnp.inf, TINY, shadow),
+        (shadow * jnp.nan, param, TINY, param),
+    ):
+        folded = storage.fold(s, p, weight, jnp.uint32(3), stochastic=True)
+        np.testing.assert_array_equal(folded, expected)
+
+
+def test_check_rounding():
+    """Rounding to nearest is refused where it freezes."""
+    assert storage.check_rounding("stochastic", None)
+    assert not storage.check_rounding("nearest", jnp.dtype("float32"))
+    assert not storage.check_rounding(None, jnp.dtype("bfloat16"))
+    with pytest.raises(ValueError, match="'nearest' or 'stochastic', got 'up'"):
+        storage.check_rounding("up", None)
+    with pytest.raises(ValueError, match="does not move"):
+        storage.check_rounding("nearest", jnp.dtype("bfloat16"))
