@@ -78,15 +78,18 @@ def compile_step(optimizer, params):
     return compiled, time.process_time() - start
 
 
-def measure(params, rows, rounds):
-    """Returns figures by row name: bytes, temporary memory, compile and step ratios."""
+def measure(params, rows, rounds, compiles=3):
+    """Returns figures by row name: bytes, temporary memory, compile and step ratios.
+
+    Those of time are quartiles over so many rounds, of compilation medians.
+    """
     adam = optax.adam(1e-3)
     optimizers = {"Adam": adam}
     optimizers |= {name: optax.chain(adam, ROWS[name]()) for name in rows}
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     figures, compiled, seconds = {}, {}, {name: [] for name in optimizers}
     compile_seconds = {name: [] for name in optimizers}
-    for _ in range(3):
+    for _ in range(compiles):
         for name, optimizer in optimizers.items():
             compiled[name], took = compile_step(optimizer, params)
             compile_seconds[name].append(took)
@@ -94,21 +97,23 @@ def measure(params, rows, rounds):
         name: (jax.tree.map(jnp.copy, params), optimizer.init(params))
         for name, optimizer in optimizers.items()
     }
-    for _ in range(rounds):
-        for name in optimizers:
+    names = list(optimizers)
+    for i in range(rounds + 1):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             start = time.perf_counter()
             for _ in range(STEPS_A_RUN):
                 carries[name] = compiled[name](*carries[name], params)
             jax.block_until_ready(carries[name])
-            seconds[name].append(time.perf_counter() - start)
+            if i:  # after one of warm-up
+                seconds[name].append(time.perf_counter() - start)
     for name in optimizers:
         ratios = [s / a for s, a in zip(seconds[name], seconds["Adam"], strict=True)]
-        compiles = zip(compile_seconds[name], compile_seconds["Adam"], strict=True)
+        compiled_in = zip(compile_seconds[name], compile_seconds["Adam"], strict=True)
         figures[name] = {
             "bytes": compiled[name].cost_analysis()["bytes accessed"] / size,
             "temp": compiled[name].memory_analysis().temp_size_in_bytes / size,
-            "time": statistics.median(ratios),
-            "compile": statistics.median(s / a for s, a in compiles),
+            "time": statistics.quantiles(ratios, n=4, method="inclusive"),
+            "compile": statistics.median(s / a for s, a in compiled_in),
         }
     return figures
 
@@ -116,16 +121,22 @@ def measure(params, rows, rounds):
 def as_table(figures, leaves, side):
     """Returns the figures as a Markdown table under a heading with the tree."""
     megabytes = leaves * side * side * 4 / 1e6
+    title = f"### {leaves} leaves of {side}×{side} float32, {megabytes:.0f} MB"
+    return f"{title}\n\n{rows_of(figures)}"
+
+
+def rows_of(figures):
+    """Returns the figures as a Markdown table."""
     lines = [
-        f"### {leaves} leaves of {side}×{side} float32, {megabytes:.0f} MB",
-        "",
         "| Adam + | bytes accessed | temporary | time / Adam | compile / Adam |",
         "|---|---|---|---|---|",
     ]
     for name, row in figures.items():
+        low, median, high = row["time"]
         lines.append(
             f"| {'(alone)' if name == 'Adam' else name} | {row['bytes']:.2f} | "
-            f"{row['temp']:.2f} | {row['time']:.2f} | {row['compile']:.2f} |"
+            f"{row['temp']:.2f} | {median:.2f} ({low:.2f}–{high:.2f}) | "
+            f"{row['compile']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -33,6 +33,7 @@ import optimizer_step
 from matplotlib.figure import Figure
 
 import ema_optax
+from ema_optax import packing
 from ema_optax.plots import style
 
 BETAS = 0.999, 0.9999, 0.99999
@@ -50,7 +51,11 @@ STEP_ROWS = {
     "four shadows": lambda: ema_optax.ema_params(
         {"a": 0.99, "b": 0.999, "c": 0.9999, "d": 0.99999}
     ),
+    "pack_small": optimizer_step.ROWS["pack_small"],
+    "pack_small, every=10": optimizer_step.ROWS["pack_small, every=10"],
 }
+PACKED_ROWS = "pack_small", "pack_small, every=10"
+FOR_MANY = ("hand-written", "every=1", "every=10", "bfloat16 shadow", *PACKED_ROWS)
 NOTES = """\
 **How to read it.** GB/s counts what a fold cannot do without: the shadow read and
 written, the params read (of a copy: one tree read, one written). A copy also makes the
@@ -262,17 +267,19 @@ def error_table(figures):
 def optimizer_rows(params, rounds):
     """Returns the table of Adam with an average over Adam, in two halves for memory."""
     optimizer_step.ROWS |= STEP_ROWS
-    names, figures = list(STEP_ROWS), {}
-    for half in names[:4], names[4:]:
-        figures = optimizer_step.measure(params, half, rounds) | figures
+    many = len(jax.tree.leaves(params)) > 1000  # whose compilation takes half a minute
+    small = any(leaf.nbytes <= packing.SMALL for leaf in jax.tree.leaves(params))
+    names = [n for n in STEP_ROWS if small or n not in PACKED_ROWS]
+    if many:
+        names = [n for n in names if n in FOR_MANY]
+    figures, half = {}, (len(names) + 1) // 2
+    for part in names[:half], names[half:]:
+        compiles = 1 if many else 3
+        found = optimizer_step.measure(params, part, rounds, compiles)
+        figures = found | figures
         gc.collect()
-    rows = [
-        ["(alone)" if name == "Adam" else name]
-        + [f"{figures[name][key]:.2f}" for key in ("bytes", "temp", "time", "compile")]
-        for name in ("Adam", *names)
-    ]
-    header = "Adam +", "bytes accessed", "temporary", "time / Adam", "compile / Adam"
-    return table(list(header), rows)
+    figures = {name: figures[name] for name in ("Adam", *names)}
+    return optimizer_step.rows_of(figures)
 
 
 def transformer_loss(params, tokens, heads=4):
@@ -472,17 +479,19 @@ def main(argv=None):
     publish(text, args.out)
     if args.picture:
         draw(speeds, figures, len(path) - 1, args.picture)
-    say("optimizer steps")
-    others = Neighbours()
-    params = make(small if quick else gpt2())
-    optimizers = optimizer_rows(params, 2 if quick else 3)
-    text += [
-        f"\n## Adam and an average over Adam, {sizes(params)}",
-        f"\nBytes and temporary memory in units of the params' bytes. {others}",
-        f"\n{optimizers}",
-    ]
-    publish(text, args.out)
-    del params
+    for shapes in trees:
+        params = make(shapes)
+        say(f"optimizer steps, {sizes(params)}")
+        others = Neighbours()
+        optimizers = optimizer_rows(params, 2 if quick else 5)
+        text += [
+            f"\n## Adam and an average over Adam, {sizes(params)}",
+            f"\nBytes and temporary memory in units of the params' bytes. {others}",
+            f"\n{optimizers}",
+        ]
+        publish(text, args.out)
+        del params
+        gc.collect()
     say("training steps")
     others = Neighbours()
     shapes = gpt2(64, 500, 32, 2) if quick else gpt2(256, 4096, 128, 6)

@@ -40,7 +40,7 @@ STEPS_A_RUN = 10  # so that every=10 folds once in each
 NOTES = """\
 **Candidates.** "Stochastic": rounded up or down by chance, from a hash of index and
 count: `shadow_dtype="bfloat16"`, and `rounding="stochastic"` for float32. "float32 +
-bfloat16", which `ema_optax` does not have: what float32 loses is kept in two bytes more.
+bfloat16", which `ema_optax` does not have: two bytes more keep what float32 loses.
 It has the least error; but XLA on CPU computes its two outputs apart, each from all the
 inputs, and most of what it saves is lost when the shadow is read as float32. Stochastic
 float32 takes away the dead zone at no further bytes.
