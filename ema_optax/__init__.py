@@ -26,6 +26,7 @@ from ema_optax.decays import (
     width_from_exponent,
 )
 from ema_optax.families import Decay
+from ema_optax.monitoring import metrics
 from ema_optax.profiles import Profile, profile
 from ema_optax.shadows import shadow_params, with_shadow
 from ema_optax.states import BemaParamsState, EmaParamsState, NamedShadowsState
@@ -65,6 +66,7 @@ __all__ = [
     "fraction",
     "half_life",
     "inverse_power",
+    "metrics",
     "power",
     "profile",
     "ramp",

@@ -108,9 +108,10 @@ def ema_params(
     dtype = storage.check_shadow_dtype(shadow_dtype)
     stochastic = storage.check_rounding(rounding, dtype)
     several = isinstance(decay, Mapping)
-    make_type = functools.partial(
-        state_type, several, _recordable(decay, decays), every
-    )
+    recorded = _recordable(decay, decays)
+
+    def make_type(homes: placement.Homes | None) -> type[EmaParamsState]:
+        return state_type(several, recorded, every, homes, stochastic)
 
     def init(params: Any) -> EmaParamsState:
         def started() -> Any:

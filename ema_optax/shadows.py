@@ -51,7 +51,7 @@ def shadow_params(
     >>> shadow_params(state, params)
     {'steps': Array(7, dtype=int32), 'w': Array([1, 1], dtype=bfloat16)}
     """
-    shadow = joined(_find(opt_state, params, name))
+    shadow = joined(find(opt_state, params, name))
     if params is None:
         return jax.tree.map(_own, shadow)
     difference = trees.difference(shadow, params, ("shadow", "params"))
@@ -136,8 +136,19 @@ def bema_states(opt_state: Any) -> dict[str, BemaParamsState]:
     }
 
 
-def _find(opt_state: Any, params: Any, name: str | None) -> dict[str, Any]:
-    """Returns the shadows called `name`, by the path of their state."""
+def names_of(state: EmaParamsState) -> list[str]:
+    """Returns the names of a state's shadows; an empty one where they have none."""
+    return list(state.shadow) if isinstance(state, NamedShadowsState) else [""]
+
+
+def find(opt_state: Any, params: Any, name: str | None) -> dict[str, Any]:
+    """Returns the shadows called `name`, by the path of their state.
+
+    Not copied; where there are params, where those live.
+
+    Raises:
+        ValueError: If there is none, or several and none was named.
+    """
     states, bemas = ema_states(opt_state), bema_states(opt_state)
     if not states and not bemas:
         raise ValueError(

@@ -19,11 +19,13 @@ class Record(NamedTuple):
             cannot be written down: a plain callable, or an injected array.
         every: Updates between folds.
         homes: Where each leaf of a shadow lives; None where it is with its param.
+        stochastic: Whether float32 shadows are rounded stochastically.
     """
 
     decays: Mapping[str, Decay | None]
     every: int
     homes: Homes | None = None
+    stochastic: bool = False
 
 
 class EmaParamsState(NamedTuple):
@@ -138,13 +140,14 @@ def state_type(
     named: bool,
     decays: tuple[tuple[str, Decay | None], ...],
     every: int,
-    homes: Homes | None = None,
+    homes: Homes | None,
+    stochastic: bool,
 ) -> type[EmaParamsState]:
     """Returns the type of a transform's states, the same for the same arguments."""
     base = NamedShadowsState if named else EmaParamsState
-    made_by = (state_type, (named, decays, every, homes))
+    made_by = (state_type, (named, decays, every, homes, stochastic))
     bases = (_Recorded, _AsTrees, base)
-    return _recorded(bases, Record(dict(decays), every, homes), made_by)
+    return _recorded(bases, Record(dict(decays), every, homes, stochastic), made_by)
 
 
 @functools.cache

@@ -36,6 +36,7 @@ HOUSE = {
     },
     "bema": {"folding", "selection", "states", "storage", "trees"},
     "shadows": {"bema", "placement", "states", "trees"},
+    "monitoring": {"families", "shadows", "states", "trees"},
     "version": set(),
     "reconstruction": {"decays", "selection", "trees"},
     "checkpoint": {
