@@ -28,8 +28,8 @@ def metrics(
     - `distance`: ‖p − s‖ / ‖s‖.
     - `dead_zone`: the distance |p − s| / |s| of an element below which its shadow does
       not move, where it is rounded to nearest: 2^−(m+1) / w, for m bits of mantissa
-      and the weight w of a fold. 0 where it is rounded stochastically. A `distance` that
-      nears it calls for `rounding="stochastic"` or folds at every k-th update.
+      and the weight w of a fold. 0 where it is rounded stochastically. A `distance`
+      that nears it calls for `rounding="stochastic"` or folds at every k-th update.
     - `nonfinite_params`, `nonfinite_shadow`: numbers of elements.
 
     The first two are left out where the state does not know its decay: a callable or
