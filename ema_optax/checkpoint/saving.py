@@ -19,7 +19,10 @@ from orbax.checkpoint import v1
 
 from ema_optax import trees
 from ema_optax.checkpoint import checksums, manifest
+from ema_optax.checkpoint.agreement import together
 from ema_optax.checkpoint.contents import PARAMS, STATE, Contents, is_key
+
+ELSEWHERE = "another process could not save its part, and says why."
 
 
 # Measured in benchmarks/checkpoints.py: compression, Orbax's default, makes float32
@@ -52,14 +55,17 @@ async def start_save(
             await handler.async_save(cast(Any, _Gated(folder, gate)), args=args) or []
         )
 
+    pieces: dict[str, Any] = {}
+    views = None
     try:
-        if PARAMS in content.trees:
-            futures += await start(item, content.trees[PARAMS])
-        _fetch(content)
-        pieces = _host_pieces(content)
-        views = _whole(content, pieces)
-        if views is None:
-            futures += await start(item / manifest.FOLDER, _beside(content))
+        with together(RuntimeError(f"{item} is not saved: {ELSEWHERE}")):
+            if PARAMS in content.trees:
+                futures += await start(item, content.trees[PARAMS])
+            _fetch(content)
+            pieces = _host_pieces(content)
+            views = _whole(content, pieces)
+            if views is None:
+                futures += await start(item / manifest.FOLDER, _beside(content))
     except BaseException:
         gate.broken = True
         raise
@@ -86,13 +92,14 @@ def save_now(
 ) -> None:
     """Saves without a background part."""
     beside = _beside(content)
-    if PARAMS in content.trees:
-        handler.save(item, args=ocp.args.PyTreeSave(content.trees[PARAMS]))
-    if beside:
-        handler.save(item / manifest.FOLDER, args=ocp.args.PyTreeSave(beside))
-    pieces = _host_pieces(content)
-    _refuse_overflow(pieces)
-    write_sidecars(item, content, pieces)
+    with together(OSError(f"{item} is not saved: {ELSEWHERE}")):
+        if PARAMS in content.trees:
+            handler.save(item, args=ocp.args.PyTreeSave(content.trees[PARAMS]))
+        if beside:
+            handler.save(item / manifest.FOLDER, args=ocp.args.PyTreeSave(beside))
+        pieces = _host_pieces(content)
+        _refuse_overflow(pieces)
+        write_sidecars(item, content, pieces)
 
 
 def write_sidecars(item: epath.Path, content: Contents, pieces: dict[str, Any]) -> None:
