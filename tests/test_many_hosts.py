@@ -19,8 +19,7 @@ from tests.many_hosts import BREAK, ROUNDING, STEPS
 # (rank, seconds): who is killed, and how long after a step was known to be committed.
 # About as long as a save takes here; whatever they meet has to hold anywhere.
 MOMENTS = [
-    (rank, random.Random(seed).uniform(0.0, 0.3))
-    for seed, rank in enumerate([0, 1, 0])
+    (rank, random.Random(seed).uniform(0.0, 0.3)) for seed, rank in enumerate([0, 1, 0])
 ]
 
 
@@ -42,6 +41,15 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_saves_that_failed_on_one_process_left_the_step_before(folder):
+    """Both were told each time; what they had committed is whole, and one goes on."""
+    root, layout = folder / "failing", many_hosts.layouts()["fsdp"]
+    assert checkpoint.describe(root).step == 3
+    checkpoint.verify(root)
+    checkpoint.save(root, *many_hosts.started(*layout), step=5)
+    checkpoint.verify(root)
+
+
 @pytest.mark.parametrize("source", ["spread", "fsdp", "model"])
 def test_one_device_goes_on_with_the_run_of_two_processes(folder, source):
     """Restored to the bit; trained on, it ends where the two of them did."""
@@ -49,13 +57,13 @@ def test_one_device_goes_on_with_the_run_of_two_processes(folder, source):
 
 
 def test_four_devices_of_one_process_go_on(folder):
-    """To the bit where the layout is the same, from runs of two processes and of one."""
+    """From runs of two processes and of one; to the bit where the layout is alike."""
     output = launch.run("tests.many_hosts", 1, folder, count=1, devices=4)
     assert output.endswith("done\n")
 
 
 def test_the_layouts_agree_and_one_step_less_would_show(folder):
-    """The bound between layouts: all are within it, the step before is 1000 × it off."""
+    """All are within the bound between layouts; the step before is 1000 times off."""
     names = ("alone", "spread", "fsdp", "model")
     first = many_hosts.recorded(folder / "alone", STEPS)
     for name in names:
@@ -148,7 +156,7 @@ def test_a_process_that_hangs_says_where():
     """It is killed, and what it was waiting for is in the error."""
     with launch.launched("tests.test_many_hosts") as processes:
         processes.wait_for(1, lambda lines: "joined" in lines, within=90)
-        with pytest.raises(AssertionError, match=r"(?s)not all ended.*in _wait_for_nob"):
+        with pytest.raises(AssertionError, match=r"(?s)not all .*in _wait_for"):
             processes.wait(within=0.5)
     assert processes.codes() == [-signal.SIGKILL] * 2
 
