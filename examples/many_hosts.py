@@ -5,12 +5,11 @@
     srun python examples/many_hosts.py FOLDER           # under SLURM; so on a TPU pod
 
 Each start trains `--steps` further from the newest step in FOLDER, which all hosts must
-see, and saves every 50th. The data are made up on the spot: a teacher's answers
-with noise. The batch of a step is the same on any number of processes.
+see, and saves every 50th and the last. The data are made up on the spot: a teacher's
+answers with noise. The batch of a step is the same on any number of processes.
 """
 
 import argparse
-import pathlib
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,7 +61,7 @@ def train_step(params, opt_state, x, y):
     return optax.apply_updates(params, updates), opt_state
 
 
-def train(folder: pathlib.Path, steps: int) -> None:
+def train(folder: str, steps: int) -> None:
     """Goes on with the run in a folder, or starts it, on all devices there are."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
     everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
@@ -71,14 +71,16 @@ def train(folder: pathlib.Path, steps: int) -> None:
     options = ocp.CheckpointManagerOptions(
         save_interval_steps=SAVE_EVERY, max_to_keep=3
     )
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    at = epath.Path(folder).expanduser().absolute()  # or gs://…
+    with ocp.CheckpointManager(at, options=options) as manager:
         newest = manager.latest_step() or 0
         if newest:  # every process reads the parts that its devices hold
-            at = manager.directory
             params, opt_state = checkpoint.resume(at, params, opt_state, step=newest)
-        for step in range(newest + 1, newest + steps + 1):
+        last = newest + steps
+        for step in range(newest + 1, last + 1):
             params, opt_state = train_step(params, opt_state, *batch(step, rows))
-            manager.save(step, args=checkpoint.EmaSave(params, opt_state))
+            save = checkpoint.EmaSave(params, opt_state)
+            manager.save(step, args=save, force=step == last)
         manager.wait_until_finished()
     shadow = ema_optax.shadow_params(opt_state, params)  # gathered: on all processes
     if jax.process_index() == 0:
@@ -88,7 +90,7 @@ def train(folder: pathlib.Path, steps: int) -> None:
             for name, tree in (("params", params), ("shadow", shadow))
         }
         print(
-            f"steps {newest + 1} to {newest + steps} on {jax.process_count()} "
+            f"steps {newest + 1} to {last} on {jax.process_count()} "
             f"processes, {jax.device_count()} devices; each holds {held} of the "
             f"shadow's {INPUTS * OUTPUTS} weights"
         )
@@ -123,13 +125,13 @@ def start(processes: int, arguments: list[str]) -> int:
 def main() -> None:
     """Reads the arguments; starts processes, or is one of them."""
     parser = parsing.Parser(description="a run on many hosts")
-    parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--steps", type=parsing.at_least(1), default=200)
+    parser.add_argument("folder", type=parsing.place)
+    parser.add_argument("--steps", type=parsing.at_least(1), default=400)
     parser.add_argument("--processes", type=parsing.at_least(1))
     parser.add_argument("--join", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.processes:
-        given = [str(args.folder), "--steps", str(args.steps)]
+        given = [args.folder, "--steps", str(args.steps)]
         sys.exit(start(args.processes, given))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for CPUs alone
     if args.join:

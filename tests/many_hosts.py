@@ -398,7 +398,7 @@ def one_cannot_save(folder):
         manager.save(4, args=args)
         manager.wait_until_finished()
 
-    # Which barrier ends first is left to chance. The processes are out of step from here:
+    # Which barrier ends first is left to chance. The processes are out of step then:
     # such a program has to start anew.
     late = "[Tt]imed out"
     attempt(in_the_background, "write_sidecars", f"No space left|{late}", late)

@@ -19,7 +19,7 @@ from tests.many_hosts import BREAK, ROUNDING, STEPS
 # (rank, seconds): who is killed, and how long after a step was known to be committed.
 # About as long as a save takes here; whatever they meet has to hold anywhere.
 MOMENTS = [
-    (rank, random.Random(seed).uniform(0.0, 0.3)) for seed, rank in enumerate([0, 1, 0])
+    (rank, random.Random(seed).uniform(0.0, 0.3)) for seed, rank in enumerate([1, 0])
 ]
 
 
