@@ -1,3 +1,10 @@
 """What pytest must not collect: programs that tests start as processes of their own."""
 
-collect_ignore = ["eight_devices.py", "saving_run.py", "two_processes.py"]
+collect_ignore = [
+    "eight_devices.py",
+    "launch.py",
+    "many_hosts.py",
+    "saving_hosts.py",
+    "saving_run.py",
+    "two_processes.py",
+]

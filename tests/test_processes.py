@@ -1,44 +1,19 @@
 """Two processes save and restore together; one process reads what they wrote."""
 
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ema_optax import checkpoint, reconstruction
-
-SCRIPT = pathlib.Path(__file__).parent / "two_processes.py"
+from tests import launch
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What two processes of two devices each wrote, after all their own checks."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), str(port), folder],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-        assert output.endswith("done\n")
+    assert launch.run("tests.two_processes", folder).endswith("done\n")
     return folder
 
 

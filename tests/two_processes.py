@@ -1,21 +1,17 @@
 """One of two processes that train, save and restore together; run by test_processes.
 
-python two_processes.py RANK PORT FOLDER
+python -m tests.two_processes RANK PORT FOLDER
 """
 
-import os
 import pathlib
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-
-import absl.logging
 import jax
 
-RANK, PORT, FOLDER = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
-absl.logging.set_verbosity("fatal")
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{PORT}", 2, RANK)
+from tests import launch
+
+RANK, FOLDER = int(sys.argv[1]), pathlib.Path(sys.argv[3])
+launch.join(RANK, sys.argv[2])
 
 import jax.numpy as jnp
 import numpy as np

@@ -70,6 +70,11 @@ def digest(array: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(data)  # pyright: ignore a buffer, as it asks for
 
 
+def number_of(text: str) -> int:
+    """Returns a checksum of a text as a number of 62 bits."""
+    return xxhash.xxh3_64_intdigest(text.encode()) >> 2
+
+
 def mismatch(
     leaf: Any, dtype: str, sums: Iterable[tuple[Iterable[Any], str]]
 ) -> str | None:

@@ -195,12 +195,23 @@ def _leaves_by_path(name: str, tree: Any) -> dict[str, Any]:
 def _storable(leaf: Any, what: str) -> Any:
     if isinstance(leaf, (np.generic, complex)):
         return np.asarray(leaf)  # Orbax would lose the dtype
+    if _is_local(leaf):
+        return np.asarray(leaf)  # such as the count that optimizer.init makes
     if isinstance(leaf, (jax.Array, np.ndarray, bool, int, float)):
         return leaf
     raise TypeError(
         f"Cannot save {what}: it is a {type(leaf).__name__}. Keep only arrays and "
         "numbers in params, as equinox.partition(model, equinox.is_array) does."
     )
+
+
+def _is_local(leaf: Any) -> bool:
+    """Returns whether an array is on one of several processes alone.
+
+    Each has its own, and should have the same: Orbax would refuse it.
+    """
+    several = isinstance(leaf, jax.Array) and jax.process_count() > 1
+    return several and leaf.is_fully_addressable and not is_key(leaf)
 
 
 def _storable_or_none(leaf: Any) -> Any:

@@ -13,10 +13,18 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ema_optax.checkpoint import manifest
+from ema_optax.checkpoint.agreement import together
 from ema_optax.checkpoint.contents import PARAMS, SHADOW, STATE, Contents, assembled
 from ema_optax.checkpoint.handler import EmaRestore, EmaResume, EmaSave
 from ema_optax.checkpoint.manifest import CorruptCheckpointError
-from ema_optax.checkpoint.steps import absolute, damage, explained, find_step
+from ema_optax.checkpoint.saving import ELSEWHERE
+from ema_optax.checkpoint.steps import (
+    absolute,
+    damage,
+    explained,
+    find_same_step,
+    find_step,
+)
 from ema_optax.families import Decay
 from ema_optax.version import __version__
 
@@ -147,12 +155,13 @@ def _write(directory: Any, args: EmaSave, step: int) -> None:
     root = absolute(directory)
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be a whole number ≥ 0, got {step!r}.")
-    if (root / str(step)).exists():
-        raise FileExistsError(
-            f"{root / str(step)} exists, and nothing is overwritten. Pass another "
-            "step, or remove it first."
-        )
-    args.contents()  # what is wrong with the trees is said before anything is written
+    with together(RuntimeError(f"Step {step} was not saved: {ELSEWHERE}")):
+        if (root / str(step)).exists():
+            raise FileExistsError(
+                f"{root / str(step)} exists, and nothing is overwritten. Pass another "
+                "step, or remove it first."
+            )
+        args.contents()  # what is wrong with the trees is said before it is written
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     try:
         with ocp.CheckpointManager(root, options=options) as manager:
@@ -198,7 +207,7 @@ def restore(
 
     See `save` for an example.
     """
-    found = find_step(directory, step)
+    found = find_same_step(directory, step)
     return EmaRestore(tree, like, rename, verify).read(found.item)
 
 
@@ -239,7 +248,7 @@ def resume(
     >>> opt_state.shadow
     {'w': Array([1., 1.], dtype=float32)}
     """
-    found = find_step(directory, step)
+    found = find_same_step(directory, step)
     args = EmaResume(
         params, opt_state, accept_new_decay=accept_new_decay, verify=verify
     )
@@ -261,7 +270,7 @@ def describe(directory: Any, *, step: int | None = None) -> Description:
     try:
         described = manifest.read_manifest(found.item)
     except CorruptCheckpointError as error:
-        raise explained(found.item, error) from error
+        raise explained(found.item, error, _alone()) from error
     trees = {name: _tree(described, name) for name in described["trees"]}
     return Description(
         step=found.number,
@@ -281,10 +290,17 @@ def verify(directory: Any, *, step: int | None = None) -> None:
         CorruptCheckpointError: If data on disk is not what was saved.
         FileNotFoundError: If there is no such checkpoint.
     """
-    found = find_step(directory, step)
+    found = find_same_step(directory, step)
     wrong = damage(found.item)
     if wrong:
         raise explained(found.item, CorruptCheckpointError(wrong))
+
+
+def _alone() -> str | None:
+    """Returns what to say where one process may have met damage that no other has."""
+    if jax.process_count() == 1:
+        return None
+    return "Whether an older one is whole, checkpoint.verify tells, on all processes."
 
 
 def _tree(described: Mapping[str, Any], name: str) -> Tree:

@@ -1,16 +1,16 @@
 """Reading leaves of an item: only those wanted, as they were stored, and verified."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from ema_optax.checkpoint import checksums, manifest
+from ema_optax.checkpoint.agreement import agreed, anywhere
 from ema_optax.checkpoint.contents import PARAMS
 from ema_optax.checkpoint.manifest import CorruptCheckpointError
 
@@ -44,7 +44,7 @@ def read(
             finds it damaged.
     """
     sums = (
-        agreed(item, lambda: manifest.read_checksums(item, described))
+        agreed(lambda: manifest.read_checksums(item, described), _elsewhere(item))
         if verify
         else None
     )
@@ -54,7 +54,7 @@ def read(
         here = {place: s for place, s in wanted.items() if place.tree in structure}
         leaves, unreadable = _read_or_blame(folder, structure, described, here)
         # Before any collective: whoever could not read must not be waited for.
-        if _anywhere(unreadable is not None):
+        if anywhere(unreadable is not None):
             raise CorruptCheckpointError(f"{item}: {unreadable or _ELSEWHERE}.")
         found |= leaves
     if sums is None:
@@ -67,33 +67,21 @@ def read(
             wrong = f"it is {np.shape(leaf)}, its manifest says {stored['shape']}"
         if wrong:
             problem = problem or f"leaf '{place.path}' of the {place.tree}: {wrong}"
-    if _anywhere(problem is not None):
+    if anywhere(problem is not None):
         raise CorruptCheckpointError(f"{item}: {problem or _ELSEWHERE}.")
     return found
 
 
 _ELSEWHERE = "another process could not read its part, or found it damaged"
 
-T = TypeVar("T")
-
-
-def agreed(item: epath.Path, read_one: Callable[[], T]) -> T:
-    """Returns what was read; raises on every process if it cannot be read on one.
-
-    Whoever could read it would otherwise wait for the others for ever.
-    """
-    try:
-        found, error = read_one(), None
-    except ValueError as caught:
-        found, error = None, caught
-    if _anywhere(error is not None):
-        raise error or CorruptCheckpointError(f"{item}: {_ELSEWHERE}.")
-    return cast(T, found)
-
 
 def read_manifest(item: epath.Path) -> dict[str, Any]:
     """Returns the manifest of an item; all processes must call it alike."""
-    return agreed(item, lambda: manifest.read_manifest(item))
+    return agreed(lambda: manifest.read_manifest(item), _elsewhere(item))
+
+
+def _elsewhere(item: epath.Path) -> Exception:
+    return RuntimeError(f"{item}: {_ELSEWHERE}.")
 
 
 def _stores(
@@ -186,9 +174,3 @@ class _Slot:
 
     def __init__(self, place: Any) -> None:
         self.place = place
-
-
-def _anywhere(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())

@@ -19,7 +19,10 @@ from orbax.checkpoint import v1
 
 from ema_optax import trees
 from ema_optax.checkpoint import checksums, manifest
+from ema_optax.checkpoint.agreement import gathered, together
 from ema_optax.checkpoint.contents import PARAMS, STATE, Contents, is_key
+
+ELSEWHERE = "another process could not save its part, and says why."
 
 
 # Measured in benchmarks/checkpoints.py: compression, Orbax's default, makes float32
@@ -43,6 +46,7 @@ async def start_save(
     starting threads. Where this process holds every leaf whole, the second store is
     therefore begun in the background, from views of the leaves on the host.
     """
+    refuse_different(content)
     gate = _Gate()
     futures: list[Any] = []
 
@@ -52,14 +56,17 @@ async def start_save(
             await handler.async_save(cast(Any, _Gated(folder, gate)), args=args) or []
         )
 
+    pieces: dict[str, Any] = {}
+    views = None
     try:
-        if PARAMS in content.trees:
-            futures += await start(item, content.trees[PARAMS])
-        _fetch(content)
-        pieces = _host_pieces(content)
-        views = _whole(content, pieces)
-        if views is None:
-            futures += await start(item / manifest.FOLDER, _beside(content))
+        with together(RuntimeError(f"{item} is not saved: {ELSEWHERE}")):
+            if PARAMS in content.trees:
+                futures += await start(item, content.trees[PARAMS])
+            _fetch(content)
+            pieces = _host_pieces(content)
+            views = _whole(content, pieces)
+            if views is None:
+                futures += await start(item / manifest.FOLDER, _beside(content))
     except BaseException:
         gate.broken = True
         raise
@@ -78,21 +85,46 @@ async def start_save(
     signalled = ocp.future.CommitFutureAwaitingContractedSignals(  # pyright: ignore
         rest(), name="ema_optax_beside"
     )
-    return [_Together([*futures, signalled])]
+    return [_Told(_Together([*futures, signalled]), item)]
 
 
 def save_now(
     item: epath.Path, content: Contents, handler: ocp.PyTreeCheckpointHandler
 ) -> None:
     """Saves without a background part."""
+    refuse_different(content)
     beside = _beside(content)
-    if PARAMS in content.trees:
-        handler.save(item, args=ocp.args.PyTreeSave(content.trees[PARAMS]))
-    if beside:
-        handler.save(item / manifest.FOLDER, args=ocp.args.PyTreeSave(beside))
-    pieces = _host_pieces(content)
-    _refuse_overflow(pieces)
-    write_sidecars(item, content, pieces)
+    with together(OSError(f"{item} is not saved: {ELSEWHERE}")):
+        if PARAMS in content.trees:
+            handler.save(item, args=ocp.args.PyTreeSave(content.trees[PARAMS]))
+        if beside:
+            handler.save(item / manifest.FOLDER, args=ocp.args.PyTreeSave(beside))
+        pieces = _host_pieces(content)
+        _refuse_overflow(pieces)
+        write_sidecars(item, content, pieces)
+
+
+def refuse_different(content: Contents) -> None:
+    """Raises on all processes if one has other NumPy arrays or numbers than another.
+
+    Those of process 0 are stored, and nothing would tell of the others.
+    """
+    if jax.process_count() == 1:
+        return
+    local = {
+        f"'{path}' of the {name}": np.asarray(leaf)
+        for name, leaves in content.leaves.items()
+        for path, leaf in leaves.items()
+        if not isinstance(leaf, jax.Array)
+    }
+    digests = "".join(map(checksums.digest, local.values()))
+    if len(set(gathered(checksums.number_of(digests)))) > 1:
+        raise ValueError(
+            f"The processes hold different values in {' or '.join([*local][:3])}"
+            f"{' or others' if len(local) > 3 else ''}: NumPy arrays and numbers are "
+            "stored as process 0 has them. Make them alike, or arrays of all processes "
+            "with jax.make_array_from_process_local_data(sharding, value)."
+        )
 
 
 def write_sidecars(item: epath.Path, content: Contents, pieces: dict[str, Any]) -> None:
@@ -187,6 +219,27 @@ class _Together:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+
+class _Told:
+    """A future whose error on one process is one on all, where a save blocks.
+
+    Orbax then waits for it on the thread that started the save, and afterwards for the
+    other processes, without a bound. A background thread must not compute: its
+    collective could meet those of the training step. There Orbax's bound is
+    `AsyncOptions.timeout_secs`.
+    """
+
+    def __init__(self, future: _Together, item: epath.Path) -> None:
+        self._future, self._item = future, item
+        self._thread = threading.get_ident()
+
+    def result(self, timeout: float | None = None) -> None:
+        """Waits for it; raises its error, or that there is one elsewhere."""
+        if threading.get_ident() != self._thread:
+            return self._future.result(timeout)
+        with together(OSError(f"{self._item} is not saved: {ELSEWHERE}")):
+            return self._future.result(timeout)
 
 
 class _Gate:

@@ -7,6 +7,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ema_optax.checkpoint import manifest
+from ema_optax.checkpoint.agreement import gathered
 from ema_optax.checkpoint.contents import PARAMS
 from ema_optax.checkpoint.manifest import CorruptCheckpointError
 from ema_optax.checkpoint.reading import Place, read, read_manifest
@@ -67,6 +68,48 @@ def find_step(directory: Any, step: int | None) -> Step:
     return Step(number, item)
 
 
+def find_same_step(directory: Any, step: int | None) -> Step:
+    """Returns the step that all processes then read; all of them must call it alike.
+
+    The newest is what process 0 finds. A network file system may show it to one host
+    before another, and parts of two steps would be neither.
+
+    Raises:
+        FileNotFoundError: If no process finds such a step.
+        RuntimeError: On all of them, if only some do.
+        ValueError: If they ask for different steps.
+    """
+    found = error = None
+    try:
+        found = find_step(directory, step)
+    except (OSError, ValueError) as caught:
+        error = caught
+    none, unnamed = -2, -1
+    number = unnamed if found is None or found.number is None else found.number
+    numbers = gathered(none if found is None else number)
+    if len(set(numbers)) == 1:
+        if found is None:
+            raise error or AssertionError("either is there")
+        return found
+    seen = ", ".join(
+        f"process {process} {'none' if number == none else number}"
+        for process, number in enumerate(numbers)
+    )
+    if none in numbers:
+        # No FileNotFoundError, on which some programs begin anew, beside a run.
+        raise RuntimeError(
+            f"Not all processes find the step in {absolute(directory)}: {seen}. Each "
+            "of them reads its part: pass a folder on a file system that all hosts "
+            "share, or wait until all of them show the step."
+        ) from error
+    if step is not None:
+        raise ValueError(
+            f"The processes ask for different steps of {absolute(directory)}: {seen}. "
+            "Pass the same step=… on each."
+        )
+    return find_same_step(directory, numbers[0])
+
+
 def all_steps(root: epath.Path) -> list[epath.Path]:
     """Returns the items of ours in a directory, or of one step, oldest step first.
 
@@ -113,13 +156,18 @@ def explained(
 
 
 def newest_whole(root: epath.Path, *, before: int) -> int | None:
-    """Returns the newest step below a number whose data all match their checksums."""
-    found = _steps(root)
-    for number in sorted((n for n in found if n < before), reverse=True):
-        item = _item_in(found[number])
-        if item is not None and _is_whole(item):
-            return number
-    return None
+    """Returns the newest step below a number whose data all match their checksums.
+
+    All processes must call it alike; those that process 0 finds are looked at.
+    """
+    while True:
+        items = {number: _item_in(path) for number, path in _steps(root).items()}
+        ours = [n for n, item in items.items() if n < before and item is not None]
+        before = gathered(max(ours, default=-1))[0]
+        if before < 0:
+            return None
+        if _is_whole(items.get(before) or root):  # the root is no item, and not whole
+            return before
 
 
 def damage(item: epath.Path) -> str | None:
@@ -140,7 +188,7 @@ def damage(item: epath.Path) -> str | None:
 def _is_whole(item: epath.Path) -> bool:
     try:
         return damage(item) is None
-    except ValueError:  # a newer format: whole or not, it cannot be read
+    except (ValueError, RuntimeError):  # a newer format, or not there on all hosts
         return False
 
 

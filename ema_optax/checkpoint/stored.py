@@ -64,7 +64,7 @@ def stored(
     try:
         described = manifest.read_manifest(item)
     except CorruptCheckpointError as error:
-        raise explained(item, error) from error
+        raise explained(item, error, _RESCUE) from error
     places = sources_of(described, tree)
     return StoredTree(item, described, places, verify=verify)
 

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import multihost, v1
 
@@ -42,11 +43,13 @@ class EmaCheckpointableHandler(v1.CheckpointableHandler):
             await directory.await_creation()  # sends what the futures wait for
             for future in futures:
                 await asyncio.to_thread(future.result)
-            if (
-                jax.process_count() > 1
-            ):  # v1 has no barrier of its own before it renames
-                name = f"ema_optax_saved:{directory.path}"
-                await asyncio.to_thread(multihost.sync_global_processes, name)
+            # v1 has no barrier of its own before it renames. No collective of devices:
+            # beside those of the training step it would come in any order, and hang.
+            await asyncio.to_thread(
+                multihost.get_barrier_sync_fn(),
+                key=f"ema_optax_saved:{directory.path}",
+                timeout_ms=1000 * ocp.options.AsyncOptions().timeout_secs,
+            )
             if jax.process_index() == 0:
                 item = epath.Path(directory.path)
                 await asyncio.to_thread(saving.finalize, item, handler)
