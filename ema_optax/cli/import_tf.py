@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.json:
         import rich  # noqa: F401 missed before the work, not after it
     with _quiet():
-        import tensorflow  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import tensorflow  # noqa: F401  # pyright: ignore[reportMissingModuleSource]
 
     from ema_optax import interop
 

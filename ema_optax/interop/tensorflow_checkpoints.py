@@ -108,7 +108,7 @@ def import_tensorflow(
 
 def _tensorflow() -> Any:
     try:
-        import tensorflow as tf  # pyright: ignore[reportMissingImports] an extra
+        import tensorflow as tf  # pyright: ignore[reportMissingModuleSource] an extra
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "tensorflow":
             raise
@@ -211,11 +211,9 @@ class _Reader:
         return np.asarray(self._call(self._reader.get_tensor, variable.key))
 
     def _names_of_objects(self) -> Iterator[tuple[str, str]]:
-        from tensorflow.core.protobuf import (  # pyright: ignore[reportMissingImports]
-            trackable_object_graph_pb2,
-        )
+        from tensorflow.core.protobuf import trackable_object_graph_pb2 as objects  # pyright: ignore[reportMissingModuleSource]
 
-        graph = trackable_object_graph_pb2.TrackableObjectGraph()
+        graph = objects.TrackableObjectGraph()
         graph.ParseFromString(self._call(self._reader.get_tensor, _OBJECTS))
         for node in graph.nodes:
             for attribute in node.attributes:
