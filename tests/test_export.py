@@ -313,6 +313,7 @@ def test_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "Tree:    shadow\nStep:    7\nTensors: 7\n" in printed.out
+    assert "Decay:   warmup(decay=0.9, offset=10)\n" in printed.out
     assert str(out) in printed.out
     found = safetensors.numpy.load_file(out)
     assert found["model.e.kernel"].dtype == ml_dtypes.bfloat16

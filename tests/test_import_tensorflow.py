@@ -178,6 +178,18 @@ def test_ways_to_name_a_checkpoint(run: Run, tmp_path: Path):
         interop.import_tensorflow(run.prefix, tmp_path / "0", step=8)
 
 
+def test_a_folder_that_was_moved(run: Run, tmp_path: Path):
+    """Its list names files where they were; those that lie in it are meant."""
+    moved = tmp_path / "moved"
+    shutil.copytree(run.folder, moved)
+    listed = moved / "checkpoint"
+    gone = tmp_path / "gone" / f"model.ckpt-{STEPS}"
+    for step, old in enumerate((gone, run.prefix)):
+        listed.write_text(f'model_checkpoint_path: "{old}"\n')
+        done = interop.import_tensorflow(moved, tmp_path / "out", step=step)
+        assert done.source == str(moved / f"model.ckpt-{STEPS}")
+
+
 def test_a_folder_without_its_list(run: Run, tmp_path: Path):
     """One checkpoint in it is meant; of several, one must be named."""
     moved = tmp_path / "moved"

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ema_optax.cli import parsing
+from ema_optax.families import Decay
 
 
 def add(commands: parsing.Commands) -> None:
@@ -127,7 +128,10 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     lines = {"Tree": done.tree, "Step": done.step, "Tensors": f"{len(done.names):,}"}
     lines["Size"] = f"{done.bytes:,} bytes"
-    lines |= {k.capitalize(): v for k, v in done.metadata.items() if k == "decay"}
+    if "decay" in done.metadata:
+        written = done.metadata["decay"]
+        known = written != "null"
+        lines["Decay"] = Decay.from_json(written) if known else "not recorded"
     lines["File"] = done.path
     for name, value in lines.items():
         if value is not None:

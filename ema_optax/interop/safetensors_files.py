@@ -256,7 +256,7 @@ def _write(
 ) -> None:
     """Writes the file beside its place, and puts it there when it is whole."""
     folder = unfinished(path)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # a killed process may have had this one's number
     try:
         whole = folder / path.name
         save_file(tensors, whole, metadata=metadata)

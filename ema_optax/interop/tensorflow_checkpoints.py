@@ -123,17 +123,21 @@ def _tensorflow() -> Any:
 def _prefix(tf: Any, source: str) -> str:
     """Returns the prefix of the checkpoint that a path means."""
     if os.path.isdir(source):
-        latest = tf.train.latest_checkpoint(source)
-        if latest:
-            return latest
-        # The folder was moved, or its list of checkpoints is lost.
+        listed = tf.train.get_checkpoint_state(source)
+        if listed is not None:
+            latest = listed.model_checkpoint_path
+            # The folder may have been moved, and the list name where it was.
+            here = os.path.join(source, os.path.basename(latest))
+            for prefix in (here, latest):
+                if os.path.exists(f"{prefix}.index"):
+                    return prefix
         found = sorted(str(path)[: -len(".index")] for path in _indexes(source))
         if len(found) == 1:
             return found[0]
         have = (
             f"it has {', '.join(found)}: pass one of them"
             if found
-            else ("no file in it ends in .index")
+            else "no file in it ends in .index"
         )
         raise FileNotFoundError(
             f"{source} does not say which TensorFlow checkpoint is its latest; {have}."
