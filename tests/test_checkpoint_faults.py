@@ -588,7 +588,7 @@ def test_format_1_is_described():
         "layers/0": checkpoint.Leaf((1,), "float32"),
         "layers/1": checkpoint.Leaf((2,), "float32"),
         "seen": checkpoint.Leaf((), "int32"),
-        "key": checkpoint.Leaf((), "uint32"),
+        "key": checkpoint.Leaf((), "uint32", key="threefry2x32"),
     }
     assert found.trees["shadow/slow"].bytes == 4 * (6 + 3 + 1 + 2)
     older = checkpoint.describe(format_1.FOLDER, step=100).trees["shadow"]

@@ -254,6 +254,27 @@ def test_a_stranger_gets_the_one_average_that_was_saved(tmp_path):
         assert float(total) == pytest.approx(float(tree["w"].sum()), rel=1e-6)
 
 
+def test_an_average_beside_its_params(tmp_path):
+    """`save_average(params=…)`: each under its name; params fill what is not averaged.
+
+    Whoever loads the step without this library gets the params.
+    """
+    params = {"w": jnp.ones(2), "b": jnp.zeros(3, jnp.bfloat16), "n": jnp.int32(3)}
+    average = {"w": jnp.full(2, 0.25), "b": jnp.full(3, 0.5, jnp.bfloat16)}
+    checkpoint.save_average(tmp_path, average, params=params, step=40)
+    for name, expected in (("params", params), ("shadow", {**params, **average})):
+        assert bits(checkpoint.restore(tmp_path, name, like=params)) == bits(expected)
+    shadow = checkpoint.describe(tmp_path).trees["shadow"]
+    assert (shadow.decay, shadow.count, set(shadow.leaves)) == (None, 40, {"w", "b"})
+    checkpoint.verify(tmp_path)
+    with pytest.raises(ValueError, match="no optimizer state"):
+        checkpoint.resume(tmp_path, params, TRANSFORM.init(params))
+    values = [line.rsplit(" ", 1) for line in as_a_stranger(tmp_path, 40)]
+    for names, total in values[:1] + values[2:8]:  # not of an item, nor of a step's
+        assert names == "['b', 'n', 'w']"
+        assert float(total) == 2  # of w
+
+
 def test_training_goes_on_while_they_are_written(tmp_path):
     """Two managers in the background at once, unwaited for: each step is as it was.
 

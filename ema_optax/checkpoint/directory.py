@@ -31,10 +31,17 @@ from ema_optax.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Shape and dtype of a leaf on disk."""
+    """Shape and dtype of a leaf on disk.
+
+    Attributes:
+        shape: Its shape.
+        dtype: By name; of PRNG keys that of their data.
+        key: The implementation of PRNG keys, such as `threefry2x32`; None of numbers.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +121,7 @@ def save_average(
     directory: Any,
     tree: Any,
     *,
+    params: Any = None,
     step: int = 0,
     decay: Decay | None = None,
     extra: Any = None,
@@ -121,12 +129,15 @@ def save_average(
     """Save one average as a checkpoint of its own, for inference.
 
     `restore` gives it as the shadow, and as the params: it is stored once, where
-    whoever loads the step without this library looks for the params.
+    whoever loads the step without this library looks for the params. With `params` the
+    two lie side by side, as `save` has them.
 
     Args:
         directory: Folder of the checkpoint, made if missing; not that of the run, whose
             params it would stand beside.
-        tree: The whole model, such as a `Reconstruction`'s tree.
+        tree: The whole model, such as a `Reconstruction`'s tree; with `params` the
+            leaves that are averaged, others are theirs.
+        params: The live params, for an average that no optimizer state holds.
         step: Number of the step, ≥ 0.
         decay: What it was averaged with, for `describe`.
         extra: Anything that is JSON, for `describe`.
@@ -146,7 +157,8 @@ def save_average(
     averages = {SHADOW: {"decay": written, "every": None, "count": step}}
 
     def content() -> Contents:
-        return assembled({PARAMS: tree}, averages, extra, __version__)
+        both = {PARAMS: tree} if params is None else {PARAMS: params, SHADOW: tree}
+        return assembled(both, averages, extra, __version__)
 
     _write(directory, EmaSave(tree, None, extra, content), step)
 
@@ -305,7 +317,10 @@ def _alone() -> str | None:
 
 def _tree(described: Mapping[str, Any], name: str) -> Tree:
     stored = described["trees"][name]["leaves"]
-    leaves = {p: Leaf(tuple(x["shape"]), x["dtype"]) for p, x in stored.items()}
+    leaves = {
+        p: Leaf(tuple(x["shape"]), x["dtype"], _key(x["kind"]))
+        for p, x in stored.items()
+    }
     size = sum(
         math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves.values()
     )
@@ -320,6 +335,10 @@ def _tree(described: Mapping[str, Any], name: str) -> Tree:
         every=average["every"],
         count=average["count"],
     )
+
+
+def _key(kind: str) -> str | None:
+    return kind.removeprefix("key:") if kind.startswith("key:") else None
 
 
 def _remove_temporary(root: epath.Path, step: int) -> None:

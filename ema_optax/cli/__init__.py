@@ -9,7 +9,15 @@ from types import FrameType
 from typing import NoReturn
 
 import ema_optax
-from ema_optax.cli import demo, inspect, parsing, profile, reconstruct
+from ema_optax.cli import (
+    demo,
+    export,
+    import_tf,
+    inspect,
+    parsing,
+    profile,
+    reconstruct,
+)
 
 __all__ = ["main"]
 
@@ -57,7 +65,7 @@ def _parser() -> parsing.Parser:
     version = f"%(prog)s {ema_optax.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, inspect, profile, reconstruct):
+    for command in (demo, export, import_tf, inspect, profile, reconstruct):
         command.add(commands)
     return parser
 
@@ -69,6 +77,8 @@ def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
     of a saving thread it prints tracebacks, or is swallowed and the work goes on.
     """
     del number, frame
+    for clean_up in parsing.AT_INTERRUPT:
+        clean_up()
     # A progress bar has hidden the cursor, and its line is still open.
     restore = "\x1b[?25h\n" if os.isatty(2) else ""
     with contextlib.suppress(OSError):  # there may be no stderr to write to

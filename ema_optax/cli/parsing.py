@@ -1,6 +1,7 @@
 """What all commands share: how arguments are read, and how errors are told."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ class Parser(argparse.ArgumentParser):
         """Ends with one line, where argparse would print the whole usage first."""
         self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help\n")
 
+
+# What to clean up where Ctrl-C ends the process at once.
+AT_INTERRUPT: list[Callable[[], None]] = []
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -74,6 +78,18 @@ def fail(line: str) -> int:
 def tell(line: str) -> None:
     """Prints one line on stderr."""
     print(printable(line), file=sys.stderr)
+
+
+def as_options(text: str) -> str:
+    """Returns an error's advice with options of a command where it names arguments.
+
+    >>> as_options("Pass step=300, or tree='shadow/fast'.")
+    'Pass --step 300, or --tree shadow/fast.'
+    """
+    text = text.replace("overwrite=True", "--force")
+    if "rename={" in text:
+        text = text.replace("rename={", "--rename with {").replace(": None", ": null")
+    return re.sub(r"\b(step|tree|dtype|average)='?([^\s',:;.]+)'?", r"--\1 \2", text)
 
 
 def printable(text: str) -> str:

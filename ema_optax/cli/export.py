@@ -1,0 +1,161 @@
+"""`ema-optax export`: its arguments, and what it does with them."""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ema_optax.cli import parsing
+from ema_optax.families import Decay
+
+
+def add(commands: parsing.Commands) -> None:
+    """Adds the command."""
+    parser = parsing.add_command(
+        commands,
+        "export",
+        command=_run,
+        extra="safetensors",
+        summary="Write one tree of a checkpoint as a safetensors file.",
+        details=(
+            "DIR is the folder of a CheckpointManager or of checkpoint.save, or one\n"
+            "step in it. All that is read is compared with its checksums. A shadow is\n"
+            "the whole model: leaves that are not averaged are those of the params.\n"
+            "Memory holds what is written, and one leaf more.\n"
+            "\n"
+            "Names are the paths with dots, encoder.kernel. --rename takes a JSON\n"
+            "object from paths, or beginnings of them, to names; the longest that\n"
+            'fits counts, null leaves out, and the path "" stands for all:\n'
+            "\n"
+            '  {"": "model", "encoder": "model.enc", "dropout/key": null}\n'
+            "\n"
+            "The file's metadata tell tree, step, decay, every and count.\n"
+            "\n"
+            "Works on the CPU, unless JAX_PLATFORMS says otherwise."
+        ),
+        examples=(
+            "  ema-optax export run/checkpoints --out model.safetensors\n"
+            "  ema-optax export run/checkpoints --tree params --step 300 \\\n"
+            "      --dtype bfloat16 --out params.safetensors\n"
+            "  ema-optax export run/checkpoints --rename names.json --out m.safetensors"
+        ),
+    )
+    parser.add_argument("directory", type=parsing.place, metavar="DIR")
+    parser.add_argument(
+        "--tree",
+        type=parsing.place,
+        default="shadow",
+        metavar="TREE",
+        help="params, shadow, or shadow/NAME (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=parsing.path, required=True, metavar="FILE", help="what to write"
+    )
+    parser.add_argument(
+        "--step",
+        type=parsing.at_least(0),
+        metavar="N",
+        help="number of the step (default: the newest)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of floating leaves; others stay (default: those stored)",
+    )
+    parser.add_argument(
+        "--rename", type=_renames, metavar="FILE", help="JSON, see above"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace a file that is there"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print what was written as JSON"
+    )
+
+
+def _renames(text: str) -> Any:
+    """Returns what a file holds; whether it fits is for the export to say."""
+    try:
+        with parsing.path(text).open(encoding="utf-8") as file:
+            return json.load(file, object_pairs_hook=_without_repeats)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(
+            f"needs a JSON object of paths and names, cannot read {text}: {reason}"
+        ) from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"it has the path '{twice}' twice")
+    return found
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ema_optax import interop
+    from ema_optax.interop import safetensors_files
+
+    if args.alone and "JAX_PLATFORMS" not in os.environ:
+        # Beside a training run an accelerator's memory is taken.
+        jax.config.update("jax_platforms", "cpu")
+    half = safetensors_files.unfinished(args.out)
+    parsing.AT_INTERRUPT.append(lambda: shutil.rmtree(half, ignore_errors=True))
+    try:
+        done = interop.export_safetensors(
+            args.directory,
+            args.out,
+            tree=args.tree,
+            step=args.step,
+            dtype=args.dtype,
+            rename=args.rename,
+            overwrite=args.force,
+        )
+    except (BrokenPipeError, ImportError):
+        raise
+    except Exception as error:
+        return parsing.fail(f"ema-optax export: error: {_explained(error)}")
+    finally:
+        parsing.AT_INTERRUPT.clear()
+    if args.json:
+        print(_as_json(done), flush=True)
+        return 0
+    lines = {"Tree": done.tree, "Step": done.step, "Tensors": f"{len(done.names):,}"}
+    lines["Size"] = f"{done.bytes:,} bytes"
+    if "decay" in done.metadata:
+        written = done.metadata["decay"]
+        known = written != "null"
+        lines["Decay"] = Decay.from_json(written) if known else "not recorded"
+    lines["File"] = done.path
+    for name, value in lines.items():
+        if value is not None:
+            print(f"{name + ':':<9}{parsing.printable(str(value))}")
+    return 0
+
+
+def _explained(error: Exception) -> str:
+    """Returns one line, with the options of this command for those of the function."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, (OSError, ValueError, TypeError, OverflowError)):
+        text = f"{type(error).__name__}: {text}"
+    return parsing.as_options(text)
+
+
+def _as_json(done: Any) -> str:
+    return json.dumps(
+        {
+            "path": str(Path(done.path)),
+            "step": done.step,
+            "tree": done.tree,
+            "bytes": done.bytes,
+            "names": done.names,
+            "metadata": done.metadata,
+        },
+        indent=2,
+    )

@@ -1,0 +1,167 @@
+"""`ema-optax import-tf`: its arguments, and what it tells of what it brought."""
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import jax
+
+from ema_optax.cli import decay_text, parsing
+
+if TYPE_CHECKING:
+    from ema_optax.interop import Imported
+
+
+def add(commands: parsing.Commands) -> None:
+    """Adds the command."""
+    parser = parsing.add_command(
+        commands,
+        "import-tf",
+        command=_run,
+        extra="cli,tensorflow",
+        summary="Turn a TensorFlow checkpoint with averages into one of ours.",
+        details=(
+            "CKPT is the prefix of a checkpoint, run/model.ckpt-300, or its folder:\n"
+            "then the latest in it. Variables become params and shadow, nested by\n"
+            "their scopes: enc/w, and as its shadow enc/w/ExponentialMovingAverage.\n"
+            "Values and dtypes stay as they are, and global_step is the step.\n"
+            "\n"
+            "Told are the variables without a shadow, which are raw in both trees,\n"
+            "and what is left out: optimizer slots, counters, texts. Checkpoints of\n"
+            "tf.train.Checkpoint are read where no two variables have one name.\n"
+            "Memory holds params and shadow twice. Nothing is overwritten.\n"
+            "\n"
+            "TensorFlow does not write the decay down. If you know it, 0.9999 means\n"
+            "ExponentialMovingAverage(0.9999, num_updates=step), and constant:0.9999\n"
+            "the same without num_updates; 'ema-optax profile --help' has others."
+        ),
+        examples=(
+            "  ema-optax import-tf old_run/model.ckpt-300000 --out imported\n"
+            "  ema-optax import-tf old_run --decay constant:0.9999 --out imported\n"
+            "  ema-optax inspect imported"
+        ),
+    )
+    parser.add_argument("source", type=parsing.place, metavar="CKPT")
+    parser.add_argument(
+        "--out", type=parsing.place, required=True, metavar="DIR", help="what to write"
+    )
+    parser.add_argument(
+        "--step",
+        type=parsing.at_least(0),
+        metavar="N",
+        help="number of the step (default: the global_step)",
+    )
+    parser.add_argument(
+        "--decay",
+        type=decay_text.parse,
+        metavar="DECAY",
+        help="what it was averaged with (default: not recorded)",
+    )
+    parser.add_argument(
+        "--average",
+        type=parsing.place,
+        default="ExponentialMovingAverage",
+        metavar="NAME",
+        help="last part of the averages' names (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print what was brought as JSON; needs no rich",
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not args.json:
+        import rich  # noqa: F401 missed before the work, not after it
+    with _quiet():
+        import tensorflow  # noqa: F401  # pyright: ignore[reportMissingModuleSource]
+
+    from ema_optax import interop
+
+    if args.alone and "JAX_PLATFORMS" not in os.environ:
+        # Beside a training run an accelerator's memory is taken.
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        done = interop.import_tensorflow(
+            args.source,
+            args.out,
+            step=args.step,
+            decay=args.decay[1] if args.decay else None,
+            average=args.average,
+        )
+    except (BrokenPipeError, ImportError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, (OSError, ValueError, TypeError)):
+            text = f"{type(error).__name__}: {text}"
+        return parsing.fail(f"ema-optax import-tf: error: {parsing.as_options(text)}")
+    if args.json:
+        print(_as_json(done), flush=True)
+    else:
+        _print(done)
+    return 0
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TensorFlow from telling stderr what processor there is, when imported.
+
+    It does so below Python, and before it can be told not to.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    kept = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _print(done: "Imported") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 100_000  # a file or a pipe has no width to wrap at
+    for what, value in (
+        ("From", done.source),
+        ("To", f"{done.path}, step {done.step}"),
+        ("Averaged", f"{len(done.averaged):,} params with a shadow"),
+    ):
+        console.out(f"{what + ':':<10}{parsing.printable(value)}", highlight=False)
+    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("not averaged", "what it is", "what became of it"):
+        table.add_column(column, overflow="fold")
+    for path in done.raw:
+        table.add_row(parsing.printable(path), "no shadow", "raw in both trees")
+    for role in dict.fromkeys(done.left_out.values()):
+        names = [name for name, what in done.left_out.items() if what == role]
+        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+        cells = (", ".join(names[:3]) + more, role, "left out")
+        table.add_row(*map(parsing.printable, cells))
+    if table.row_count:
+        console.print(table)
+
+
+def _as_json(done: "Imported") -> str:
+    return json.dumps(
+        {
+            "source": done.source,
+            "path": done.path,
+            "step": done.step,
+            "averaged": done.averaged,
+            "raw": done.raw,
+            "left_out": dict(done.left_out),
+        },
+        indent=2,
+    )
