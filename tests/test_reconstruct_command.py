@@ -145,8 +145,9 @@ def test_what_a_checkpoint_says_of_itself(run: Path, tmp_path: Path, capsys: Any
     assert found.trees["shadow"].count == STEPS
     assert found.extra == {
         "width": 0.07,
-        "profile_error": row["profile_error"],
-        "noise_gain": row["noise_gain"],
+        # One is solved alone, one among others: rounding differs, by the processor.
+        "profile_error": pytest.approx(row["profile_error"], rel=1e-6),
+        "noise_gain": pytest.approx(row["noise_gain"], rel=1e-6),
         "snapshots": 40,
         "tracked": [0.05, 0.1],
         "snapshot_dtypes": ["float16", "float32"],
