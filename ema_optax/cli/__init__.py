@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import ema_optax
 from ema_optax.cli import (
+    completion,
     demo,
     export,
     import_tf,
@@ -67,6 +68,7 @@ def _parser() -> parsing.Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (demo, export, import_tf, inspect, profile, reconstruct):
         command.add(commands)
+    completion.add(commands, parser)
     return parser
 
 
