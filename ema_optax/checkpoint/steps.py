@@ -33,6 +33,7 @@ def find_step(directory: Any, step: int | None) -> Step:
 
     Raises:
         FileNotFoundError: If there is no such step.
+        PermissionError: If it may not be read.
         ValueError: If the newest step was not saved by this library.
     """
     root = absolute(directory)
@@ -59,6 +60,7 @@ def find_step(directory: Any, step: int | None) -> Step:
     number = max(found) if step is None else step
     item = _item_in(found[number])
     if item is None:
+        next(iter(found[number].iterdir()), None)  # raises if it may not be read
         ours = [n for n in sorted(found) if _item_in(found[n]) is not None]
         raise ValueError(
             f"Step {number} of {root} was not saved by ema_optax, or its folder "
