@@ -32,7 +32,7 @@ from ema_optax.states import BemaParamsState, EmaParamsState, NamedShadowsState
 from ema_optax.version import __version__ as __version__
 
 # Loaded when first used: they import Orbax and matplotlib, or are seldom needed.
-_ON_FIRST_USE = ("checkpoint", "plots", "reconstruction")
+_ON_FIRST_USE = ("checkpoint", "interop", "plots", "reconstruction")
 
 
 def __getattr__(name: str) -> typing.Any:

@@ -47,6 +47,7 @@ HOUSE = {
         "trees",
         "version",
     },
+    "interop": {"shadows", "trees"},
     "plots": {"decays", "profiles"},
     "digits": {"averaging", "shadows"},
     "demo": {"checkpoint", "digits", "plots", "shadows"},
