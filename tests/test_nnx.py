@@ -171,20 +171,19 @@ def test_lora_params_are_swapped_into_the_whole_model():
 def test_exceptions_put_the_raw_params_back():
     """And are raised as they are."""
     model, optimizer, _ = _trained()
-    before = _arrays(model)
+    before = _arrays(model, nnx.Param)
 
     class Interrupted(BaseException):
         pass
 
-    with pytest.raises(Interrupted), interop.swapped(model, optimizer):
+    def evaluate():
         assert np.any(_arrays(model)["decoder/kernel"] != before["decoder/kernel"])
         _step(model, optimizer)  # does not hide what went wrong
         raise Interrupted
-    _assert_same(_arrays(model, nnx.Param), {k: before[k] for k in _names(model)})
 
-
-def _names(model):
-    return _arrays(model, nnx.Param)
+    with pytest.raises(Interrupted), interop.swapped(model, optimizer):
+        evaluate()
+    _assert_same(_arrays(model, nnx.Param), before)
 
 
 def test_what_is_written_inside_is_gone():
@@ -244,8 +243,8 @@ def test_bema_inside_its_own_shadow_is_still_of_the_raw_params():
 
 
 def test_under_jit():
-    """Swapped outside of it, nothing compiles again; inside it, the module is as was."""
-    model, optimizer, path = _trained()
+    """Swapped outside of it, nothing compiles again; inside, the module stays."""
+    model, optimizer, _ = _trained()
     model.eval()
     before = _arrays(model)
     traces = []
@@ -285,7 +284,7 @@ def test_a_copy_outlives_a_step_that_donates():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_goes_on_from_a_checkpoint(way, tmp_path):
-    """Bit for bit as without: params, statistics, PRNG counts, moments, shadow, step."""
+    """Bit for bit as without: params, statistics, PRNG counts, moments, shadow."""
     model, optimizer, _ = _trained(WAYS[way](), steps=2)
     checkpoint.save(tmp_path, *interop.nnx_split(model, optimizer), step=2)
     other, other_optimizer = _new(WAYS[way](), seed=7)
@@ -332,7 +331,7 @@ def test_an_optimizers_own_state_is_saved_and_resumed_too(tmp_path):
 
 def test_a_save_while_the_shadow_is_in_keeps_the_raw_params(tmp_path):
     """To go on from averaged weights, unawares, is the classic mistake."""
-    model, optimizer, path = _trained()
+    model, optimizer, _ = _trained()
     with interop.swapped(model, optimizer):
         checkpoint.save(tmp_path, *interop.nnx_split(model, optimizer))
         with pytest.raises(RuntimeError, match="nnx_update after the with"):
