@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import threading
 
 import flax.linen as nn
 import jax
@@ -294,6 +295,15 @@ def test_the_bar_is_drawn_where_it_is_asked_for(progress, capsys):
     assert out == ""
     assert ("7/7" in err) == (progress is True)
     assert bool(err) == (progress is True)
+
+
+def test_the_bar_ends_with_an_error(capsys):
+    """Although the traceback still holds its frame."""
+    with pytest.raises(ValueError, match="Batch 1 gave") as caught:
+        interop.refresh_batch_stats(_run(Linen()), _variables(), [BAD], progress=True)
+    assert caught.tb is not None
+    assert not [t for t in threading.enumerate() if "_RefreshThread" in str(t)]
+    assert "0/1" in capsys.readouterr().err
 
 
 def test_without_rich_a_bar_that_was_asked_for_is_an_error():

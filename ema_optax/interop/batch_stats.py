@@ -1,5 +1,6 @@
 """BatchNorm's statistics for averaged params, recomputed from batches."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -137,14 +138,16 @@ def averaged_stats(
     average: list[Any] = []
     faulty = jnp.int32(0)  # number of the first batch that gave NaN or ∞
     count = 0
-    for batch in tracked(batches, "batch statistics", progress):
-        count += 1
-        if count == 1:
-            updated = _updated(called, start, batch)
-            momenta = _momenta(called, start, updated, batch, paths)
-            average = [jnp.zeros_like(start[i]) for i in updated]
-        new = called(_with(start, updated, jnp.zeros_like), batch)
-        average, faulty = _mean(average, [new[i] for i in updated], count, faulty)
+    # Closed in any case: a traceback would keep the bar on the terminal.
+    with contextlib.closing(tracked(batches, "batch statistics", progress)) as items:
+        for batch in items:
+            count += 1
+            if count == 1:
+                updated = _updated(called, start, batch)
+                momenta = _momenta(called, start, updated, batch, paths)
+                average = [jnp.zeros_like(start[i]) for i in updated]
+            new = called(_with(start, updated, jnp.zeros_like), batch)
+            average, faulty = _mean(average, [new[i] for i in updated], count, faulty)
     if not count:
         raise ValueError(
             "There were no batches: statistics need at least one. An iterator that was "

@@ -1,13 +1,15 @@
 """A progress bar on the terminal, where there is one to look at it."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Sized
 from typing import TypeVar
 
 _T = TypeVar("_T")
 
 
-def tracked(items: Iterable[_T], text: str, progress: bool | None) -> Iterator[_T]:
+def tracked(
+    items: Iterable[_T], text: str, progress: bool | None
+) -> Generator[_T, None, None]:
     """Yields the items, and draws on stderr how many there were.
 
     Args:
