@@ -340,6 +340,9 @@ def test_a_save_while_the_shadow_is_in_keeps_the_raw_params(tmp_path):
     found = checkpoint.resume(tmp_path, *interop.nnx_split(other, other_optimizer))
     interop.nnx_update(other, other_optimizer, *found)
     _assert_same(_arrays(other), _arrays(model))
+    _step(model, optimizer)  # and after the with, what the module holds is raw again
+    state, _ = interop.nnx_split(model, optimizer)
+    np.testing.assert_array_equal(state["decoder"]["bias"], model.decoder.bias[...])
 
 
 def test_what_does_not_fit_is_said():
