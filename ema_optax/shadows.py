@@ -54,6 +54,7 @@ def shadow_params(
     shadow = joined(find(opt_state, params, name))
     if params is None:
         return jax.tree.map(_own, shadow)
+    shadow = trees.arranged(shadow, params)
     difference = trees.difference(shadow, params, ("shadow", "params"))
     if difference:
         raise ValueError(
@@ -205,7 +206,7 @@ def _read(at: str, state: BemaParamsState, params: Any) -> Any:
             "none. Call shadow_params(opt_state, params). The average without its "
             "correction is the state's `average`."
         )
-    return bema.corrected(state, params)
+    return bema.corrected(state, trees.arranged(params, state.average))
 
 
 def joined(shadows: Mapping[str, Any]) -> Any:

@@ -40,6 +40,19 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def arranged(tree: Any, like: Any) -> Any:
+    """Returns a tree in the structure of another, where both have the same paths.
+
+    So leaves inside Flax's variables fit those outside, and a dict fits a State. Where
+    paths or their order differ, the tree is returned as it is.
+    """
+    paths, leaves, structure = flatten(tree)
+    like_paths, _, like_structure = flatten(like)
+    if structure == like_structure or paths != like_paths:
+        return tree
+    return jax.tree.unflatten(like_structure, leaves)
+
+
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns leaves by path as nested dicts.
 

@@ -48,7 +48,7 @@ HOUSE = {
         "trees",
         "version",
     },
-    "interop": {"checkpoint", "families", "trees", "version"},
+    "interop": {"checkpoint", "families", "shadows", "trees", "version"},
     "plots": {"decays", "profiles"},
     "digits": {"averaging", "shadows"},
     "demo": {"checkpoint", "digits", "plots", "shadows"},

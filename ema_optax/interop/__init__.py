@@ -1,12 +1,35 @@
-"""Other formats: checkpoints go out as safetensors and come in from TensorFlow.
+"""Model libraries and other formats: NNX modules, statistics, safetensors, TensorFlow.
 
+    with interop.swapped(model, optimizer):
+        evaluate(model)
+
+    variables = interop.refresh_batch_stats(apply_fn, variables, batches)
     interop.export_safetensors("run", "model.safetensors", dtype="bfloat16")
     interop.import_tensorflow("old_run/model.ckpt-300000", "imported")
 
-What a format needs is imported when its function is called.
+What a library or a format needs is imported when its function is called.
 """
 
+from ema_optax.interop.batch_stats import refresh_batch_stats
+from ema_optax.interop.nnx_modules import (
+    nnx_split,
+    nnx_update,
+    refresh_nnx_batch_stats,
+    shadow_copy,
+    swapped,
+)
 from ema_optax.interop.safetensors_files import Exported, export_safetensors
 from ema_optax.interop.tensorflow_checkpoints import Imported, import_tensorflow
 
-__all__ = ["Exported", "Imported", "export_safetensors", "import_tensorflow"]
+__all__ = [
+    "Exported",
+    "Imported",
+    "export_safetensors",
+    "import_tensorflow",
+    "nnx_split",
+    "nnx_update",
+    "refresh_batch_stats",
+    "refresh_nnx_batch_stats",
+    "shadow_copy",
+    "swapped",
+]
