@@ -10,6 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from ema_optax import trees
 
+__all__ = ["in_host_memory", "over_axis"]
+
 # From the path of a param, such as "encoder/kernel", and its shape, dtype and sharding.
 Place: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
 

@@ -217,7 +217,13 @@ def restore(
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If tree, slots, shapes or dtypes do not fit, with the nearest names.
 
-    See `save` for an example.
+    >>> import tempfile, ema_optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> opt_state = ema_optax.ema_params(0.99).init(params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, params, opt_state)
+    ...     restore(folder, "params", {"v": jnp.zeros(2)}, rename={"v": "w"})
+    {'v': Array([1., 1.], dtype=float32)}
     """
     found = find_same_step(directory, step)
     return EmaRestore(tree, like, rename, verify).read(found.item)
@@ -277,6 +283,15 @@ def describe(directory: Any, *, step: int | None = None) -> Description:
     Raises:
         CorruptCheckpointError: If the manifest is missing or damaged.
         FileNotFoundError: If there is no such checkpoint.
+
+    >>> import tempfile, ema_optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> opt_state = ema_optax.ema_params(0.99).init(params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, params, opt_state, step=300)
+    ...     found = describe(folder)
+    >>> found.step, found.trees["shadow"].decay
+    (300, warmup(decay=0.99, offset=10))
     """
     found = find_step(directory, step)
     try:
@@ -301,6 +316,13 @@ def verify(directory: Any, *, step: int | None = None) -> None:
     Raises:
         CorruptCheckpointError: If data on disk is not what was saved.
         FileNotFoundError: If there is no such checkpoint.
+
+    >>> import tempfile, ema_optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> opt_state = ema_optax.ema_params(0.99).init(params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, params, opt_state, step=300)
+    ...     verify(folder)  # and says nothing: all of it is what was saved
     """
     found = find_same_step(directory, step)
     wrong = damage(found.item)

@@ -94,6 +94,9 @@ class EmaRestore(ocp.args.CheckpointArgs):
 
     A manager's `restore(step)` without arguments means `EmaRestore()` where this
     library is imported, and the raw params where it is not.
+
+    >>> EmaRestore("params", like={"w": 0.0}, rename={"w": "dense/kernel"}).tree
+    'params'
     """
 
     tree: str = SHADOW
@@ -128,6 +131,18 @@ def EmaResume(  # noqa: N802 used as the other arguments are
     """Restore params and optimizer state exactly, to go on; see `checkpoint.resume`.
 
     Returns `EmaRestore` arguments: a manager binds an item to one type of them.
+
+    >>> import tempfile, jax.numpy as jnp, ema_optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> opt_state = ema_optax.ema_params(0.99).init(params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with ocp.CheckpointManager(folder) as manager:
+    ...         _ = manager.save(1, args=EmaSave(params, opt_state))
+    ...         manager.wait_until_finished()
+    ...         again = EmaResume(params, opt_state)
+    ...         params, opt_state = manager.restore(1, args=again)
+    >>> opt_state.count
+    Array(0, dtype=int32)
     """
     return EmaRestore(verify=verify, run=(params, opt_state, accept_new_decay))
 

@@ -34,6 +34,9 @@ class Snapshot:
             as `checkpoint.snapshots` gives.
         dtype: What the shadow was rounded to when it was saved, which tells how noisy
             it is. None is the widest rounding among its leaves.
+
+    >>> Snapshot(step=100, exponent=6.94, tree={"w": np.zeros(2)})
+    Snapshot(step=100, exponent=6.94, dtype=None)
     """
 
     step: float

@@ -1,0 +1,232 @@
+"""The public names and signatures, frozen in a table; their examples; README's shell.
+
+After a change that is meant, `python -m tests.test_api > tests/public_api.txt`, and
+read the diff as the users of the last release will.
+"""
+
+import ast
+import difflib
+import importlib
+import inspect
+import json
+import pathlib
+import re
+import shlex
+import textwrap
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+
+import ema_optax
+from ema_optax import checkpoint, cli
+
+HERE = pathlib.Path(__file__).parent
+TABLE = HERE / "public_api.txt"
+README = HERE.parent / "README.md"
+MODULES = (
+    "ema_optax",
+    "ema_optax.checkpoint",
+    "ema_optax.interop",
+    "ema_optax.placement",
+    "ema_optax.plots",
+    "ema_optax.reconstruction",
+)
+
+# Public names without an example of their own, and why.
+WITHOUT_EXAMPLE = {
+    "ema_optax.BemaParamsState": "made by bema_params, whose example reads it",
+    "ema_optax.EmaParamsState": "made by ema_params, whose example reads it",
+    "ema_optax.NamedShadowsState": "made by ema_params, read by name",
+    "ema_optax.Profile": "returned by profile, whose example reads it",
+    "ema_optax.checkpoint.CorruptCheckpointError": "an error",
+    "ema_optax.checkpoint.Description": "returned by describe",
+    "ema_optax.checkpoint.EmaCheckpointableHandler": "called by Orbax alone",
+    "ema_optax.checkpoint.EmaHandler": "called by Orbax alone",
+    "ema_optax.checkpoint.Leaf": "part of what describe returns",
+    "ema_optax.checkpoint.StoredTree": "returned by stored",
+    "ema_optax.checkpoint.Tree": "part of what describe returns",
+    "ema_optax.interop.Exported": "returned by export_safetensors",
+    "ema_optax.interop.Imported": "returned by import_tensorflow",
+    "ema_optax.interop.import_tensorflow": "needs TensorFlow, which few have installed",
+    "ema_optax.reconstruction.Plan": "returned by plan, whose example prints it",
+    "ema_optax.reconstruction.Reconstruction": "returned by reconstruct",
+    "ema_optax.reconstruction.ReconstructionWarning": "a warning",
+    "ema_optax.reconstruction.Source": "abstract; StoredTree is the one that reads",
+}
+
+
+def public():
+    """Yields each public name in full, and what it is."""
+    for module in MODULES:
+        room = importlib.import_module(module)
+        for name in room.__all__:
+            yield f"{module}.{name}", getattr(room, name)
+
+
+def signature(name, thing):
+    """Returns lines that state how something is called, as its source has it.
+
+    From the source, because the annotations that `inspect` gives name whichever module
+    of JAX defines a class today. Of a class: its bases, fields and public methods.
+    """
+    [node] = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
+    _put_in_constants(node, inspect.getmodule(thing))
+    if isinstance(node, ast.FunctionDef):
+        return [_function(name, node)]
+    lines = [f"class {name}({', '.join(map(ast.unparse, node.bases))})"]
+    for part in node.body:
+        if isinstance(part, ast.AnnAssign) and not _name(part).startswith("_"):
+            lines.append(f"    {ast.unparse(part)}")
+        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)) and (
+            part.name in ("__init__", "__call__") or not part.name.startswith("_")
+        ):
+            marks = "".join(f"@{ast.unparse(m)} " for m in part.decorator_list)
+            lines.append(f"    {marks}{_function(part.name, part)}")
+    return lines
+
+
+def _put_in_constants(node, module):
+    """Replaces defaults that have a name by their values, which are what users get."""
+
+    def value(default):
+        if not isinstance(default, ast.Name):
+            return default
+        return ast.parse(repr(getattr(module, default.id))).body[0].value
+
+    for part in ast.walk(node):
+        if isinstance(part, ast.arguments):
+            part.defaults = [value(x) for x in part.defaults]
+            part.kw_defaults = [x and value(x) for x in part.kw_defaults]
+        elif isinstance(part, ast.AnnAssign):
+            part.value = part.value and value(part.value)
+
+
+def _name(node):
+    return ast.unparse(node.target)
+
+
+def _function(name, node):
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{name}({ast.unparse(node.args)}){returns}"
+
+
+def table():
+    return [line for name, thing in public() for line in signature(name, thing)]
+
+
+def test_public_names_and_signatures_are_those_of_the_table():
+    """Whoever changes what users call changes `public_api.txt` too, on purpose."""
+    frozen, now = TABLE.read_text().splitlines(), table()
+    diff = difflib.unified_diff(frozen, now, str(TABLE), "the package", lineterm="")
+    assert frozen == now, "\n".join(["The public API changed:", *diff])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_all_is_sorted_and_holds_what_is_there(module):
+    room = importlib.import_module(module)
+    assert list(room.__all__) == sorted(set(room.__all__))
+    if hasattr(room, "__path__"):  # a package: what it imports is what it offers
+        names = {
+            name
+            for name, value in vars(room).items()
+            if not name.startswith("_") and not inspect.ismodule(value)
+        }
+        assert names == set(room.__all__)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in public()])
+def test_every_public_name_is_documented_with_an_example(name):
+    """One line first; and an example that the doctests run, or a reason above."""
+    thing = dict(public())[name]
+    text = inspect.cleandoc(thing.__doc__)
+    assert text.splitlines()[0].endswith((".", ":"))
+    assert (">>>" in text) != (name in WITHOUT_EXAMPLE)
+
+
+def test_the_reasons_are_for_names_that_are_there():
+    assert set(WITHOUT_EXAMPLE) <= {name for name, _ in public()}
+
+
+needs_readme = pytest.mark.skipif(
+    not README.exists(), reason="the README travels with the source"
+)
+
+
+def _commands():
+    """Returns every `ema-optax …` line of the README, in blocks and in sentences."""
+    return re.findall(r"ema-optax ([a-z][a-z-]*[^`\n]*)", README.read_text())
+
+
+# What is not run here, and why.
+NOT_RUN = {
+    "demo": "takes 15 seconds, and has tests of its own",
+    "import-tf": "needs TensorFlow, and has tests of its own",
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folders and the file that the README's commands name."""
+    root = tmp_path_factory.mktemp("shell")
+    params = {"w": jnp.zeros(3)}
+    transform = ema_optax.ema_params(0.9)
+    checkpoint.save(root / "run", params, transform.init(params), step=1)
+    checkpoint.save(root / "imported", params, transform.init(params), step=1)
+    (root / "names.json").write_text(json.dumps({"w": "fc.weight"}))
+    power = ema_optax.ema_params(
+        {"short": ema_optax.power(0.05), "long": ema_optax.power(0.10)}
+    )
+    state = power.init(params)
+    with ocp.CheckpointManager(root / "FOLDER") as manager:
+        for step in range(1, 17):
+            _, state = power.update({"w": jnp.ones(3)}, state, params)
+            manager.save(step, args=checkpoint.SnapshotSave(state))
+    return root
+
+
+@needs_readme
+def test_the_readme_shows_all_commands():
+    shown = {command.split()[0] for command in _commands()}
+    assert shown == {
+        "demo",
+        "export",
+        "import-tf",
+        "inspect",
+        "profile",
+        "reconstruct",
+    }
+
+
+@needs_readme
+@pytest.mark.parametrize("command", _commands() if README.exists() else [])
+def test_readme_commands_run(command, folders, monkeypatch, capsys):
+    """As written, where the folders that they name exist; all of them parse."""
+    monkeypatch.chdir(folders)
+    arguments = shlex.split(command)
+    args = cli._parser().parse_args(arguments)
+    assert args.name == arguments[0]
+    if arguments[0] in NOT_RUN:
+        return
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out
+    if "--out" in arguments:
+        assert (folders / arguments[arguments.index("--out") + 1]).exists()
+
+
+@needs_readme
+def test_scripts_in_the_readme_are_there_and_know_their_options():
+    calls = re.findall(r"python ((?:examples|benchmarks)/\S+\.py)([^`'\n]*)", _text())
+    assert len(calls) >= 5
+    for script, rest in calls:
+        source = (README.parent / script).read_text()
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert f'"{option}"' in source, f"{script} has no {option}"
+
+
+def _text():
+    return README.read_text()
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
