@@ -107,6 +107,16 @@ def shadow_copy(model: Any, optimizer: Any, *, name: str | None = None) -> Any:
     Raises:
         TypeError: If they are no module and optimizer.
         ValueError: As in `shadow_params`.
+
+    >>> import optax
+    >>> from flax import nnx
+    >>> from ema_optax import ema_params
+    >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    >>> chain = optax.chain(optax.sgd(1.0), ema_params(0.99))
+    >>> optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+    >>> _ = optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
+    >>> print(shadow_copy(model, optimizer).bias[...], model.bias[...])
+    [-0.8181818] [-1.]
     """
     from flax import nnx
 
@@ -141,6 +151,16 @@ def nnx_split(model: Any, optimizer: Any) -> tuple[Any, Any]:
 
     Raises:
         TypeError: If they are no module and optimizer.
+
+    >>> import optax
+    >>> from flax import nnx
+    >>> from ema_optax import ema_params
+    >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    >>> chain = optax.chain(optax.sgd(1.0), ema_params(0.99))
+    >>> optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+    >>> params, opt_state = nnx_split(model, optimizer)
+    >>> params["bias"], sorted(opt_state)
+    (Array([0.], dtype=float32), ['opt_state', 'step'])
     """
     from flax import nnx
 
@@ -168,6 +188,18 @@ def nnx_update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
     Raises:
         TypeError: If they are no module and optimizer.
         RuntimeError: If the module is inside `swapped`, which would undo it.
+
+    >>> import optax
+    >>> from flax import nnx
+    >>> from ema_optax import ema_params
+    >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    >>> chain = optax.chain(optax.sgd(1.0), ema_params(0.99))
+    >>> optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+    >>> saved = nnx_split(model, optimizer)
+    >>> _ = optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
+    >>> nnx_update(model, optimizer, *saved)
+    >>> print(model.bias[...], int(optimizer.step[...]))
+    [0.] 0
     """
     from flax import nnx
 
@@ -212,6 +244,12 @@ def refresh_nnx_batch_stats(
     Raises:
         TypeError: If it is no module.
         ValueError: As in `refresh_batch_stats`.
+
+    >>> from flax import nnx
+    >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+    >>> refresh_nnx_batch_stats(model, [jnp.array([[1.0], [3.0]]), jnp.ones((2, 1))])
+    >>> print(model.mean[...], model.var[...])  # of batches with means 2 and 1
+    [1.5] [0.5]
     """
     from flax import nnx
 
