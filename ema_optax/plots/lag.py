@@ -1,7 +1,6 @@
 """Pictures of how far shadows trail behind what they average."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -66,10 +65,11 @@ def lag(
         late = profile(decay, raw.size, every).mean_age
         told = f"{late:,.1f}" if late < 100 else f"{late:,.0f}"
         shadow = _shadow(raw, decay, raw[0] if start is None else start, every)
-        look: dict[str, Any] = {key: look[key] for key in ("color", "linestyle")}
+        color = look["color"]
+        look = {**look, "marker": marker, "linewidth": 2.2}
         label = f"{name}: lag {told}"
-        ax.plot(updates, shadow, label=label, linewidth=2.2, marker=marker, **look)
-        ends.append((float(shadow[at - 1]), late, told, look["color"]))
+        ax.plot(updates, shadow, label=label, **look)
+        ends.append((float(shadow[at - 1]), late, told, color))
     style.dress(
         ax,
         title="The shadow trails behind what it averages",
