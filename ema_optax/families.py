@@ -19,6 +19,7 @@ from jax.core import Tracer
 
 # The largest float64 below 1: β stays inside [0, 1) even where exp rounds up.
 _BELOW_ONE = math.nextafter(1.0, 0.0)
+_LARGEST = float(np.finfo(np.float64).max)
 
 
 class Decay(abc.ABC):
@@ -96,23 +97,29 @@ class Decay(abc.ABC):
         Raises:
             ValueError: If it is not such an object, naming what is wrong with it.
         """
-        fields = json.loads(text) if isinstance(text, str) else text
-        if not isinstance(fields, Mapping) or fields.get("kind") not in Decay._kinds:
+        try:
+            fields = json.loads(text) if isinstance(text, str) else text
+        except RecursionError:
+            fields = None
+        kind = fields.get("kind") if isinstance(fields, Mapping) else None
+        if not isinstance(kind, str) or kind not in Decay._kinds:
             raise ValueError(
-                f"Not a decay: {str(text)[:200]}. Expected a JSON object whose 'kind' "
+                f"Not a decay: {_brief(text)}. Expected a JSON object whose 'kind' "
                 f"is one of {sorted(Decay._kinds)}."
             )
-        family = Decay._kinds[fields["kind"]]
+        assert isinstance(fields, Mapping)
+        family = Decay._kinds[kind]
         arguments = {
             name: Decay.from_json(value) if isinstance(value, Mapping) else value
             for name, value in fields.items()
             if name != "kind"
         }
         try:
+            _check_types(family, arguments)
             return family(**arguments)
         except TypeError as error:
             raise ValueError(
-                f"Not the arguments of {family.kind}: {str(text)[:200]} ({error})."
+                f"Not the arguments of {family.kind}: {_brief(text)} ({error})."
             ) from None
 
     def __repr__(self) -> str:
@@ -148,6 +155,25 @@ class Decay(abc.ABC):
 
     def _scaled(self, factor: float) -> "Decay":
         return Scaled(self, factor)
+
+
+def _check_types(family: type[Decay], arguments: Mapping[str, Any]) -> None:
+    """Raises TypeError for what JSON may hold in place of a number or a decay."""
+    for name, value in arguments.items():
+        if family in (StartAfter, Scaled) and name == "decay":
+            if not isinstance(value, Decay):
+                raise TypeError(f"{name} is no decay")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is no number")
+        elif not abs(value) <= _LARGEST:  # also refuses NaN
+            raise TypeError(f"{name} is not finite")
+
+
+def _brief(value: Any) -> str:
+    try:
+        return str(value)[:200]
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits
+        return f"a {type(value).__name__}"
 
 
 def _check_steps(step: Any) -> None:

@@ -56,11 +56,20 @@ def arranged(tree: Any, like: Any) -> Any:
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns leaves by path as nested dicts.
 
+    Raises:
+        ValueError: If a path is that of a leaf and the beginning of another.
+
     >>> nested({"a/b": 1, "c": 2})
     {'a': {'b': 1}, 'c': 2}
     """
     tree: dict[str, Any] = {}
+    above = {path[:i] for path in leaves for i in range(len(path)) if path[i] == "/"}
     for path, leaf in leaves.items():
+        if path in above:
+            raise ValueError(
+                f"'{path}' is a leaf and the beginning of other paths, which nested "
+                "dicts cannot hold. Pass like=…, a tree that has the keys as they were."
+            )
         *parents, last = path.split("/")
         node = tree
         for key in parents:

@@ -7,4 +7,5 @@ collect_ignore = [
     "saving_hosts.py",
     "saving_run.py",
     "two_processes.py",
+    "untrusted_reader.py",
 ]

@@ -94,6 +94,10 @@ def mismatch(
     leaf = plain(leaf)
     pieces = {tuple((a, b) for a, b in bounds): value for bounds, value in sums}
     shape = np.shape(leaf)
+    if any(len(bounds) != len(shape) for bounds in pieces) or any(
+        b > n for bounds in pieces for (_, b), n in zip(bounds, shape, strict=True)
+    ):
+        return f"its checksums are of another shape than {list(shape)}"
     covered = sum(math.prod(b - a for a, b in bounds) for bounds in pieces)
     if covered != math.prod(shape):
         return f"its checksums cover {covered} elements of {math.prod(shape)}"
@@ -118,7 +122,7 @@ def mismatch(
 
 
 def part(
-    sums: Iterable[tuple[Iterable[Any], str]], index: Sequence[slice], shape: Any
+    sums: Iterable[tuple[Sequence[Any], str]], index: Sequence[slice], shape: Any
 ) -> list[tuple[Bounds, str]] | None:
     """Returns the checksums of a part of a leaf, in its own bounds.
 
@@ -128,6 +132,8 @@ def part(
     here = _bounds(index, tuple(shape))
     inside = []
     for bounds, value in sums:
+        if len(bounds) != len(here):
+            return None
         pairs = list(zip(bounds, here, strict=True))
         if all(a >= c and b <= d for (a, b), (c, d) in pairs):
             inside.append((tuple((a - c, b - c) for (a, b), (c, _) in pairs), value))

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from ema_optax import shadows, trees
 from ema_optax.checkpoint import computed
 from ema_optax.checkpoint.manifest import FORMAT, LIBRARY
+from ema_optax.checkpoint.wellformed import DEPTH, is_deep, misplaced
 from ema_optax.families import Decay
 from ema_optax.states import (
     EmaParamsState,
@@ -187,6 +188,12 @@ def _leaves_by_path(name: str, tree: Any) -> dict[str, Any]:
                 f"Two leaves of the {name} have one name on disk: '{path}' and "
                 f"'{files.get(file, path)}'. Rename one of them."
             )
+        wrong = misplaced(path)
+        if wrong:
+            raise ValueError(
+                f"Cannot save {path[:100]!r} of the {name}: it {wrong}. Rename its "
+                "keys."
+            )
         if not is_empty(leaf):
             leaves[path], files[file] = _storable(leaf, f"'{path}' of the {name}"), path
     return leaves
@@ -232,8 +239,11 @@ def _narrowed(tree: Any, dtype: np.dtype) -> Any:
 def _json(extra: Any) -> Any:
     """Returns `extra` as it will be read, where keys are strings and tuples lists."""
     try:
-        return json.loads(json.dumps(extra))
-    except (TypeError, ValueError) as error:
+        written = json.loads(json.dumps(extra))
+        if is_deep(written):
+            raise ValueError(f"it is nested more than {DEPTH} deep")
+        return written
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(
             f"extra must be JSON, to be written into the manifest: {error}. Arrays "
             "belong into params, or pass array.tolist()."

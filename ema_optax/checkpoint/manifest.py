@@ -11,6 +11,9 @@ from typing import Any
 import xxhash
 from etils import epath
 
+from ema_optax.checkpoint import files
+from ema_optax.checkpoint.wellformed import malformed, malformed_sums
+
 FORMAT = 1  # of everything that this library writes; raised when older ones cannot read
 FOLDER = "ema_optax"  # inside the item, beside the raw params
 LIBRARY = "ema_optax"
@@ -31,10 +34,21 @@ def checksums_path(item: epath.Path, process: int) -> epath.Path:
 
 
 def write_sealed(path: epath.Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON with a checksum of its own, and the folders above it."""
+    """Writes JSON with a checksum of its own, and the folders above it.
+
+    Raises:
+        ValueError: If it is larger than what is read.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, sort_keys=True)
-    path.write_text(json.dumps({"xxh3": _seal(text), "content": content}))
+    sealed = json.dumps({"xxh3": _seal(text), "content": content})
+    if len(sealed) > files.LIMIT:  # ASCII
+        raise ValueError(
+            f"{path} would have {len(sealed):,} bytes, and at most {files.LIMIT:,} are "
+            "read. There are too many leaves to describe, or extra is too large: save "
+            "what is large as arrays in params."
+        )
+    path.write_text(sealed)
 
 
 def read_sealed(path: epath.Path) -> Any:
@@ -44,7 +58,7 @@ def read_sealed(path: epath.Path) -> Any:
         CorruptCheckpointError: If it is missing, damaged, or was edited.
     """
     try:
-        sealed = json.loads(path.read_text())
+        sealed = json.loads(files.text(path))
         content = sealed["content"]
         if _seal(json.dumps(content, sort_keys=True)) != sealed["xxh3"]:
             raise ValueError("its own checksum does not match")
@@ -67,7 +81,7 @@ def read_manifest(item: epath.Path) -> dict[str, Any]:
             f"{item} was not saved by ema_optax, or its folder '{FOLDER}' is gone."
         )
     manifest = read_sealed(manifest_path(item))
-    wrong = _malformed(manifest)
+    wrong = malformed(manifest, FORMAT)
     if wrong:
         raise CorruptCheckpointError(
             f"{manifest_path(item)} is no manifest of ema_optax: {wrong}."
@@ -82,44 +96,24 @@ def read_manifest(item: epath.Path) -> dict[str, Any]:
 
 
 def read_checksums(item: epath.Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the checksums of all processes: tree → path → pieces of that leaf."""
+    """Returns the checksums of all processes: tree → path → pieces of that leaf.
+
+    Raises:
+        CorruptCheckpointError: If they are missing, damaged, or of other trees.
+    """
     merged: dict[str, Any] = {name: {} for name in manifest["trees"]}
     for process in range(manifest["processes"]):
-        for name, leaves in read_sealed(checksums_path(item, process)).items():
+        file = checksums_path(item, process)
+        content = read_sealed(file)
+        wrong = malformed_sums(content)
+        if wrong is None and not set(content) <= set(merged):
+            wrong = "they are of trees that the manifest has not"
+        if wrong:
+            raise CorruptCheckpointError(f"{file} holds no checksums: {wrong}.")
+        for name, leaves in content.items():
             for path, pieces in leaves.items():
                 merged[name].setdefault(path, []).extend(pieces)
     return merged
-
-
-_KEYS = {
-    "format": int,
-    "version": str,
-    "processes": int,
-    "averages": dict,
-    "trees": dict,
-}
-
-
-def _malformed(manifest: Any) -> str | None:
-    """Returns what a manifest lacks to be read at all, or None."""
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
-        return "it states no format"
-    if manifest["format"] > FORMAT:
-        return None  # a newer one may be built differently
-    for key, kind in _KEYS.items():
-        if not isinstance(manifest.get(key), kind):
-            return f"'{key}' is missing or no {kind.__name__}"
-    if not manifest["trees"]:
-        return "it has no trees"
-    for name, tree in manifest["trees"].items():
-        if not isinstance(tree, dict) or not {"structure", "leaves"} <= set(tree):
-            return f"its tree '{name}' has no structure or no leaves"
-        for path, leaf in tree["leaves"].items():
-            if not isinstance(leaf, dict) or not {"shape", "dtype", "kind"} <= set(
-                leaf
-            ):
-                return f"leaf '{path}' of '{name}' lacks shape, dtype or kind"
-    return None
 
 
 def _seal(text: str) -> str:

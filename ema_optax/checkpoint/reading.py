@@ -1,6 +1,7 @@
 """Reading leaves of an item: only those wanted, as they were stored, and verified."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ema_optax.checkpoint import checksums, manifest
+from ema_optax.checkpoint import arrays, checksums, files, manifest
 from ema_optax.checkpoint.agreement import agreed, anywhere
 from ema_optax.checkpoint.contents import PARAMS
 from ema_optax.checkpoint.manifest import CorruptCheckpointError
@@ -52,7 +53,7 @@ def read(
     problem: str | None = None
     for folder, structure in _stores(item, described):
         here = {place: s for place, s in wanted.items() if place.tree in structure}
-        leaves, unreadable = _read_or_blame(folder, structure, described, here)
+        leaves, unreadable = _read_or_blame(item, folder, structure, described, here)
         # Before any collective: whoever could not read must not be waited for.
         if anywhere(unreadable is not None):
             raise CorruptCheckpointError(f"{item}: {unreadable or _ELSEWHERE}.")
@@ -103,6 +104,7 @@ def stored_leaf(described: Mapping[str, Any], place: Place) -> Mapping[str, Any]
 
 
 def _read_or_blame(
+    item: epath.Path,
     folder: epath.Path,
     structure: Mapping[str, Any],
     described: Mapping[str, Any],
@@ -112,15 +114,42 @@ def _read_or_blame(
     if not wanted:
         return {}, None
     try:
-        return _read_leaves(folder, structure, described, wanted), None
+        wrong = files.wrong(folder, claimed(described, wanted))
+    except OSError as error:
+        wrong = _brief(error)
+    if wrong:
+        return {}, wrong
+
+    def read(places: Wanted) -> dict[Place, Any]:
+        unlike = arrays.first_unlike(item, described, places)
+        if unlike:
+            raise ValueError(unlike)
+        return _read_leaves(folder, structure, described, places)
+
+    try:
+        return read(wanted), None
     except Exception as error:  # of many types, and naming a file at best
-        for place, sharding in wanted.items():
+        suspects = list(wanted)
+        while len(suspects) > 1:  # by halves: there may be very many
+            half = suspects[: len(suspects) // 2]
             try:
-                _read_leaves(folder, structure, described, {place: sharding})
-            except Exception as alone:
-                leaf = f"leaf '{place.path}' of the {place.tree}"
-                return {}, f"{leaf} cannot be read: {_brief(alone)}"
+                read({place: wanted[place] for place in half})
+                suspects = suspects[len(half) :]
+            except Exception:
+                suspects = half
+        [place] = suspects
+        try:
+            read({place: wanted[place]})
+        except Exception as alone:
+            leaf = f"leaf '{place.path}' of the {place.tree}"
+            return {}, f"{leaf} cannot be read: {_brief(alone)}"
         return {}, _brief(error)
+
+
+def claimed(described: Mapping[str, Any], places: Iterable[Place]) -> int:
+    """Returns the bytes that leaves have, if the manifest is right."""
+    stored = (stored_leaf(described, place) for place in places)
+    return sum(math.prod(x["shape"]) * jnp.dtype(x["dtype"]).itemsize for x in stored)
 
 
 def _brief(error: Exception) -> str:

@@ -5,19 +5,17 @@ Orbax wrote: one OCDBT store a folder, one zarr array a leaf, its keys joined by
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 from etils import epath
 
-from ema_optax.checkpoint import checksums, manifest
-from ema_optax.checkpoint.contents import PARAMS
+from ema_optax.checkpoint import arrays, checksums, files, manifest
 from ema_optax.checkpoint.manifest import CorruptCheckpointError
-from ema_optax.checkpoint.reading import Place, stored_leaf
+from ema_optax.checkpoint.reading import Place, claimed, stored_leaf
 from ema_optax.checkpoint.restoring import sources_of
 from ema_optax.checkpoint.steps import explained, find_step
 from ema_optax.reconstruction import Source
@@ -115,12 +113,13 @@ class StoredTree(Source):
             raise explained(self._item, wrong, _RESCUE) from error
 
     def _read(self, place: Place, index: tuple[slice, ...]) -> np.ndarray:
+        if self._files_wrong:
+            raise self._wrong(place, self._files_wrong)
         array = self._open(place)
         stored = stored_leaf(self._described, place)
-        if array.shape != tuple(stored["shape"]):
-            raise self._wrong(
-                place, f"it is {array.shape}, its manifest says {stored['shape']}"
-            )
+        unlike = arrays.unlike(array, stored)
+        if unlike:
+            raise self._wrong(place, unlike)
         if not self._verify:
             return np.asarray(array[index].read().result())
         whole = (slice(None),) * len(stored["shape"])
@@ -142,42 +141,20 @@ class StoredTree(Source):
         return manifest.read_checksums(self._item, self._described)
 
     def _open(self, place: Place) -> Any:
-        is_params = place.tree == PARAMS
-        folder = self._item if is_params else self._item / manifest.FOLDER
         keys = self._names[place.tree][place.path]
-        name = ".".join(keys if is_params else (place.tree, *keys))
-        store = {"driver": "ocdbt", "base": _base(folder), "path": f"{name}/"}
-        spec = {"driver": "zarr", "kvstore": store}
-        return ts.open(spec, open=True, read=True, context=self._context).result()
+        return arrays.opened(self._item, place.tree, keys, self._context).result()
 
     @functools.cached_property
-    def _context(self) -> ts.Context:
-        """Keeps the index of one store: its folder may be written anew later."""
-        return ts.Context({"cache_pool": {"total_bytes_limit": 2**20}})
+    def _files_wrong(self) -> str | None:
+        places = set(self._places.values())
+        return files.wrong(self._item, claimed(self._described, places))
+
+    @functools.cached_property
+    def _context(self) -> Any:
+        return arrays.context()
 
     @functools.cached_property
     def _names(self) -> dict[str, dict[str, tuple[str, ...]]]:
         """Tree → path → the keys that Orbax nests the leaf under."""
-        return {
-            name: dict(_keys(tree["structure"], ()))
-            for name, tree in self._described["trees"].items()
-        }
-
-
-def _keys(node: Any, above: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    if isinstance(node, str):
-        yield node, above
-    elif isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _keys(value, (*above, key))
-    elif isinstance(node, list):
-        for key, value in enumerate(node):
-            yield from _keys(value, (*above, str(key)))
-
-
-def _base(folder: epath.Path) -> Any:
-    """Returns a folder as TensorStore names it: a URL only where it is one."""
-    text = str(folder)
-    if "://" in text:
-        return f"{text}/"
-    return {"driver": "file", "path": f"{text}/"}
+        described = self._described["trees"].items()
+        return {name: arrays.names(tree["structure"]) for name, tree in described}

@@ -1,6 +1,7 @@
 """`ema-optax export`: its arguments, and what it does with them."""
 
 import argparse
+import collections
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ import jax
 
 from ema_optax.cli import parsing
 from ema_optax.families import Decay
+
+_LONGEST = 2**24  # characters of a file of names
 
 
 def add(commands: parsing.Commands) -> None:
@@ -81,7 +84,10 @@ def _renames(text: str) -> Any:
     """Returns what a file holds; whether it fits is for the export to say."""
     try:
         with parsing.path(text).open(encoding="utf-8") as file:
-            return json.load(file, object_pairs_hook=_without_repeats)
+            read = file.read(_LONGEST + 1)
+        if len(read) > _LONGEST:
+            raise ValueError(f"it has more than {_LONGEST:,} characters")
+        return json.loads(read, object_pairs_hook=_without_repeats)
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise argparse.ArgumentTypeError(
@@ -92,9 +98,9 @@ def _renames(text: str) -> Any:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"it has the path '{twice}' twice")
+        counts = collections.Counter(key for key, _ in pairs)
+        twice = counts.most_common(1)[0][0]
+        raise ValueError(f"it has the path '{twice[:200]}' twice")
     return found
 
 

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+_LONGEST = 4096  # characters of a name
 SEPARATOR = "."  # of PyTorch's state dicts, and of Flax models among safetensors
 
 
@@ -23,11 +24,15 @@ def flat_names(paths: Collection[str], rename: Any = None) -> dict[str, str]:
     {'dense/kernel': 'model.fc.kernel', 'dense/bias': 'model.fc.bias'}
     """
     rename = _checked({} if rename is None else rename)
-    beginnings = {part for path in paths for part in _beginnings(path)}
-    for key in sorted(set(rename) - beginnings):
+    unused = set(rename)
+    for path in paths:
+        unused.difference_update(_beginnings(path))
+    if unused:
+        key = min(unused)
+        some = {part for path in list(paths)[:1000] for part in _beginnings(path)}
         raise ValueError(
-            f"rename has '{key}', and no leaf has this path or begins with it. "
-            f"{_nearest(key, sorted(beginnings - {''}))}"
+            f"rename has '{_brief(key)}', and no leaf has this path or begins with it. "
+            f"{_nearest(key, sorted(some - {''}))}"
         )
     names: dict[str, str] = {}
     owners: dict[str, str] = {}
@@ -57,7 +62,7 @@ def _checked(rename: Any) -> Mapping[str, str | None]:
         if not isinstance(key, str) or not (value is None or isinstance(value, str)):
             raise TypeError(
                 f"rename maps stored paths to names, both text, or to None to leave "
-                f"out; got {key!r}: {value!r}."
+                f"out; got {_brief(repr(key))}: {_brief(repr(value))}."
             )
     return rename
 
@@ -87,7 +92,9 @@ def _check(name: str, path: str) -> None:
     elif name == "__metadata__":
         wrong = "the name '__metadata__', which the format keeps for itself"
     elif not name.isprintable():
-        wrong = f"the name {name!r}, with characters that cannot be printed"
+        wrong = f"the name {_brief(repr(name))}, with characters that cannot be printed"
+    elif len(name) > _LONGEST:
+        wrong = f"the name '{_brief(name)}', of {len(name):,} characters"
     if wrong:
         raise ValueError(
             f"'{path}' would get {wrong}. Give it another: "
@@ -96,5 +103,9 @@ def _check(name: str, path: str) -> None:
 
 
 def _nearest(key: str, there: list[str]) -> str:
-    near = difflib.get_close_matches(key, there, n=3, cutoff=0.3) or there[:3]
+    near = difflib.get_close_matches(key[:200], there, n=3, cutoff=0.3) or there[:3]
     return f"The nearest are {', '.join(repr(name) for name in near)}."
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
