@@ -41,6 +41,11 @@ def ema_params(
     Elements of p that are not finite are left out: there the shadow holds. Integer,
     bool and PRNG-key leaves, and those the mask leaves out, are not averaged.
 
+    The count of updates stays at 2³¹ − 1, where int32 ends. From there every update is
+    folded as number 2³¹ − 1, with its weight; with `every` above 1 none is, for that is
+    a prime: the shadow stays. `metrics` shows the decay; a run that long starts a new
+    count.
+
     Inside `optax.MultiSteps` it folds once per real update. Around it, it would fold
     once per micro-batch. `optax.inject_hyperparams` needs
     `static_args=("decay", "every", "overwrite_every")`, or without `"decay"` to inject

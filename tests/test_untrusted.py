@@ -11,9 +11,11 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -356,13 +358,17 @@ def _claims(run, shape):
 
 def _array(run, tree, leaf, **metadata):
     """Rewrites the zarr metadata of an array in place, as whoever wrote it could."""
+    kv = _store(run, tree, leaf)
+    found = json.loads(kv.read(".zarray").result().value)
+    kv.write(".zarray", json.dumps(found | metadata)).result()
+
+
+def _store(run, tree, leaf):
     folder = item_of(run) if tree == "params" else item_of(run) / manifest.FOLDER
     name = leaf if tree == "params" else f"{tree}.{leaf}"
     store = {"driver": "file", "path": f"{folder}/"}
-    kv = ts.KvStore.open({"driver": "ocdbt", "base": store, "path": f"{name}/"})
-    kv = kv.result()
-    found = json.loads(kv.read(".zarray").result().value)
-    kv.write(".zarray", json.dumps(found | metadata)).result()
+    spec = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
+    return ts.KvStore.open(spec).result()
 
 
 def _arrays(run, **metadata):
@@ -370,7 +376,17 @@ def _arrays(run, **metadata):
         _array(run, tree, "w", **metadata)
 
 
+def _bomb(run, **metadata):
+    """512 MiB of zeros in half a MiB, as the one chunk of each array."""
+    data = zlib.compress(bytes(2**29), 1)
+    for tree in ("params", "shadow"):
+        _array(run, tree, "w", compressor={"id": "zlib", "level": 1}, **metadata)
+        _store(run, tree, "w").write("0.0", data).result()
+
+
 FLOODS = {
+    "a bomb": lambda run: _bomb(run, chunks=[2**14, 2**13]),
+    "a bomb in a chunk of the right size": _bomb,
     # A tenth of what a manifest may claim, and more memory than there is.
     "claimed": lambda run: _claims(run, [10**16]),
     "claimed, just above the files": lambda run: _claims(run, [2**25]),
@@ -398,6 +414,8 @@ _HARMLESS = {  # where the manifest is honest, or only claims
     "stored": {"describe"},
     "chunks": {"describe"},
     "both": {"describe"},
+    "a bomb": {"describe"},
+    "a bomb in a chunk of the right size": {"describe"},
     "checksums without end": {"describe", "unverified"},
 }
 
@@ -505,7 +523,7 @@ def _replace(path, kind, tmp_path):
     ],
 )
 def test_what_is_no_file_is_not_waited_for(run, where, kind, tmp_path):
-    """A pipe would never begin, /dev/zero never end. In a process, to be ended."""
+    """A pipe would never begin, and /dev/zero never end."""
     _replace(run / "1" / "default" / where, kind, tmp_path)
     errors = {}
     for name, call in readers(run):
@@ -522,13 +540,16 @@ def test_what_is_no_file_is_not_waited_for(run, where, kind, tmp_path):
     assert expected <= set(errors), errors
 
 
+class Hangs(BaseException):
+    """No TimeoutError: that is an OSError, which readers handle."""
+
+
 @contextlib.contextmanager
 def alarm(seconds):
     """Interrupts what waits for ever, where Python can."""
-    import signal
 
     def ring(number, frame):
-        raise TimeoutError("it hangs")
+        raise Hangs
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(seconds)

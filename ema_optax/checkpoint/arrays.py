@@ -4,15 +4,18 @@ Orbax writes one OCDBT store a folder, and in it one zarr array a leaf, whose na
 the keys of the leaf joined by dots.
 """
 
-import math
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import tensorstore as ts
 from etils import epath
 
 from ema_optax.checkpoint import manifest
 from ema_optax.checkpoint.contents import PARAMS
+
+_KEY = 64  # numbers in the data of a PRNG key; 2 or 4 in those of JAX
 
 
 def context() -> ts.Context:
@@ -29,50 +32,92 @@ def opened(
     item: epath.Path, tree: str, keys: tuple[str, ...], known: ts.Context
 ) -> Any:
     """Returns the future of a leaf's array."""
-    folder, name = item / manifest.FOLDER, ".".join((tree, *keys))
-    if tree == PARAMS:
-        folder, name = item, ".".join(keys)
-    store = {"driver": "ocdbt", "base": _base(folder), "path": f"{name}/"}
-    spec = {"driver": "zarr", "kvstore": store}
+    store, name = _store(item, tree), _name(tree, keys)
+    spec = {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}
     return ts.open(spec, open=True, read=True, context=known)
 
 
-def unlike(array: Any, stored: Mapping[str, Any]) -> str | None:
+def unlike(metadata: Any, stored: Mapping[str, Any]) -> str | None:
     """Returns how an array is not what the manifest says of it, or None.
 
     Its chunks count too: to read one element TensorStore makes a whole one of them.
+    And we compress nothing, which could be of any size.
+
+    Args:
+        metadata: The zarr metadata of the array.
+        stored: What the manifest says of the leaf.
     """
-    shape = tuple(stored["shape"])
-    chunk = array.chunk_layout.read_chunk.shape or shape
-    if stored["kind"].startswith("key:"):  # the data of keys have dimensions more
-        if array.shape[: len(shape)] != shape or math.prod(array.shape) > 64 * max(
-            math.prod(shape), 1
+    fields = ("shape", "chunks", "dtype")
+    if not isinstance(metadata, dict) or not {*fields} <= set(metadata):
+        return "it is no array"
+    shape, chunks, dtype = (metadata[field] for field in fields)
+    for numbers in (shape, chunks):
+        if not isinstance(numbers, list) or not all(
+            type(n) is int and n >= 0 for n in numbers
         ):
-            return f"it is {array.shape}, its manifest says keys of {list(shape)}"
-        shape = array.shape
-    if array.shape != shape:
-        return f"it is {array.shape}, its manifest says {list(shape)}"
-    if any(n > max(whole, 1) for n, whole in zip(chunk, shape, strict=True)):
-        return f"it is {shape}, in chunks of {list(chunk)}"
+            return "it is an array of no shape"
+    wanted = list(stored["shape"])
+    if stored["kind"].startswith("key:") and shape[: len(wanted)] == wanted:
+        # The data of keys have a dimension more, of a few numbers.
+        wanted += [n for n in shape[len(wanted) :][:1] if n <= _KEY]
+    if shape != wanted:
+        return f"it is {tuple(shape)}, its manifest says {stored['shape']}"
+    if len(chunks) != len(shape) or any(
+        n > max(whole, 1) for n, whole in zip(chunks, shape, strict=True)
+    ):
+        return f"it is {tuple(shape)}, in chunks of {chunks}"
+    if metadata.get("compressor") is not None or metadata.get("filters"):
+        return "it is compressed, as none of ours is"
+    if _itemsize(dtype) != jnp.dtype(stored["dtype"]).itemsize:
+        return f"it is of {str(dtype)[:50]}, its manifest says {stored['dtype']}"
     return None
 
 
 def first_unlike(
     item: epath.Path, described: Mapping[str, Any], places: Iterable[Any]
 ) -> str | None:
-    """Returns which leaf is not what the manifest says, and how; or None."""
-    known, keys, found = context(), {}, []
-    for place in places:
-        if place.tree not in keys:
-            keys[place.tree] = names(described["trees"][place.tree]["structure"])
-        future = opened(item, place.tree, keys[place.tree][place.path], known)
-        found.append((place, future))
-    for place, future in found:
+    """Returns how a leaf is not what the manifest says, or None.
+
+    The places are of trees in one store.
+
+    Raises:
+        ValueError: If there is no such array.
+    """
+    places, keys = list(places), {}
+    for tree in {place.tree for place in places}:
+        keys[tree] = names(described["trees"][tree]["structure"])
+    store = _store(item, places[0].tree)
+    opened = ts.KvStore.open(store, context=context()).result()
+    found = [
+        opened.read(f"{_name(place.tree, keys[place.tree][place.path])}/.zarray")
+        for place in places
+    ]
+    for place, future in zip(places, found, strict=True):
+        read = future.result()
+        if read.state != "value":
+            raise ValueError("its array is not there")
         stored = described["trees"][place.tree]["leaves"][place.path]
-        wrong = unlike(future.result(), stored)
+        wrong = unlike(json.loads(read.value), stored)
         if wrong:
             return wrong
     return None
+
+
+def _store(item: epath.Path, tree: str) -> dict[str, Any]:
+    folder = item if tree == PARAMS else item / manifest.FOLDER
+    return {"driver": "ocdbt", "base": _base(folder)}
+
+
+def _name(tree: str, keys: tuple[str, ...]) -> str:
+    return ".".join(keys if tree == PARAMS else (tree, *keys))
+
+
+def _itemsize(dtype: Any) -> int | None:
+    """Returns the bytes of a dtype by its name in zarr; None of what has none."""
+    try:
+        return jnp.dtype(dtype).itemsize if isinstance(dtype, str) else None
+    except TypeError:
+        return None
 
 
 def _keys(node: Any, above: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -117,7 +117,7 @@ class StoredTree(Source):
             raise self._wrong(place, self._files_wrong)
         array = self._open(place)
         stored = stored_leaf(self._described, place)
-        unlike = arrays.unlike(array, stored)
+        unlike = arrays.unlike(array.spec().to_json()["metadata"], stored)
         if unlike:
             raise self._wrong(place, unlike)
         if not self._verify:
