@@ -68,9 +68,9 @@ peer's: two comparisons and selections for each element, none of them memory tra
 They show where a tree fits the processor's cache, and hide behind the memory where it
 does not. Thousands of small leaves cost XLA a kernel and a dispatch each, whoever
 wrote the fold, where torch goes through a list of them in one call. `pack_small=True`
-does so too: one kernel gathers the new params, one folds. On one large leaf torch's lerp
-can be faster than XLA's triad, which does nothing but the traffic of a fold: then that
-is XLA's limit, not the fold's.
+does so too: one kernel gathers the new params, one folds. On one large leaf torch's
+lerp can be faster than XLA's triad, which does nothing but the traffic of a fold: then
+that is XLA's limit, not the fold's.
 
 **Error.** Peers that compute β·s + (1−β)·p round both constants to float32, whose sum
 then is not 1: the shadow shrinks or grows. ema-pytorch passes β through a float32
