@@ -189,6 +189,7 @@ def folders(tmp_path_factory):
 def test_the_readme_shows_all_commands():
     shown = {command.split()[0] for command in _commands()}
     assert shown == {
+        "completion",
         "demo",
         "export",
         "import-tf",
