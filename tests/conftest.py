@@ -3,6 +3,7 @@
 collect_ignore = [
     "eight_devices.py",
     "launch.py",
+    "long_run.py",
     "many_hosts.py",
     "saving_hosts.py",
     "saving_run.py",

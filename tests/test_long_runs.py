@@ -1,31 +1,30 @@
 """Long runs: a million folds, the end of int32, ten thousand steps with checkpoints."""
 
-import functools
-import gc
+import json
 import os
-import threading
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint
 from tests import reference
 
 MILLION, BLOCK, SIZE = 1_000_000, 10_000, 64
 INT32_MAX = 2**31 - 1
 
 
-def _updates(block):
-    """Updates of a block of steps, float32: a slow wave, and noise of its size."""
+def _targets(block, noise):
+    """Where the params go in a block of steps, float32: a slow wave, and noise."""
     rng = np.random.default_rng(block)
     t = np.arange(block * BLOCK, (block + 1) * BLOCK)[:, None]
-    wave = np.cos(2 * np.pi * (t / MILLION + np.arange(SIZE) / SIZE))
-    return (1e-5 * (wave + rng.standard_normal((BLOCK, SIZE)))).astype(np.float32)
+    wave = 1.5 + np.cos(2 * np.pi * (t / MILLION + np.arange(SIZE) / SIZE))
+    return (wave + noise * rng.standard_normal((BLOCK, SIZE))).astype(np.float32)
 
 
 def _logs(name, t):
@@ -38,44 +37,55 @@ def _logs(name, t):
 
 
 @pytest.mark.parametrize(
-    ("name", "decay", "bound"),
+    ("name", "decay", "rounding", "noise", "bound"),
     [
-        ("constant", ema_optax.constant(0.9999), 1e-5),
-        ("power", ema_optax.power(0.05), 1e-5),
+        ("constant", ema_optax.constant(0.9999), None, 0.3, 5e-6),
+        ("power", ema_optax.power(0.05), None, 0.3, 1e-5),
+        # Params without noise: each fold is rounded alike, and the errors add up to
+        # half an ulp over the weight of a fold. Rounding by chance is for them.
+        ("constant", ema_optax.constant(0.9999), None, 0.0, 2e-4),
+        ("constant", ema_optax.constant(0.9999), "stochastic", 0.0, 1e-5),
+        ("power", ema_optax.power(0.05), "stochastic", 0.0, 2e-5),
     ],
 )
-def test_a_million_folds(name, decay, bound):
-    """Within 1e-5 of float64, of which a shadow 100 steps late is beyond.
+def test_a_million_folds(name, decay, rounding, noise, bound):
+    """Against float64; a shadow 1,000 steps late is ten times beyond the bound.
 
     The reference folds what the model really held, in blocks in closed form: after a
     block s is Πβ·s + Σ (1−β_t)·(Π later β)·p_t.
     """
-    transform = ema_optax.ema_params(decay)
+    transform = ema_optax.ema_params(decay, rounding=rounding)
 
-    def step(carry, update):
+    def step(carry, target):
         params, state = carry
-        update, state = transform.update(update, state, params)
+        update, state = transform.update(target - params, state, params)
         params = optax.apply_updates(params, update)
         return (params, state), params
 
-    scan = jax.jit(lambda carry, updates: jax.lax.scan(step, carry, updates))
+    scan = jax.jit(lambda carry, targets: jax.lax.scan(step, carry, targets))
     params = jnp.ones(SIZE)
     carry = (params, transform.init(params))
-    expected = np.ones(SIZE)
+    shadows = [np.ones(SIZE)]  # the last of them; one is 1,000 steps late
+    late = None
     for block in range(MILLION // BLOCK):
-        carry, held = scan(carry, _updates(block))
+        carry, held = scan(carry, _targets(block, noise))
+        held = np.asarray(held, np.float64)
         logs = _logs(name, np.arange(block * BLOCK + 1, (block + 1) * BLOCK + 1))
-        later = np.append(np.cumsum(logs[:0:-1])[::-1], 0.0)  # Σ of those after each
-        weights = -np.expm1(logs) * np.exp(later)
-        kept = np.exp(logs[0] + later[0])
-        expected = kept * expected + weights @ np.asarray(held, np.float64)
+        for part in (slice(None, -1000), slice(-1000, None)):
+            late = shadows.pop()
+            shadows.append(_after(late, held[part], logs[part]))
     _, state = carry
     assert int(state.count) == MILLION
     assert scan._cache_size() == 1
-    assert reference.relative_rms(state.shadow, expected) <= bound
-    # The bound has teeth: in the last block, 100 steps late.
-    late = expected + np.mean(np.asarray(held[-100:]) - np.asarray(held[:100]), 0) / 99
-    assert reference.relative_rms(late, expected) > 2 * bound
+    assert reference.relative_rms(state.shadow, shadows[0]) <= bound
+    assert reference.relative_rms(late, shadows[0]) > 10 * bound
+
+
+def _after(shadow, held, logs):
+    """Folds params into a shadow at once, from the logs of their decays."""
+    later = np.append(np.cumsum(logs[:0:-1])[::-1], 0.0)  # Σ of those after each
+    weights = -np.expm1(logs) * np.exp(later)
+    return np.exp(logs[0] + later[0]) * shadow + weights @ held
 
 
 @pytest.mark.parametrize("every", [1, 7, 128])
@@ -123,68 +133,36 @@ def test_bema_counts_to_the_end_of_int32_too():
 
 # --- Ten thousand steps ---
 
-STEPS, SAVES = 10_000, 500
-WARM = 2_000  # steps, and 4 saves: what Orbax and JAX make once is there by then
-
-# Memory is measured after each save, when nothing is in flight. Seen on Linux: from one
-# save to another 1 or 2 MiB up and down, and 0 to 4 MiB more after 16 saves than after
-# the warm-up. A leak of one tree of 1 MiB in a save would be 16 MiB (three in a step,
-# of params, moments and shadow: 48), and of 1 kB in a step 8 MiB.
-GROWTH = 8 * 2**20
-
-
-def _resident():
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _open_files():
-    return len(os.listdir("/proc/self/fd"))
-
-
-@functools.cache
-def _model():
-    size = 2**18  # 1 MiB in float32
-    params = {"w": jnp.zeros(size - 3), "b": jnp.zeros(3)}
-    average = ema_optax.ema_params({"fast": 0.99, "slow": ema_optax.power(0.05)})
-    return params, optax.chain(optax.sgd(1e-2), average)
+# Seen on Linux with one heap: 30 kB more with each save, of Orbax alone as with ours,
+# and so 0.4 MiB in the 12 saves that are compared. A leak of one tree of 1 MiB in a
+# save would be 12 MiB, one of 1 kB in a step 6 MiB.
+GROWTH = 3 * 2**20
+WARM = 4  # saves: what Orbax and JAX make once is there by then
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="asks Linux's /proc")
 def test_ten_thousand_steps_with_checkpoints_leave_nothing_behind(tmp_path):
-    """One compilation; no growth of memory, threads or open files; three steps kept."""
-    params, optimizer = _model()
-    state = optimizer.init(params)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, target):
-        grads = jax.tree.map(lambda p: p - target, params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = jax.tree.map(jnp.copy, params)
-    seen = []
-    options = ocp.CheckpointManagerOptions(max_to_keep=3)
-    with ocp.CheckpointManager(tmp_path / "run", options=options) as manager:
-        for number in range(1, STEPS + 1):
-            params, state = step(params, state, jnp.float32(number % 7))
-            if number % SAVES:
-                continue
-            manager.save(number, args=checkpoint.EmaSave(params, state))
-            manager.wait_until_finished()
-            gc.collect()
-            if number >= WARM:
-                seen.append((_resident(), threading.active_count(), _open_files()))
-        assert manager.all_steps() == [9_000, 9_500, 10_000]
-    assert step._cache_size() == 1
-    memory, threads, descriptors = zip(*seen, strict=True)
+    """One compilation; no growth of memory, arrays, threads or open files."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.long_run", str(tmp_path / "run")],
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=pathlib.Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert told["steps"] == [9_000, 9_500, 10_000]
+    assert told["compiled"] == 1
+    assert told["count"] == 10_000
+    assert told["same"]
+    seen = told["seen"][WARM - 1 :]
     assert len(seen) == 17
-    # The least of the last five, against the most of the first five: both are noisy.
-    print("growth", (min(memory[-5:]) - max(memory[:5])) / 2**20, memory)
-    assert min(memory[-5:]) - max(memory[:5]) < GROWTH
-    assert max(threads[-5:]) <= max(threads[:5])
-    assert max(descriptors[-5:]) <= max(descriptors[:5])
-    fresh, optimizer = _model()
-    params_, state_ = checkpoint.resume(tmp_path / "run", fresh, optimizer.init(fresh))
-    np.testing.assert_array_equal(params_["w"], params["w"])
-    assert int(state_[1].count) == STEPS
+    first, last = seen[:5], seen[-5:]
+    assert len({held["arrays"] for held in seen}) == 1
+    for what in ("threads", "files"):
+        assert max(held[what] for held in last) <= max(held[what] for held in first)
+    # The least of the last, against the most of the first: both go up and down.
+    grown = min(h["memory"] for h in last) - max(h["memory"] for h in first)
+    assert grown < GROWTH, [held["memory"] for held in seen]

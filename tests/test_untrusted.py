@@ -467,6 +467,30 @@ def test_floods_in_bounded_memory(whole, tmp_path):
     assert total["grown_mebibytes"] < 300
 
 
+@pytest.mark.parametrize(
+    ("metadata", "wrong"),
+    [
+        ({"shape": [4, 5]}, r"it is \(4, 5\), its manifest says \[4, 4\]"),
+        ({"chunks": [4, 2**40]}, "in chunks of"),
+        ({"compressor": {"id": "zlib", "level": 1}}, "it is compressed"),
+        ({"filters": [{"id": "delta"}]}, "it is compressed"),
+        ({"dtype": "<f8"}, "its manifest says float32"),
+        ({"dtype": [["f", "<f4"]]}, "its manifest says float32"),
+        ({"shape": "44"}, "an array of no shape"),
+        ({"shape": [4, -4]}, "an array of no shape"),
+    ],
+)
+def test_arrays_are_held_against_the_manifest(run, metadata, wrong):
+    """Before TensorStore makes room for them."""
+    _arrays(run, **metadata)
+    for read in (
+        lambda: checkpoint.verify(run),
+        lambda: checkpoint.restore(run, "shadow", PARAMS, verify=False),
+    ):
+        with pytest.raises(checkpoint.CorruptCheckpointError, match=wrong):
+            read()
+
+
 def test_the_memory_is_really_bounded():
     """The reader's limit has teeth: an array beyond it cannot be made there."""
     code = (
