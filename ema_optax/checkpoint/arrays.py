@@ -32,8 +32,8 @@ def opened(
     item: epath.Path, tree: str, keys: tuple[str, ...], known: ts.Context
 ) -> Any:
     """Returns the future of a leaf's array."""
-    store, name = _store(item, tree), _name(tree, keys)
-    spec = {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}
+    store = {**_store(item, tree), "path": _prefix(tree, keys)}
+    spec = {"driver": "zarr", "kvstore": store}
     return ts.open(spec, open=True, read=True, context=known)
 
 
@@ -89,7 +89,7 @@ def first_unlike(
     store = _store(item, places[0].tree)
     opened = ts.KvStore.open(store, context=context()).result()
     found = [
-        opened.read(f"{_name(place.tree, keys[place.tree][place.path])}/.zarray")
+        opened.read(f"{_prefix(place.tree, keys[place.tree][place.path])}.zarray")
         for place in places
     ]
     for place, future in zip(places, found, strict=True):
@@ -108,8 +108,10 @@ def _store(item: epath.Path, tree: str) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": _base(folder)}
 
 
-def _name(tree: str, keys: tuple[str, ...]) -> str:
-    return ".".join(keys if tree == PARAMS else (tree, *keys))
+def _prefix(tree: str, keys: tuple[str, ...]) -> str:
+    """Returns what the files of an array begin with: nothing where it is the tree."""
+    name = ".".join(keys if tree == PARAMS else (tree, *keys))
+    return f"{name}/" if name else ""
 
 
 def _itemsize(dtype: Any) -> int | None:
