@@ -91,7 +91,7 @@ class _Stored:
     def __init__(self, shadow: Any, params: Any) -> None:
         packed = isinstance(shadow, packing.Packed)
         # nnx.Optimizer inits with Flax's variables and updates with their arrays.
-        tree = trees.arranged(shadow.tree(), params) if packed else shadow
+        tree = trees.arranged(shadow.outline(), params) if packed else shadow
         leaves = matching_leaves(tree, params)
         if packed:
             columns = shadow.columns()

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +77,14 @@ class Packed:
                 start += math.prod(shape)
         return jax.tree.unflatten(self.layout.structure, leaves)
 
+    def outline(self) -> Any:
+        """Returns the tree with shapes and dtypes for what is packed: no array is cut.
+
+        What only compares trees takes this one.
+        """
+        flat = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.flat)
+        return Packed(flat, self.apart, self.layout).tree()
+
     def columns(self) -> list[tuple[Any, tuple[int, ...]]]:
         """Returns each array that is folded, and the leaves that lie in it."""
         groups = [group.leaves for group in self.layout.groups]
@@ -142,7 +150,11 @@ def concatenated(leaves: Sequence[Any]) -> jax.Array:
 
 def unpacked(node: Any) -> Any:
     """Returns what may be packed, or a dict of it, as trees."""
-    return _each(lambda x: x.tree(), node)
+    if isinstance(node, Packed):
+        return node.tree()
+    if _is_dict_of_packed(node):
+        return {name: value.tree() for name, value in node.items()}
+    return node
 
 
 def packed_like(value: Any, node: Any) -> Any:
@@ -159,14 +171,6 @@ def packed_like(value: Any, node: Any) -> Any:
     if _is_dict_of_packed(node) and set(value) == set(node):
         return {name: packed_like(tree, node[name]) for name, tree in value.items()}
     return value
-
-
-def _each(function: Callable[[Packed], Any], node: Any) -> Any:
-    if isinstance(node, Packed):
-        return function(node)
-    if _is_dict_of_packed(node):
-        return {name: function(value) for name, value in node.items()}
-    return node
 
 
 def _is_dict_of_packed(node: Any) -> bool:

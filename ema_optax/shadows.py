@@ -13,6 +13,7 @@ from ema_optax.states import (
     EmaParamsState,
     NamedShadowsState,
     record_of,
+    stored_shadow,
 )
 
 _BEMA = " (bema_params)"  # after the path of a state, in errors
@@ -139,7 +140,7 @@ def bema_states(opt_state: Any) -> dict[str, BemaParamsState]:
 
 def names_of(state: EmaParamsState) -> list[str]:
     """Returns the names of a state's shadows; an empty one where they have none."""
-    return list(state.shadow) if isinstance(state, NamedShadowsState) else [""]
+    return list(stored_shadow(state)) if isinstance(state, NamedShadowsState) else [""]
 
 
 def find(opt_state: Any, params: Any, name: str | None) -> dict[str, Any]:

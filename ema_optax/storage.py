@@ -118,7 +118,7 @@ def fold(
         param: Array p of the same shape, any floating or complex dtype.
         weight: What `split_weight` made of w.
         seed: uint32 scalar that differs between folds and between leaves; decides how
-            stochastic rounding, and is not used without.
+            stochastic rounding falls, and is not used without it.
         stochastic: Whether float32 is rounded stochastically; bfloat16 always is, wider
             and complex shadows never.
     """

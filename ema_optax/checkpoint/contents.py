@@ -160,9 +160,15 @@ def split(
 
 def shadow_trees(state: EmaParamsState) -> dict[str, Any]:
     """Returns the shadows of one state by the names of their trees."""
+    held = state.shadow
     if isinstance(state, NamedShadowsState):
-        return {f"{SHADOW}/{name}": tree for name, tree in state.shadow.items()}
-    return {SHADOW: state.shadow}
+        return {tree_of(name): tree for name, tree in held.items()}
+    return {SHADOW: held}
+
+
+def tree_of(name: str) -> str:
+    """Returns the tree that the shadow of a name is stored as; of none, of `""`."""
+    return f"{SHADOW}/{name}" if name else SHADOW
 
 
 def is_empty(leaf: Any) -> bool:
@@ -259,8 +265,8 @@ def averages_of(opt_state: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for state in shadows.ema_states(opt_state).values():
         record = record_of(state)
-        for tree in shadow_trees(state):
-            name = tree.removeprefix(SHADOW).removeprefix("/")
+        for name in shadows.names_of(state):
+            tree = tree_of(name)
             decay = record.decays.get(name) if record else None
             every = record.every if record else None
             here = _average(decay, every, state.count)

@@ -19,6 +19,7 @@ from ema_optax.checkpoint.contents import (
     is_key,
     shadow_trees,
     split,
+    tree_of,
 )
 from ema_optax.checkpoint.reading import Place, read, read_manifest, stored_leaf
 from ema_optax.families import Decay
@@ -214,8 +215,8 @@ def _check_averages(
         record = record_of(state)
         if record is None:
             continue
-        for tree in shadow_trees(state):
-            decay = record.decays.get(tree.removeprefix(SHADOW).removeprefix("/"))
+        for name in shadows.names_of(state):
+            tree, decay = tree_of(name), record.decays.get(name)
             before = saved[tree]["decay"]
             changed = decay and before and Decay.from_json(before) != decay
             if changed or record.every != (saved[tree]["every"] or record.every):
