@@ -2,6 +2,7 @@
 
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 import ema_optax
@@ -76,6 +77,7 @@ def _accuracies(seed):
     return found
 
 
+@pytest.mark.once
 def test_refreshed_statistics_beat_stale_ones():
     """For every seed.
 

@@ -312,6 +312,7 @@ def test_any_flipped_bit_is_found_or_harmless(root):
     checkpoint.verify(root)
 
 
+@pytest.mark.once
 def test_killed_at_any_moment(tmp_path):
     """What was committed is whole and is found; the next process goes on."""
     rng = random.Random(0)

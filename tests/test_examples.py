@@ -98,6 +98,7 @@ def test_training_without_labels_helps_the_probe(trained):
     assert accuracy["untrained"] > 0.5  # guessing gets 0.1: the margin is no artefact
 
 
+@pytest.mark.once
 def test_the_example_runs_as_a_program():
     """A table of three networks, and no warning."""
     command = [sys.executable, "-W", "error", SCRIPT, "--steps", "50", "--seed", "1"]

@@ -71,7 +71,9 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
     checkpoint.save(tmp_path, params, state, step=7)  # of another run
     done = _start(tmp_path, "--processes", 2)
     assert done.returncode == 1
-    assert "ValueError: Cannot resume" in done.stderr
+    # Both write the same stderr, each a traceback's last line in pieces.
+    assert "ValueError" in done.stderr
+    assert "Cannot resume" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["7"]
 
 

@@ -15,6 +15,8 @@ import pytest
 import ema_optax
 from tests import reference
 
+pytestmark = pytest.mark.once
+
 MILLION, BLOCK, SIZE = 1_000_000, 10_000, 64
 INT32_MAX = 2**31 - 1
 

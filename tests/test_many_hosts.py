@@ -139,6 +139,7 @@ def kills(tmp_path_factory):
     return root, newest
 
 
+@pytest.mark.once
 def test_a_process_dies_in_a_save(kills):
     """Whenever: the last whole step is found, is whole, and two new ones go on."""
     root, newest = kills

@@ -28,10 +28,12 @@ def test_eight_devices():
     flags = "--xla_force_host_platform_device_count=8 "
     # Without it XLA folds bfloat16 params before they are rounded, where it can.
     flags += "--xla_allow_excess_precision=false"
+    # Options for the tests as a whole, such as workers, are not for these few.
+    env = {name: os.environ[name] for name in os.environ if name != "PYTEST_ADDOPTS"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", EIGHT],
         cwd=EIGHT.parent.parent,
-        env={**os.environ, "XLA_FLAGS": flags},
+        env={**env, "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
         timeout=300,

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from tests import versions
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
@@ -27,3 +29,13 @@ def test_the_two_commands_are_there():
     assert len(commands) == 2
     assert commands[0].endswith("ema-optax demo")
     assert commands[1].endswith("pytest")
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README travels with the source")
+def test_the_lowest_versions_are_the_declared_ones():
+    """A new lower bound in pyproject.toml is a new row of the README's table."""
+    (row,) = re.findall(r"^\| lowest \| 3\.11 (.*) \|$", README.read_text(), re.M)
+    told = dict(zip(versions.COLUMNS, row.removeprefix("| ").split(" | "), strict=True))
+    for name, declared in versions.lowest().items():
+        if name in told:
+            assert f"{told[name]}.".startswith(f"{declared}."), name

@@ -449,7 +449,7 @@ def test_floods_in_bounded_memory(whole, tmp_path):
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=PACKAGE.parent,
+        cwd=pathlib.Path(__file__).parent.parent,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     *lines, total = map(json.loads, done.stdout.splitlines())
