@@ -5,7 +5,6 @@ closed form; everything else follows from it. Float32 cannot hold 1 − β for a
 (`1 − float32(0.99999)` is off by 1.3e-3), so β itself is only ever read out at the end.
 """
 
-import abc
 import dataclasses
 import json
 import math
@@ -22,7 +21,7 @@ _BELOW_ONE = math.nextafter(1.0, 0.0)
 _LARGEST = float(np.finfo(np.float64).max)
 
 
-class Decay(abc.ABC):
+class Decay:
     """The weight β kept on the old shadow at each step; frozen, comparable, JSON-able.
 
     `step` is the 1-based number of the optimizer update being folded in. Python and
@@ -142,16 +141,19 @@ class Decay(abc.ABC):
             return self._log_product(np.asarray(step, np.float64), every, np)
 
     def _log_product(self, t: Any, k: int, xp: Any) -> Any:
-        """Returns Σ log β over the updates t−k+1 … t that exist."""
+        """Returns Σ log β over the updates t−k+1 … t that exist, for float t ≥ 1.
+
+        −inf where a β is 0. A family has this product in closed form, or `_log`.
+        """
         if k == 1:
             return self._log(t, xp)
         steps = t[..., None] - xp.arange(k, dtype=t.dtype)
         logs = self._log(xp.maximum(steps, 1), xp)
         return xp.sum(xp.where(steps >= 1, logs, 0.0), axis=-1)
 
-    @abc.abstractmethod
     def _log(self, t: Any, xp: Any) -> Any:
         """Returns log β_t for float steps t ≥ 1; −inf where β is 0."""
+        raise NotImplementedError
 
     def _scaled(self, factor: float) -> "Decay":
         return Scaled(self, factor)
@@ -238,9 +240,6 @@ class Constant(Decay):
     def __post_init__(self) -> None:
         check_decay(self.decay, "constant")
 
-    def _log(self, t: Any, xp: Any) -> Any:
-        return xp.full_like(t, _log_of(self.decay))
-
     def _log_product(self, t: Any, k: int, xp: Any) -> Any:
         return xp.minimum(t, k) * _log_of(self.decay)
 
@@ -258,9 +257,6 @@ class HalfLife(Decay):
                 f"half_life needs a positive number of updates, got {self.steps}. "
                 "For a plain decay such as 0.999 use constant(0.999)."
             )
-
-    def _log(self, t: Any, xp: Any) -> Any:
-        return xp.full_like(t, -math.log(2.0) / self.steps)
 
     def _log_product(self, t: Any, k: int, xp: Any) -> Any:
         return xp.minimum(t, k) * (-math.log(2.0) / self.steps)
@@ -301,9 +297,6 @@ class Debiased(Decay):
     def __post_init__(self) -> None:
         check_decay(self.decay, "debiased")
 
-    def _log(self, t: Any, xp: Any) -> Any:
-        return self._log_product(t, 1, xp)
-
     def _log_product(self, t: Any, k: int, xp: Any) -> Any:
         log = _log_of(self.decay)
         # The newest weight is (1−β^k)/(1−β^t).
@@ -323,9 +316,6 @@ class Power(Decay):
                 f"power needs an exponent above -1, got {self.exponent}. An exponent "
                 "of 0 is the plain mean; power(width=0.05) takes the width instead."
             )
-
-    def _log(self, t: Any, xp: Any) -> Any:
-        return self._log_product(t, 1, xp)
 
     def _log_product(self, t: Any, k: int, xp: Any) -> Any:
         return (self.exponent + 1) * xp.log1p(-xp.minimum(t, k) / t)
@@ -430,9 +420,6 @@ class StartAfter(Decay):
                 f"start_after needs a number of updates ≥ 0, got {self.step}."
             )
 
-    def _log(self, t: Any, xp: Any) -> Any:
-        return self._log_product(t, 1, xp)
-
     def _log_product(self, t: Any, k: int, xp: Any) -> Any:
         since = t - self.step
         inner = self.decay._log_product(xp.maximum(since, 1), k, xp)
@@ -451,9 +438,6 @@ class Scaled(Decay):
 
     def __post_init__(self) -> None:
         _check_positive(self.factor, "scale_to_batch's factor")
-
-    def _log(self, t: Any, xp: Any) -> Any:
-        return self.factor * self.decay._log(t, xp)
 
     def _log_product(self, t: Any, k: int, xp: Any) -> Any:
         return self.factor * self.decay._log_product(t, k, xp)

@@ -317,6 +317,16 @@ def _update(transform, updates=None, state=None, params=PARAMS):
             "'dense/b' and 1 more is only in the shadow",
         ),
         (
+            lambda: ema_optax.update_shadow([PARAMS], (PARAMS,), 0.5),
+            ValueError,
+            r"the shadow is built of .*\[\{.* and the params of .*\(\{",
+        ),
+        (
+            lambda: ema_optax.update_shadow({"w": 2.5}, {"w": jnp.ones(2)}, 0.5),
+            ValueError,
+            r"'w' is 2.5 in the shadow and float32\[2\] in the params",
+        ),
+        (
             lambda: ema_optax.update_shadow(PARAMS, PARAMS, jnp.bfloat16(0.9)),
             TypeError,
             "bfloat16",

@@ -253,6 +253,16 @@ class Spectral(nn.Module):
         ),
         (
             Linen(),
+            lambda model: (
+                lambda variables, x, mutable: (x, {"batch_stats": {"mean": x[0]}})
+            ),
+            {},
+            BATCHES,
+            ValueError,
+            r"has statistics at .*/mean.*, and returned some at .*mean",
+        ),
+        (
+            Linen(),
             lambda model: lambda variables, x, mutable: model.apply(variables, x),
             {},
             BATCHES,

@@ -151,6 +151,18 @@ def test_donating_right_after_an_asynchronous_save(tmp_path):
         np.testing.assert_array_equal(restored["w"], values)
 
 
+def test_a_checkpointer_without_a_background(run, shadow, tmp_path):
+    """Orbax's synchronous Checkpointer saves the same, and metadata are its own."""
+    params, state = run
+    checkpointer = ocp.Checkpointer(checkpoint.EmaHandler())
+    checkpointer.save(tmp_path / "5", args=checkpoint.EmaSave(params, state, {"a": 1}))
+    assert checkpoint.describe(tmp_path).extra == {"a": 1}
+    assert_same(checkpoint.restore(tmp_path, like=make_params()), shadow)
+    assert_same(checkpoint.restore(tmp_path, "params", like=make_params()), params)
+    assert_same(checkpoint.resume(tmp_path, params, state), (params, state))
+    assert "encoder" in str(checkpointer.metadata(tmp_path / "5").item_metadata)
+
+
 def test_beside_other_items_in_a_composite(run, shadow, tmp_path):
     """One item among others, under the name that the user gives it."""
     params, state = run

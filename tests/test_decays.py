@@ -249,3 +249,21 @@ def test_numbers_mean_a_warmup():
     for narrow in (jnp.bfloat16(0.999), np.float16(0.999), jnp.int32(0)):
         with pytest.raises(TypeError, match="would never move"):
             as_decay(narrow)
+
+
+def test_json_from_anywhere_is_refused_in_bounded_text():
+    """Too deep for a parser, or with what Python does not print: a line it is."""
+    deep, long = "[" * 200_000, {"kind": 10**5000}
+    for given in (deep, long, {"kind": "constant", "decay": "x"}):
+        with pytest.raises(ValueError, match="Not ") as caught:
+            ema_optax.Decay.from_json(given)
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_callable_may_answer_with_an_array():
+    """As Optax's schedules do; what it says is what is folded with, narrow ones not."""
+    decay = as_decay(lambda step: jnp.float32(0.5) + 0 * jnp.asarray(step))
+    assert decay(3) == 0.5
+    assert decay.newest_weight(3, every=2) == 0.75
+    with pytest.raises(TypeError, match="would never move"):
+        as_decay(lambda step: jnp.bfloat16(0.5))(3)

@@ -476,6 +476,7 @@ def test_floods_in_bounded_memory(whole, tmp_path):
         ({"filters": [{"id": "delta"}]}, "it is compressed"),
         ({"dtype": "<f8"}, "its manifest says float32"),
         ({"dtype": [["f", "<f4"]]}, "its manifest says float32"),
+        ({"dtype": "<no such"}, "it is of <no such, its manifest says float32"),
         ({"shape": "44"}, "an array of no shape"),
         ({"shape": [4, -4]}, "an array of no shape"),
     ],
