@@ -70,10 +70,16 @@ def reconstruct(params):
     shapes = jax.eval_shape(transform.init, params)
     shardings = jax.tree.map(lambda x: ROWS if x.ndim == 2 else EVERYWHERE, shapes)
     state = jax.jit(transform.init, out_shardings=shardings)(params)
-    update = jax.jit(lambda p, s: transform.update(jax.tree.map(jnp.sin, p), s, p)[1])
+
+    @jax.jit
+    def update(number, params, state):
+        # They move, so that no two shadows hold the same bytes.
+        params = jax.tree.map(lambda p: number * p, params)
+        return transform.update(jax.tree.map(jnp.sin, params), state, params)[1]
+
     with ocp.CheckpointManager(FOLDER / "small") as manager:
         for number in range(1, 7):
-            state = update(params, state)
+            state = update(number, params, state)
             args = checkpoint.SnapshotSave(state, dtype="float16")
             manager.save(number, args=args)
         manager.wait_until_finished()
