@@ -2,6 +2,7 @@
 
 collect_ignore = [
     "eight_devices.py",
+    "killed_hosts.py",
     "launch.py",
     "long_run.py",
     "many_hosts.py",

@@ -1,6 +1,6 @@
 """Faults by the hundred, counted: what was tried, what was told, what was lost.
 
-    python -m tests.fault_run [--kills N] [--flips N] [--seed S]
+    python -m tests.fault_run [--kills N] [--host-kills N] [--flips N] [--seed S]
 
 Ends with code 1 if a committed step was lost, or if anything came back wrong unsaid.
 Steps are those of `saving_run`: every element tells its step.
@@ -30,7 +30,7 @@ import optax
 
 import ema_optax
 from ema_optax import checkpoint
-from tests import saving_run
+from tests import killed_hosts, saving_run
 
 NOBODY = 65534
 
@@ -128,6 +128,24 @@ def kills(counts, rounds, rng, scratch):
             print(f"after a kill: {error!r}")
             count.lost += 1
     print(f"{unfinished} of {rounds} kills met a save; the run came to step {newest}.")
+
+
+def kills_of_one_of_two(counts, rounds, rng, scratch):
+    """Kills one of two processes that save a sharded run, at any moment of a save."""
+    folder, count = scratch / "hosts", counts["SIGKILL of one of two processes"]
+    checkpoint.save(folder, *saving_run.run(1), step=1)
+    newest, target = 1, saving_run.run(0)
+    for turn in range(rounds):
+        outputs = killed_hosts.kill(folder, "never", turn % 2, rng.uniform(0, 0.3))
+        count.tried += 1
+        found = checkpoint.describe(folder).step
+        count.lost += found < max(killed_hosts.said(outputs, "saved"))
+        # Both resumed from what the round before had left, and held it against it.
+        count.lost += killed_hosts.said(outputs, "resumed") != [newest, newest]
+        right = same(checkpoint.resume(folder, *target), saving_run.run(found))
+        count.harmless += right
+        count.silent += not right
+        newest = found
 
 
 def kind_of(path, item):
@@ -385,6 +403,7 @@ def main(argv=None):
     """Runs all of it, prints the table, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--host-kills", type=int, default=4)
     parser.add_argument("--flips", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -395,6 +414,10 @@ def main(argv=None):
         scratch = pathlib.Path(name)
         for what, run in (
             ("kills", lambda: kills(counts, args.kills, rng, scratch)),
+            (
+                "kills of one of two",
+                lambda: kills_of_one_of_two(counts, args.host_kills, rng, scratch),
+            ),
             ("damage", lambda: damages(counts, args.flips, rng, scratch)),
             ("full disk", lambda: full_disk(counts, rng, scratch)),
             ("permissions", lambda: forbidden(counts, scratch)),

@@ -1,4 +1,4 @@
-"""One of two processes that save as fast as they can; test_many_hosts kills one.
+"""One of two processes that save as fast as they can; killed_hosts kills one.
 
 python -m tests.saving_hosts RANK PORT FOLDER WHEN
 

@@ -3,8 +3,6 @@
 In real processes, joined by `jax.distributed`. See tests/launch.py: none can hang.
 """
 
-import random
-import re
 import signal
 import sys
 import time
@@ -13,14 +11,8 @@ import jax
 import pytest
 
 from ema_optax import checkpoint
-from tests import launch, many_hosts, saving_hosts, saving_run
+from tests import killed_hosts, launch, many_hosts, saving_hosts, saving_run
 from tests.many_hosts import BREAK, ROUNDING, STEPS
-
-# (rank, seconds): who is killed, and how long after a step was known to be committed.
-# About as long as a save takes here; whatever they meet has to hold anywhere.
-MOMENTS = [
-    (rank, random.Random(seed).uniform(0.0, 0.3)) for seed, rank in enumerate([1, 0])
-]
 
 
 @pytest.fixture(scope="module")
@@ -88,69 +80,34 @@ def test_what_was_resharded_on_the_way_is_read_by_one(folder):
         many_hosts.assert_same(run, expected, "run")
 
 
-def _killed(root, when, rank, delay=None):
-    """Starts two processes in a run; one is killed. Returns what both wrote."""
-    with launch.launched("tests.saving_hosts", root, when) as processes:
-        if delay is not None:
-            processes.wait_for(
-                rank,
-                lambda lines: any(line.startswith("saved") for line in lines),
-                within=90,
-            )
-            time.sleep(delay)
-            processes.kill(rank)
-        codes = processes.wait()
-        assert codes[rank] == -signal.SIGKILL, processes.report()
-        # The other one is ended by JAX when no heartbeat comes, or meets an error.
-        assert codes[1 - rank] not in (0, -signal.SIGKILL), processes.report()
-        return [processes.output(each) for each in (0, 1)]
-
-
-def _said(outputs, word):
-    """Returns the numbers that the processes said something of."""
-    return [int(n) for n in re.findall(rf"^{word} (\d+)$", "\n".join(outputs), re.M)]
-
-
-@pytest.fixture(scope="module")
-def kills(tmp_path_factory):
-    """A run in which one process was killed again and again; checked after each."""
-    root = tmp_path_factory.mktemp("killed")
-    checkpoint.save(root, *saving_run.run(1), step=1)
-    newest, unfinished = 1, 0
-    rounds = [(when, rank) for when, (_, rank) in saving_hosts.TRAPS.items()]
-    for moment in [*rounds, *[("never", *moment) for moment in MOMENTS]]:
-        outputs = _killed(root, *moment)
-        assert _said(outputs, "resumed") == [newest, newest]
-        committed = max(_said(outputs, "saved"))
-        assert committed > newest, outputs
-        unfinished += any("tmp" in path.name for path in root.iterdir())
-        found = checkpoint.describe(root).step
-        assert found >= committed
-        if moment[0] in saving_hosts.TRAPS:
-            assert found == committed == newest + 1  # and the next was being saved
-        newest = found
-        run = checkpoint.resume(root, *saving_run.run(0))
+@pytest.mark.once
+def test_a_process_dies_in_a_save(tmp_path):
+    """The last whole step is found, is whole, and two new ones go on."""
+    checkpoint.save(tmp_path, *saving_run.run(1), step=1)
+    for newest, (when, (_, rank)) in enumerate(saving_hosts.TRAPS.items(), start=1):
+        outputs = killed_hosts.kill(tmp_path, when, rank)
+        assert killed_hosts.said(outputs, "resumed") == [newest, newest]
+        # The next was being saved, and is not there; of the last every bit is.
+        assert max(killed_hosts.said(outputs, "saved")) == newest + 1
+        assert any("tmp" in path.name for path in tmp_path.iterdir())
+        assert checkpoint.describe(tmp_path).step == newest + 1
+        run = checkpoint.resume(tmp_path, *saving_run.run(0))
         for leaf, expected in zip(
-            jax.tree.leaves(run), jax.tree.leaves(saving_run.run(newest)), strict=True
+            jax.tree.leaves(run),
+            jax.tree.leaves(saving_run.run(newest + 1)),
+            strict=True,
         ):
             assert leaf.dtype == expected.dtype
             assert bool((leaf == expected).all())
-    assert unfinished >= len(rounds)
-    return root, newest
-
-
-@pytest.mark.once
-def test_a_process_dies_in_a_save(kills):
-    """Whenever: the last whole step is found, is whole, and two new ones go on."""
-    root, newest = kills
-    with launch.launched("tests.saving_hosts", root, "2") as processes:
+    newest += 1
+    with launch.launched("tests.saving_hosts", tmp_path, "2") as processes:
         assert processes.wait() == [0, 0], processes.report()
         outputs = [processes.output(rank) for rank in (0, 1)]
-    assert _said(outputs, "resumed") == [newest, newest]
-    names = {path.name for path in root.iterdir()}
+    assert killed_hosts.said(outputs, "resumed") == [newest, newest]
+    names = {path.name for path in tmp_path.iterdir()}
     assert names == {str(newest + 1), str(newest + 2)}  # and nothing unfinished
     for step in (newest + 1, newest + 2):
-        checkpoint.verify(root, step=step)
+        checkpoint.verify(tmp_path, step=step)
 
 
 def test_a_process_that_hangs_says_where():
