@@ -327,7 +327,7 @@ def _difference_to(shadow: jax.Array, param: Any) -> jax.Array:
     """Returns the update d after which p + d is the shadow in the param's dtype."""
     param = jnp.asarray(param)
     target = shadow.astype(param.dtype)
-    wide = jnp.promote_types(param.dtype, jnp.float32)
+    wide = trees.wide(param.dtype)
     return target.astype(wide) - param.astype(wide)
 
 

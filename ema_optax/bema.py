@@ -150,9 +150,9 @@ def _corrected(
     average: jax.Array, param: Any, anchor: Any, count: Any, record: BemaRecord
 ) -> jax.Array:
     slot = jnp.result_type(param)
-    dtype = jnp.promote_types(jnp.promote_types(average.dtype, slot), jnp.float32)
+    dtype = np.promote_types(trees.wide(average.dtype), slot)
     s, p, p0 = (jnp.asarray(x).astype(dtype) for x in (average, param, anchor))
-    a = _bias_weight(record, count).astype(jnp.finfo(dtype).dtype)
+    a = _bias_weight(record, count).astype(dtype)
     a = a.reshape(a.shape + (1,) * (s.ndim - a.ndim))  # of stacked states
     moved = s + a * (p - p0)
     # As the model will hold it: float16 ends at 65504, and the sum goes beyond p.

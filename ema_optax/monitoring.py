@@ -105,7 +105,7 @@ def _metrics(opt_state: Any, params: Any, name: str | None) -> dict[str, jax.Arr
     ]
     apart, size, bad = jnp.float32(0), jnp.float32(0), [jnp.int32(0), jnp.int32(0)]
     for s, p in pairs:
-        wide = jnp.promote_types(s.dtype, jnp.float32)
+        wide = trees.wide(s.dtype)
         s, p = s.astype(wide), jnp.asarray(p).astype(wide)
         fine = jnp.isfinite(s) & jnp.isfinite(p)
         apart += jnp.sum(jnp.where(fine, jnp.abs(p - s), 0) ** 2).astype(jnp.float32)

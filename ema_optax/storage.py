@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ema_optax import trees
+
 _ALLOWED = ("bfloat16", "float32", "float64")
 _STREAMS = 16  # different sequences of rounding noise
 
@@ -122,11 +124,11 @@ def fold(
         stochastic: Whether float32 is rounded stochastically; bfloat16 always is, wider
             and complex shadows never.
     """
-    dtype = jnp.promote_types(shadow.dtype, jnp.float32)
+    dtype = trees.wide(shadow.dtype)
     old = shadow.astype(dtype)
     new = _as_held(jnp.asarray(param), dtype)
     near_new, factor = weight
-    factor = factor.astype(jnp.finfo(dtype).dtype)
+    factor = factor.astype(dtype)
     base, change = jnp.where(near_new, new, old), factor * (new - old)
     if stochastic and shadow.dtype == jnp.float32:
         change = _dithered(change, base, seed)

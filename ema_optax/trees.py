@@ -5,12 +5,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
 def is_placeholder(node: Any) -> bool:
     """Returns whether a node stands for a leaf that is not averaged."""
     return isinstance(node, optax.MaskedNode)
+
+
+def wide(dtype: Any) -> np.dtype:
+    """Returns the dtype in which a leaf is computed: its own, or float32 if narrower.
+
+    NumPy's promotion, which JAX's `jax_numpy_dtype_promotion="strict"` leaves alone.
+
+    >>> wide(jnp.bfloat16), wide(jnp.complex64)
+    (dtype('float32'), dtype('complex64'))
+    """
+    return np.promote_types(dtype, np.float32)
 
 
 def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:

@@ -47,6 +47,13 @@ def test_beta_is_the_formula(kind):
     np.testing.assert_allclose(decay(steps), expected, rtol=1e-12, atol=1e-14)
     assert decay(7) == pytest.approx(expected[6], rel=1e-12, abs=1e-14)
     assert isinstance(decay(7), float)
+    for dtype in (np.float32, np.uint8):  # whatever the steps come as
+        some = decay(steps[:255].astype(dtype))
+        np.testing.assert_array_equal(some, decay(steps[:255]))
+    for call in (decay, jax.jit(decay)):
+        on_device = call(jnp.asarray(steps))
+        assert on_device.dtype == jnp.float32
+        np.testing.assert_allclose(on_device, expected, rtol=3e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("every", [1, 7, 10, 250])
@@ -103,6 +110,9 @@ def test_power_takes_width_or_exponent():
     assert ema_optax.exponent_from_width(1 / math.sqrt(12)) == pytest.approx(
         0, abs=1e-9
     )
+    for exponent, variance in [(0, 1 / 12), (1, 1 / 18), (-0.5, 4 / 45)]:
+        width = ema_optax.width_from_exponent(exponent)
+        assert width == pytest.approx(math.sqrt(variance), rel=1e-14)
 
 
 def test_start_after_copies_and_then_counts_from_there():
@@ -160,8 +170,8 @@ def test_repr_is_the_call_that_makes_it():
     ("text", "wrong"),
     [
         ('{"kind": "warm_up"}', "'kind' is one of"),
-        ("[1]", "'kind' is one of"),
-        ('{"kind": "constant"}', "arguments of constant"),
+        ("[1]", r"Not a decay: \[1\]\..*'kind' is one of"),
+        ('{"kind": "constant"}', r'arguments of constant: \{"kind": "constant"\} \('),
         ('{"kind": "constant", "decay": 0.9, "x": 1}', "arguments of constant"),
         ('{"kind": "constant", "decay": "0.9"}', "arguments of constant"),
         ('{"kind": "constant", "decay": 1.5}', r"in \[0, 1\), got 1.5"),
@@ -221,6 +231,7 @@ def test_a_callable_out_of_range_is_loud():
         (lambda: ema_optax.power(0.3), r"\(0, 0.2887\], got 0.3.*uniform\(\)"),
         (lambda: ema_optax.power(exponent=-1), "above -1, got -1"),
         (lambda: ema_optax.width_from_exponent(-1), "above -1.*got -1"),
+        (lambda: ema_optax.width_from_exponent(math.inf), "finite, got inf"),
         (lambda: ema_optax.start_after(0.9, -1), "updates ≥ 0, got -1"),
         (lambda: ema_optax.scale_to_batch(ema_optax.ramp(0.9), 0), "positive.*got 0"),
         (lambda: ema_optax.warmup(0.9)(0), "1-based.*got 0.*static_args"),
@@ -249,6 +260,8 @@ def test_numbers_mean_a_warmup():
     for narrow in (jnp.bfloat16(0.999), np.float16(0.999), jnp.int32(0)):
         with pytest.raises(TypeError, match="would never move"):
             as_decay(narrow)
+        with pytest.raises(TypeError, match="would never move"):
+            jax.jit(lambda decay: as_decay(decay).newest_weight(5))(narrow)
 
 
 def test_json_from_anywhere_is_refused_in_bounded_text():

@@ -18,7 +18,7 @@ HOUSE = {
     "profiles": {"decays"},
     "trees": set(),
     "selection": set(),
-    "storage": set(),
+    "storage": {"trees"},
     "placement": {"trees"},
     "states": {"families", "packing", "placement"},
     "packing": {"trees"},

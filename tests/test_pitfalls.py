@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ema_optax
 from ema_optax import shadow_params
+from ema_optax.reconstruction import Snapshot, reconstruct
 
 ODD = {
     "w": jnp.asarray([1.0, 2.0]),
@@ -407,6 +408,61 @@ def test_float64_params_keep_a_float64_shadow():
         np.testing.assert_allclose(
             state.shadow["w"], 1 - 0.99999**3, rtol=1e-10, atol=0
         )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"every": 3, "rounding": "stochastic"},
+        {"shadow_dtype": "bfloat16"},
+        {"pack_small": True},
+    ],
+    ids=str,
+)
+def test_strict_promotion_gives_the_same_bits(options):
+    """jax_numpy_dtype_promotion="strict" refuses what is promoted without being said.
+
+    Folds for two powers and BEMA, their reading, metrics and a reconstruction.
+    """
+    params = {
+        name: jnp.asarray([[1.0, -2.0, 3.0]], dtype)
+        for name, dtype in [
+            ("half", jnp.float16),
+            ("brain", jnp.bfloat16),
+            ("single", jnp.float32),
+            ("complex", jnp.complex64),
+        ]
+    }
+    powers = {str(w): ema_optax.power(w) for w in (0.05, 0.1)}
+    averages = [
+        ema_optax.ema_params(powers, **options),
+        ema_optax.bema_params(),
+        ema_optax.ema_params(0.9, overwrite_every=2),
+    ]
+
+    def run():
+        states, p, snapshots = [a.init(params) for a in averages], params, []
+        for t in range(1, 7):
+            for i, average in enumerate(averages):
+                changes = jax.tree.map(lambda x: x * jnp.asarray(-0.1, x.dtype), p)
+                updates, states[i] = jax.jit(average.update)(changes, states[i], p)
+            p = optax.apply_updates(p, updates)
+            snapshots += [
+                Snapshot(t, powers[name].exponent, shadow_params(states[0], name=name))
+                for name in powers
+            ]
+        read = [shadow_params(state, p) for state in states[1:]]
+        for name in powers:
+            read += [shadow_params(states[0], p, name=name)]
+            read += [ema_optax.metrics(states[0], p, name=name)]
+        return states, read, reconstruct(snapshots, width=0.08, params=p).tree
+
+    expected = jax.tree.leaves(run())
+    with jax.numpy_dtype_promotion("strict"):
+        actual = jax.tree.leaves(run())
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_nothing_warns():

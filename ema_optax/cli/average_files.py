@@ -44,7 +44,7 @@ def model(
     averaged = snapshots[0].tree.leaves
     item = _item_with_params(runs, last)
     if item is None:
-        wide = {p: jnp.promote_types(x.dtype, "float32") for p, x in averaged.items()}
+        wide = {p: trees.wide(x.dtype) for p, x in averaged.items()}
         kept: dict[str, Any] = {}
     else:
         stored = checkpoint.describe(item).trees["params"].leaves

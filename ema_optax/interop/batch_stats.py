@@ -132,7 +132,7 @@ def averaged_stats(
             )
         return leaves
 
-    start = [jnp.asarray(s, jnp.promote_types(s.dtype, jnp.float32)) for s in old]
+    start = [jnp.asarray(s, trees.wide(s.dtype)) for s in old]
     updated: list[int] = []
     momenta: list[float] = []
     average: list[Any] = []

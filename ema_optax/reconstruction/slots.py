@@ -35,7 +35,7 @@ class Slots:
         self._like = params
         dtypes: dict[str, Any] = {}
         if params is None:
-            dtypes = {path: _widened(leaf.dtype) for path, leaf in stored.items()}
+            dtypes = {path: trees.wide(leaf.dtype) for path, leaf in stored.items()}
             if not isinstance(given[-1], Source):
                 self._like = given[-1]
         self.targets: dict[str, Target] = {}
@@ -115,10 +115,6 @@ def _own(path: str, slot: Any) -> Any:
             "params that hold it."
         )
     return jnp.copy(slot) if isinstance(slot, jax.Array) else slot
-
-
-def _widened(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _in_kind_of(kind: Any, dtype: Any) -> Any:

@@ -140,9 +140,9 @@ def _partial_dtypes(
     room = _tree_bytes(leaves, targets) // 4
     kinds = {}
     for path, target in targets.items():
-        wide = jnp.promote_types(target.dtype, jnp.float64)
+        wide = np.promote_types(target.dtype, np.float64)
         more = leaves[path].size * (wide.itemsize - target.dtype.itemsize) * sums
-        fallback = jnp.promote_types(target.dtype, jnp.float32)
+        fallback = trees.wide(target.dtype)
         kinds[path] = wide if more <= room else fallback
     return kinds
 
