@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def test_beta_is_the_formula(kind):
     steps = np.arange(1, 5001)
     np.testing.assert_allclose(decay(steps), expected, rtol=1e-12, atol=1e-14)
     assert decay(7) == pytest.approx(expected[6], rel=1e-12, abs=1e-14)
-    assert isinstance(decay(7), float)
+    assert type(decay(7)) is type(decay.newest_weight(7)) is float
     for dtype in (np.float32, np.uint8):  # whatever the steps come as
         some = decay(steps[:255].astype(dtype))
         np.testing.assert_array_equal(some, decay(steps[:255]))
@@ -138,6 +139,7 @@ def test_scale_to_batch_raises_beta_to_the_factor():
         ema_optax.cosine(0.9, 100)(30) ** 0.5
     )
     assert scale(0.999, 8) == ema_optax.warmup(0.999**8)
+    assert scale(ema_optax.warmup(0.9, 5), 2) == ema_optax.warmup(0.9**2, 5)
     for relative in (
         ema_optax.power(0.1),
         ema_optax.uniform(),
@@ -173,7 +175,11 @@ def test_repr_is_the_call_that_makes_it():
         ("[1]", r"Not a decay: \[1\]\..*'kind' is one of"),
         ('{"kind": "constant"}', r'arguments of constant: \{"kind": "constant"\} \('),
         ('{"kind": "constant", "decay": 0.9, "x": 1}', "arguments of constant"),
-        ('{"kind": "constant", "decay": "0.9"}', "arguments of constant"),
+        ('{"kind": "constant", "decay": "0.9"}', r"decay is no number\)"),
+        ('{"kind": "constant", "decay": false}', r"decay is no number\)"),
+        ('{"kind": "start_after", "decay": 0.9, "step": 1}', r"decay is no decay\)"),
+        ('{"kind": "half_life", "steps": Infinity}', r"steps is not finite\)"),
+        ('{"kind": "half_life", "steps": NaN}', r"steps is not finite\)"),
         ('{"kind": "constant", "decay": 1.5}', r"in \[0, 1\), got 1.5"),
         ('{"kind": "schedule", "function": "print"}', "'kind' is one of"),
     ],
@@ -245,6 +251,65 @@ def test_values_outside_their_interval_are_refused(make, wrong):
         make()
 
 
+BELOW_ONE, TINY, WIDEST = math.nextafter(1, 0), 1e-300, 1 / math.sqrt(12)
+BETA, ABOVE_0 = ([0, BELOW_ONE], [-TINY, 1]), ([TINY, 1e300], [0, math.inf])
+ENDS = {  # start of the error: what takes the value, (last values in, first out)
+    "constant needs a decay": (ema_optax.constant, BETA),
+    "warmup needs a decay": (ema_optax.warmup, BETA),
+    "debiased needs a decay": (ema_optax.debiased, BETA),
+    "ramp needs a decay": (ema_optax.ramp, BETA),
+    "cosine needs a decay": (lambda x: ema_optax.cosine(x, 9), BETA),
+    "inverse_power needs a decay": (ema_optax.inverse_power, BETA),
+    "half_life needs a positive": (ema_optax.half_life, ABOVE_0),
+    "ramp's time_constant": (lambda x: ema_optax.ramp(0.9, x), ABOVE_0),
+    "cosine's steps": (lambda x: ema_optax.cosine(0.9, x), ABOVE_0),
+    "inverse_power's inv_gamma": (lambda x: ema_optax.inverse_power(0.9, x), ABOVE_0),
+    "inverse_power's power": (lambda x: ema_optax.inverse_power(0.9, 1, x), ABOVE_0),
+    "scale_to_batch's factor": (
+        lambda x: ema_optax.scale_to_batch(ema_optax.ramp(0.9), x),
+        ABOVE_0,
+    ),
+    "warmup needs an offset": (
+        lambda x: ema_optax.warmup(0.9, x),
+        ([1, 1e300], [BELOW_ONE, math.inf]),
+    ),
+    "inverse_power needs 0 ≤ min_decay ≤ decay": (
+        lambda x: ema_optax.inverse_power(0.9, min_decay=x),
+        ([0, 0.9], [-TINY, math.nextafter(0.9, 1)]),
+    ),
+    "fraction needs a share": (
+        ema_optax.fraction,
+        ([TINY, 1], [0, math.nextafter(1, 2)]),
+    ),
+    "power needs an exponent": (
+        lambda x: ema_optax.power(exponent=x),
+        ([-BELOW_ONE, 1e300], [-1, math.inf]),
+    ),
+    "A width is in": (
+        ema_optax.power,
+        ([1e-9, WIDEST], [0, math.nextafter(WIDEST, 1)]),
+    ),
+    "start_after needs a number of updates": (
+        lambda x: ema_optax.start_after(0.9, x),
+        ([0, 10**300], [-1, math.inf]),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ENDS)
+def test_intervals_end_where_they_say(message):
+    """The ends give a β and a weight in [0, 1]; beyond, the error names the call."""
+    make, (within, beyond) = ENDS[message]
+    for value in within:
+        decay = make(value)
+        assert 0 <= decay(5) < 1
+        assert 0 <= decay.newest_weight(5, every=2) <= 1
+        assert ema_optax.Decay.from_json(decay.to_json()) == decay
+    for value in [*beyond, math.nan]:
+        with pytest.raises(ValueError, match=rf"^{re.escape(message)}.* got "):
+            make(value)
+
+
 @pytest.mark.parametrize("decay", ["0.999", None, True, [0.9]])
 def test_what_is_no_decay_is_refused(decay):
     """Texts, None, bools and lists are type errors that name a usual call."""
@@ -264,12 +329,25 @@ def test_numbers_mean_a_warmup():
             jax.jit(lambda decay: as_decay(decay).newest_weight(5))(narrow)
 
 
+def test_a_traced_beta_is_as_exact_as_float32_allows():
+    """As optax.inject_hyperparams passes it: late in a run, the weight is 1 − β."""
+    for beta in (np.float32(0.999), np.float32(0.25)):
+        weight = jax.jit(lambda b, t: as_decay(b).newest_weight(t))(beta, 10**6)
+        assert float(weight) == pytest.approx(1 - float(beta), rel=2e-7)
+
+
 def test_json_from_anywhere_is_refused_in_bounded_text():
     """Too deep for a parser, or with what Python does not print: a line it is."""
     deep, long = "[" * 200_000, {"kind": 10**5000}
-    for given in (deep, long, {"kind": "constant", "decay": "x"}):
-        with pytest.raises(ValueError, match="Not ") as caught:
+    wrong = {"kind": "constant", "decay": "x" * 9999}
+    for given, told in [
+        (deep, deep[:200]),
+        (long, "a dict"),
+        (wrong, str(wrong)[:200]),
+    ]:
+        with pytest.raises(ValueError, match=r"^Not ") as caught:
             ema_optax.Decay.from_json(given)
+        assert re.search(f": {re.escape(told)}[. ]", str(caught.value))
         assert len(str(caught.value)) < 1000
 
 
