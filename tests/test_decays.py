@@ -100,6 +100,13 @@ def test_float32_weights_stay_exact_late_in_a_long_run():
         assert float(weight) == pytest.approx(expected, rel=2e-6)
 
 
+def test_defaults():
+    """What the documentation and other systems say that they are."""
+    assert ema_optax.inverse_power() == ema_optax.inverse_power(0.9999, 1, 2 / 3, 0)
+    assert ema_optax.ramp(0.9) == ema_optax.ramp(0.9, 2000)
+    assert ema_optax.warmup(0.9) == ema_optax.warmup(0.9, 10)
+
+
 def test_power_takes_width_or_exponent():
     """Both spellings agree with the root that mpmath finds."""
     assert ema_optax.power(0.1).exponent == pytest.approx(EXPONENT, rel=1e-12)
