@@ -122,6 +122,16 @@ def test_noise_differs_between_elements_folds_and_leaves():
         assert abs(lagged) < 4 / np.sqrt(9 * n)
 
 
+def test_seeds_are_like_random_numbers():
+    """No two folds of a leaf share one, and every bit is set in half of them."""
+    seeds = np.stack(jax.vmap(lambda t: storage.fold_seeds(t, 16))(jnp.arange(20_000)))
+    assert len(np.unique(seeds, axis=0)) == 16  # no two leaves
+    for of_leaf in seeds:
+        assert len(np.unique(of_leaf)) == 20_000
+        shares = np.mean(of_leaf[:, None] >> np.arange(32, dtype=np.uint32) & 1, axis=0)
+        np.testing.assert_allclose(shares, 0.5, atol=0.02)  # 5.6 standard deviations
+
+
 def test_noise_depends_on_the_place_and_not_on_the_sharding():
     """The same bits under jit, and for the same flat index in another shape."""
     params = jnp.full((4, 6), 1 + 2**-8)
