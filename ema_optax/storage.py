@@ -159,9 +159,8 @@ def fold_seeds(count: Any, leaves: int) -> list[jax.Array]:
     few differ: a salt for each made 300 like leaves take nine times as long to compile.
     """
     seed = _mix(jnp.asarray(count).astype(jnp.uint32))
-    with np.errstate(over="ignore"):  # the hash wraps around
-        # From numbers that no count reaches: no leaf's seed returns at another.
-        salts = _mix(np.arange(_STREAMS, dtype=np.uint32) + np.uint32(0x9E37_79B9))
+    # From numbers that no count reaches: no leaf's seed returns at another.
+    salts = _mix(np.arange(_STREAMS, dtype=np.uint32) + np.uint32(0x9E37_79B9))
     salted = [seed ^ salt for salt in salts]
     return [salted[leaf % _STREAMS] for leaf in range(leaves)]
 

@@ -83,6 +83,29 @@ def projection(steps, exponents, exponent, step, order=16):
     return weights, left / np.linalg.norm(wanted)
 
 
+def lowbias32(x):
+    """Returns the hash of a 32-bit integer: Chris Wellons' C code, in Python."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def rounded_to_bfloat16(values, count, leaf):
+    """Returns float32 values rounded by chance, as leaf number `leaf` at a count is.
+
+    An element with the 16 bits n below those that bfloat16 has goes up in magnitude
+    where n and 16 bits of the hash of its index make 2¹⁶ or more.
+    """
+    seed = lowbias32(count) ^ lowbias32(0x9E3779B9 + leaf % 16)
+    bits = np.asarray(values, np.float32).ravel().view(np.uint32)
+    drawn = [lowbias32(i ^ seed) >> 16 for i in range(bits.size)]
+    up = (bits & 0xFFFF) + np.asarray(drawn, np.uint32) >= 2**16
+    kept = (bits & 0xFFFF0000) + np.where(up, 2**16, 0).astype(np.uint32)
+    return kept.view(np.float32).reshape(np.shape(values))
+
+
 def relative_rms(actual, expected):
     """Returns the RMS of the error over the RMS of the expected values."""
     error = np.asarray(actual, np.float64) - expected

@@ -413,10 +413,8 @@ def test_float64_params_keep_a_float64_shadow():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"every": 3, "rounding": "stochastic"},
-        {"shadow_dtype": "bfloat16"},
-        {"pack_small": True},
+        {"shadow_dtype": "bfloat16", "pack_small": True},
     ],
     ids=str,
 )

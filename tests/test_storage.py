@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ema_optax import storage
+from tests import reference
 
 COPY = storage.split_weight(1.0)
 
@@ -122,6 +123,26 @@ def test_noise_differs_between_elements_folds_and_leaves():
         assert abs(lagged) < 4 / np.sqrt(9 * n)
 
 
+def test_the_draws_are_those_of_the_hash():
+    """Every version draws the same, so that a run may go on with a later one."""
+    params = np.random.default_rng(0).standard_normal((30, 40)).astype(np.float32)
+    for count in (1, 70_000, 2**31 - 1):
+        seeds = storage.fold_seeds(jnp.int32(count), 18)
+        for leaf in (0, 1, 15, 17):
+            rounded = storage.fold(
+                jnp.zeros((30, 40), jnp.bfloat16), params, COPY, seeds[leaf]
+            )
+            expected = reference.rounded_to_bfloat16(params, count, leaf)
+            np.testing.assert_array_equal(rounded.astype(jnp.float32), expected)
+
+
+def test_leaves_beyond_32_bits_are_indexed():
+    """By the index modulo 2³²; nothing this large is made here."""
+    shadow = jax.ShapeDtypeStruct((2, 2**32 + 5), jnp.bfloat16)
+    folded = jax.eval_shape(storage.fold, shadow, shadow, COPY, jnp.uint32(1))
+    assert (folded.shape, folded.dtype) == (shadow.shape, shadow.dtype)
+
+
 def test_seeds_are_like_random_numbers():
     """No two folds of a leaf share one, and every bit is set in half of them."""
     seeds = np.stack(jax.vmap(lambda t: storage.fold_seeds(t, 16))(jnp.arange(20_000)))
@@ -160,18 +181,25 @@ def test_stochastic_float32_moves_where_nearest_would_not():
         assert abs(moved.mean() - change / ulp) < 0.01
 
 
-def test_stochastic_float32_is_unbiased_at_any_change():
+@pytest.mark.parametrize("weight", [1e-6, 1e-8])
+def test_stochastic_float32_is_unbiased_at_any_change(weight):
     """Up and down, small and large, on both sides of a power of two."""
     rng = np.random.default_rng(0)
-    shadow = np.repeat(rng.standard_normal(50).astype(np.float32), 4000)
-    param = np.repeat(3 * rng.standard_normal(50).astype(np.float32), 4000)
-    weight = storage.split_weight(1e-6)
+    starts = rng.standard_normal(50).astype(np.float32)
+    ends = 3 * rng.standard_normal(50).astype(np.float32)
+    starts[:10], ends[:10] = [1, -1, 2, -2, 0.5] * 2, np.linspace(-0.4, 0.4, 10)
+    shadow, param = np.repeat(starts, 4000), np.repeat(ends, 4000)
     folded = storage.fold(
-        jnp.asarray(shadow), jnp.asarray(param), weight, jnp.uint32(7), stochastic=True
+        jnp.asarray(shadow),
+        param,
+        storage.split_weight(weight),
+        jnp.uint32(7),
+        stochastic=True,
     )
     s, p = shadow.astype(np.float64), param.astype(np.float64)
-    lost = np.asarray(folded, np.float64) - (s + np.float32(1e-6) * (p - s))
-    ulp = np.spacing(np.abs(shadow)).astype(np.float64)
+    lost = np.asarray(folded, np.float64) - (s + np.float32(weight) * (p - s))
+    # Toward 0 from a power of two, the next float32 is half as far.
+    ulp = np.abs(np.nextafter(shadow, param) - shadow).astype(np.float64)
     mean = (lost / ulp).reshape(50, 4000).mean(1)
     # 4,000 draws of at most half an ulp: standard error .008. Nearest: up to .5.
     assert np.abs(mean).max() < 0.035
@@ -188,6 +216,7 @@ def test_stochastic_float32_keeps_what_nearest_keeps():
         (shadow, param, storage.split_weight(0.0), shadow),
         (shadow, param * jnp.inf, TINY, shadow),
         (shadow * jnp.nan, param, TINY, param),
+        (shadow * 0, param, TINY, param * 2.0**-20),
     ):
         folded = storage.fold(s, p, weight, jnp.uint32(3), stochastic=True)
         np.testing.assert_array_equal(folded, expected)
