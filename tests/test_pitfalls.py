@@ -439,22 +439,28 @@ def test_strict_promotion_gives_the_same_bits(options):
         ema_optax.ema_params(0.9, overwrite_every=2),
     ]
 
+    @jax.jit
+    def step(states, p):
+        changes = jax.tree.map(lambda x: x * jnp.asarray(-0.1, x.dtype), p)
+        new = [a.update(changes, s, p) for a, s in zip(averages, states, strict=True)]
+        return [state for _, state in new], optax.apply_updates(p, new[-1][0])
+
+    @jax.jit
+    def read(states, p):
+        shadows = [shadow_params(states[0], p, name=name) for name in powers]
+        shadows += [shadow_params(state, p) for state in states[1:]]
+        return shadows, ema_optax.metrics(states[0], p, name="0.05")
+
     def run():
         states, p, snapshots = [a.init(params) for a in averages], params, []
         for t in range(1, 7):
-            for i, average in enumerate(averages):
-                changes = jax.tree.map(lambda x: x * jnp.asarray(-0.1, x.dtype), p)
-                updates, states[i] = jax.jit(average.update)(changes, states[i], p)
-            p = optax.apply_updates(p, updates)
+            states, p = step(states, p)
             snapshots += [
                 Snapshot(t, powers[name].exponent, shadow_params(states[0], name=name))
                 for name in powers
             ]
-        read = [shadow_params(state, p) for state in states[1:]]
-        for name in powers:
-            read += [shadow_params(states[0], p, name=name)]
-            read += [ema_optax.metrics(states[0], p, name=name)]
-        return states, read, reconstruct(snapshots, width=0.08, params=p).tree
+        tree = reconstruct(snapshots, width=0.08, params=p).tree
+        return states, read(states, p), tree
 
     expected = jax.tree.leaves(run())
     with jax.numpy_dtype_promotion("strict"):
