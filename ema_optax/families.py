@@ -424,8 +424,7 @@ class StartAfter(Decay):
         since = t - self.step
         inner = self.decay._log_product(xp.maximum(since, 1), k, xp)
         # One copied update inside the window makes the whole product 0.
-        started = since >= (xp.minimum(t, k) if self.step else 1)
-        return xp.where(started, inner, -xp.inf)
+        return xp.where(since >= xp.minimum(t, k), inner, -xp.inf)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +153,8 @@ def test_scale_to_batch_raises_beta_to_the_factor():
         ema_optax.uniform(),
         ema_optax.fraction(0.1),
     ):
-        with pytest.raises(ValueError, match="relative to the length of the run"):
+        wrong = rf"^{re.escape(repr(relative))} is relative to the length of the run"
+        with pytest.raises(ValueError, match=wrong):
             scale(relative, 8)
 
 
@@ -205,6 +207,11 @@ def test_callables_are_decays():
     assert float(traced) == pytest.approx(1 - 4 / 5 * 5 / 6 * 6 / 7, rel=1e-6)
     exact = jax.jit(as_decay(lambda t: 0.99999).newest_weight)(jnp.int32(6))
     assert float(exact) == pytest.approx(1e-5, rel=1e-6)  # float32(β) is 1.3e-3 off
+    ends = as_decay(lambda t: 1 - (t % 2) * 1.0)  # 0, a copy, and 1, which holds
+    for weight in (ends.newest_weight, jax.jit(ends.newest_weight)):
+        np.testing.assert_array_equal(weight(jnp.asarray([1, 2, 3])), [1, 0, 1])
+    whole = as_decay(lambda t: 0.5 * jnp.issubdtype(t.dtype, jnp.integer))
+    assert float(jax.jit(whole)(jnp.float32(3))) == 0.5
     with pytest.raises(TypeError, match="cannot be written as JSON"):
         schedule.to_json()
     with pytest.raises(TypeError, match="cannot be written as JSON"):
@@ -278,7 +285,7 @@ ENDS = {  # start of the error: what takes the value, (last values in, first out
     ),
     "warmup needs an offset": (
         lambda x: ema_optax.warmup(0.9, x),
-        ([1, 1e300], [BELOW_ONE, math.inf]),
+        ([1, sys.float_info.max], [BELOW_ONE, math.inf]),
     ),
     "inverse_power needs 0 ≤ min_decay ≤ decay": (
         lambda x: ema_optax.inverse_power(0.9, min_decay=x),

@@ -436,7 +436,7 @@ def test_strict_promotion_gives_the_same_bits(options):
     averages = [
         ema_optax.ema_params(powers, **options),
         ema_optax.bema_params(),
-        ema_optax.ema_params(0.9, overwrite_every=2),
+        ema_optax.ema_params(0.9, every=2, overwrite_every=2),
     ]
 
     @jax.jit
