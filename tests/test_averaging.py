@@ -153,6 +153,28 @@ def test_overwrite_every_makes_params_the_shadow(every):
     np.testing.assert_allclose(onward[6], path[7], rtol=1e-6)  # then trains on
 
 
+def test_complex_params_are_overwritten_too():
+    """Both of their parts."""
+    params = {"w": jnp.asarray([1 + 2j, 3 - 4j], jnp.complex64)}
+    transform = ema_optax.ema_params(0.5, overwrite_every=1)
+    updates, state = transform.update(params, transform.init(params), params)
+    held = optax.apply_updates(params, updates)["w"]
+    np.testing.assert_array_equal(held, state.shadow["w"])
+    assert np.all(np.asarray(held).imag != np.asarray(params["w"]).imag)
+
+
+def test_a_state_made_by_hand_is_folded_like_its_own():
+    """One that does not record what it is made with, as after an unpickling."""
+    params = {"w": jnp.asarray([1.0, 2.0]), "b": jnp.ones(1)}
+    transform = ema_optax.ema_params(0.9, mask={"w": True, "b": False})
+    state = transform.init(params)
+    plain = ema_optax.EmaParamsState(state.count, state.shadow)
+    _, expected = transform.update(params, state, params)
+    _, actual = transform.update(params, plain, params)
+    np.testing.assert_array_equal(actual.shadow["w"], expected.shadow["w"])
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+
+
 def test_overwriting_is_within_an_ulp_even_from_far_away():
     """It is exact where s/2 ≤ p ≤ 2s, else within an ulp of the larger part."""
     rng = np.random.default_rng(0)
@@ -249,6 +271,13 @@ def _update(transform, updates=None, state=None, params=PARAMS):
             "overwrite_every must be .* got 0",
         ),
         (
+            lambda: ema_optax.ema_params(
+                0.9, shadow_dtype="bfloat16", rounding="nearest"
+            ),
+            ValueError,
+            "^A bfloat16 shadow rounded to nearest does not move",
+        ),
+        (
             lambda: ema_optax.ema_params({"a": 0.9, "b": 0.99}, overwrite_every=5),
             ValueError,
             "writes one shadow into the params, got 2: a, b",
@@ -276,7 +305,7 @@ def _update(transform, updates=None, state=None, params=PARAMS):
         (
             lambda: _update(ema_optax.ema_params(0.9), params=None),
             ValueError,
-            r"optimizer.update\(updates, state, params\)",
+            r"^ema_params averages .*optimizer.update\(updates, state, params\)",
         ),
         (
             lambda: _update(

@@ -8,6 +8,7 @@ import pytest
 
 import ema_optax
 from ema_optax import reconstruction
+from ema_optax.reconstruction import merge, sums, uniform_coefficients
 from tests import reference
 
 
@@ -65,6 +66,33 @@ def test_params_and_dtype_say_what_it_is_like():
     assert half["w"].dtype == jnp.float16
     assert half["z"].dtype == jnp.complex64
     np.testing.assert_array_equal(half["w"], wide["w"].astype(jnp.float16))
+
+
+@pytest.mark.parametrize(("leaves", "exact"), [(4, True), (3, False)])
+def test_parts_of_sums_are_kept_in_float64_where_there_is_room(
+    leaves, exact, monkeypatch
+):
+    """Up to a leaf of a quarter of the tree; beyond, what one part loses is lost."""
+    monkeypatch.setattr(sums, "_SMALL", 0)
+    trees = [{str(i): jnp.full(100, x) for i in range(leaves)} for x in (1e8, 1.0, 1e8)]
+    for leaf in merge(trees, [1.0, 1.0, -1.0]).values():
+        np.testing.assert_array_equal(leaf, 1.0 if exact else 0.0)
+
+
+def test_a_merge_tells_how_far_it_is():
+    """For each piece of the work, up to all of it."""
+    told = []
+    trees = [{"a": jnp.ones(2), "b": jnp.ones(3)}] * 3
+    merge(trees, uniform_coefficients(3), progress=lambda *x: told.append(x))
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_complex_results_are_as_wide_as_the_dtype_asked_for():
+    """complex64 for float32, where float64 would be held too."""
+    with jax.enable_x64(True):
+        trees = [{"w": jnp.ones(2, jnp.complex64)}] * 2
+        for dtype, kind in (("float32", "complex64"), ("float64", "complex128")):
+            assert merge(trees, [0.5, 0.5], dtype=dtype)["w"].dtype == kind
 
 
 def test_several_results_come_from_one_pass():

@@ -401,6 +401,31 @@ def test_what_was_tracked_comes_back():
         assert found.noise_gain == pytest.approx(1, abs=1e-4)
 
 
+def test_snapshots_come_in_any_order():
+    """The coefficients are in the order given."""
+    given = _snapshots()
+    expected = reconstruct(given, width=0.07)
+    order = np.random.default_rng(0).permutation(len(given))
+    found = reconstruct([given[i] for i in order], width=0.07)
+    np.testing.assert_allclose(
+        found.coefficients, expected.coefficients[order], atol=1e-11
+    )
+    np.testing.assert_allclose(found.tree["w"], expected.tree["w"], rtol=1e-6)
+
+
+def test_an_average_may_end_at_any_snapshot():
+    """From the first to the last, and no further."""
+    given = _snapshots(count=4)
+    for step in (given[0].step, given[-1].step):
+        assert reconstruct(given, width=0.05, step=step).step == step
+    for step, wrong in (
+        (given[0].step - 1, f"step {given[0].step - 1} is before the first"),
+        (given[-1].step + 1, f"step {given[-1].step + 1} is after the last"),
+    ):
+        with pytest.raises(ValueError, match=f"^{wrong} snapshot: they reach from "):
+            reconstruct(given, width=0.05, step=step)
+
+
 def test_several_widths_are_single_calls():
     """To the last digit but one, in the order asked for, from one pass."""
     widths = [0.15, 0.03, 0.07]
@@ -610,6 +635,12 @@ def test_without_params_it_is_like_the_newest_snapshot():
     assert reconstruct(narrow, width=0.09).tree["w"].dtype == jnp.float32
     half = reconstruct(narrow, width=0.09, dtype="float16").tree["w"]
     assert half.dtype == jnp.float16
+    listed = [  # the same paths, in a list since the last step
+        Snapshot(s.step, s.exponent, list(w) if s.step == 60 else {"0": w[0]})
+        for s in narrow
+        for w in [list(s.tree.values())]
+    ]
+    assert isinstance(reconstruct(listed[::-1], width=0.09).tree, list)
 
 
 def test_dtype_is_of_floating_leaves_alone():
@@ -877,6 +908,21 @@ def test_a_plan_counts_what_is_averaged():
         assert reconstruction.plan(100, params=given, **few).bytes == expected * 2 * 4
     assert reconstruction.plan(np.int64(100), **few).bytes is None
     assert reconstruction.plan([30, 10, 20, 10], **few).steps == (10, 20, 30)
+
+
+def test_a_plan_knows_the_rounding_of_what_it_saves():
+    """bfloat16 narrows what is reachable; a snapshot at every step is the most."""
+    for dtype in ("bfloat16", "float32"):
+        found = reconstruction.plan(40, snapshots=40, dtype=dtype)
+        assert found.steps == tuple(range(1, 41))
+        ridge = reconstruction.rounding_variance(dtype)
+        steps = np.repeat(found.steps, 2)
+        exponents = [ema_optax.exponent_from_width(w) for w in found.tracked] * 40
+        assert found.reachable == reconstruction.reachable(
+            steps, exponents, 40, error=0.01, ridge=ridge
+        )
+    with pytest.raises(ValueError, match="between 1 and 40 snapshots"):
+        reconstruction.plan(40, snapshots=41)
 
 
 def test_a_plan_reads_as_a_table():
