@@ -139,6 +139,16 @@ def test_merge_refuses(coefficients, message):
         reconstruction.merge(_trees(3), coefficients)
 
 
+def test_coefficients_may_be_rounded():
+    """To 1e-6; their sum is told where it is further from 1."""
+    trees = [{"w": 1.0}, {"w": 3.0}]
+    assert reconstruction.merge(trees, [0.5, 0.5 + 9e-7])["w"] == pytest.approx(
+        2, rel=1e-5
+    )
+    with pytest.raises(ValueError, match=r"got a sum of 0\.999989"):
+        reconstruction.merge(trees, [0.5, 0.5 - 1.1e-5])
+
+
 def test_merge_refuses_no_trees():
     """An empty list of checkpoints has no mean."""
     with pytest.raises(ValueError, match="0 trees"):

@@ -485,6 +485,21 @@ def test_what_is_said_to_be_reachable_is():
     assert reconstruction.reachable([10], [7.0], 20_000) is None
 
 
+def test_noise_narrows_what_is_reachable():
+    """With a ridge it is where the profile of those coefficients crosses the error."""
+    steps, exponents = _schedule(32)
+    ridge = 0.01
+    ends = reconstruction.reachable(steps, exponents, 20_000, error=0.02, ridge=ridge)
+    for width, sign in zip(ends, (1, -1), strict=True):
+        for factor, inside in ((1.01, sign > 0), (0.99, sign < 0)):
+            g = ema_optax.exponent_from_width(width * factor)
+            x = reconstruction.coefficients(steps, exponents, g, 20_000, ridge=ridge)
+            left = reconstruction.profile_error(x, steps, exponents, g, 20_000)
+            assert (left <= 0.02) == inside
+    plain = reconstruction.reachable(steps, exponents, 20_000, error=0.02)
+    assert plain[0] < ends[0] < ends[1] < plain[1]
+
+
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
@@ -670,6 +685,10 @@ def test_abstract_params_do_where_all_is_averaged():
     assert jax.tree.map(jnp.result_type, found.tree) == jax.tree.map(
         lambda x: x.dtype, abstract
     )
+    # Of what was left out of the average, an array of no elements needs no values.
+    empty = {**abstract, "vacant": jax.ShapeDtypeStruct((0, 3), jnp.int8)}
+    kept = reconstruct(snapshots, width=0.09, params=empty).tree["vacant"]
+    assert (kept.shape, kept.dtype) == ((0, 3), jnp.int8)
 
 
 SHARDED = """
@@ -913,13 +932,13 @@ def test_a_plan_counts_what_is_averaged():
 def test_a_plan_knows_the_rounding_of_what_it_saves():
     """bfloat16 narrows what is reachable; a snapshot at every step is the most."""
     for dtype in ("bfloat16", "float32"):
-        found = reconstruction.plan(40, snapshots=40, dtype=dtype)
-        assert found.steps == tuple(range(1, 41))
+        found = reconstruction.plan(512, snapshots=512, dtype=dtype)
+        assert found.steps == tuple(range(1, 513))
         ridge = reconstruction.rounding_variance(dtype)
         steps = np.repeat(found.steps, 2)
-        exponents = [ema_optax.exponent_from_width(w) for w in found.tracked] * 40
+        exponents = [ema_optax.exponent_from_width(w) for w in found.tracked] * 512
         assert found.reachable == reconstruction.reachable(
-            steps, exponents, 40, error=0.01, ridge=ridge
+            steps, exponents, 512, error=0.01, ridge=ridge
         )
     with pytest.raises(ValueError, match="between 1 and 40 snapshots"):
         reconstruction.plan(40, snapshots=41)
@@ -937,6 +956,8 @@ def test_a_plan_reads_as_a_table():
     ]
     lone = reconstruction.plan([5], tracked=(0.1,), widths=(0.1,))
     assert "1 snapshots of 1 widths (0.1)\n" in str(lone)
+    poor = reconstruction.plan([5], tracked=(0.2886,), widths=(0.1,))
+    assert str(poor).endswith("\nwidths within 1 %: none")
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def decay_coefficients(decay: DecayLike, steps: Sequence[int]) -> np.ndarray:
         newest = chosen.newest_weight(int(times[i]), every=int(times[i] - times[i - 1]))
         weights *= 1 - newest
         weights[i] = newest
-    return weights / weights.sum()
+    return weights
 
 
 def lr_decay_coefficients(multipliers: Sequence[float]) -> np.ndarray:
