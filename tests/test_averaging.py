@@ -27,7 +27,7 @@ def path():
         ("warmup", (0.999,), ema_optax.warmup(0.999), 7, 2e-6),
         ("power", (6.94,), ema_optax.power(exponent=6.94), 10, 2e-6),
         ("constant", (0.9999,), ema_optax.constant(0.9999), 16, 2e-6),
-        ("debiased", (0.9999,), ema_optax.debiased(0.9999), 7, 2e-6),
+        ("debiased", (0.9999,), ema_optax.debiased(0.9999), 2, 2e-6),
         ("uniform", (), ema_optax.uniform(), 1, 2e-6),
         # Here w·(p − s) is 1e-5 of s: the sum itself rounds. The late one is at 1.4e-5.
         ("constant", (0.99999,), ema_optax.constant(0.99999), 1, 6e-6),
