@@ -473,10 +473,9 @@ def test_a_doubtful_average_warns():
     assert found.profile_error == pytest.approx(0.12, abs=0.005)
     with pytest.raises(ValueError, match=r"profile error of \d\d%.* narrower ones"):
         reconstruct(few, width=0.005)
-    near = [s for s in few if s.step != 3200]
-    with pytest.raises(
-        ValueError, match=r"none at step 3200 itself; the nearest is 2800"
-    ):
+    near = [s for s in few if s.step not in (3200, 3600)]
+    message = "none at step 3200 itself; the nearest is 2800"
+    with pytest.raises(ValueError, match=message):
         reconstruct(near, width=0.05, step=3200)
     close = _snapshots()
     with pytest.warns(ReconstructionWarning, match="none at step 6310 itself"):
