@@ -181,7 +181,7 @@ def test_stochastic_float32_moves_where_nearest_would_not():
         assert abs(moved.mean() - change / ulp) < 0.01
 
 
-@pytest.mark.parametrize("weight", [1e-6, 1e-8])
+@pytest.mark.parametrize("weight", [1e-6, 1e-8, 1 - 2**-24])
 def test_stochastic_float32_is_unbiased_at_any_change(weight):
     """Up and down, small and large, on both sides of a power of two."""
     rng = np.random.default_rng(0)
@@ -199,7 +199,8 @@ def test_stochastic_float32_is_unbiased_at_any_change(weight):
     s, p = shadow.astype(np.float64), param.astype(np.float64)
     lost = np.asarray(folded, np.float64) - (s + np.float32(weight) * (p - s))
     # Toward 0 from a power of two, the next float32 is half as far.
-    ulp = np.abs(np.nextafter(shadow, param) - shadow).astype(np.float64)
+    near, far = (param, shadow) if weight > 0.5 else (shadow, param)
+    ulp = np.abs(np.nextafter(near, far) - near).astype(np.float64)
     mean = (lost / ulp).reshape(50, 4000).mean(1)
     # 4,000 draws of at most half an ulp: standard error .008. Nearest: up to .5.
     assert np.abs(mean).max() < 0.035
