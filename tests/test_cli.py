@@ -92,6 +92,7 @@ def test_a_restore_that_is_not_exact(
     assert "not answer exactly" in printed.err
 
 
+@pytest.mark.once
 def test_the_module_runs_the_demo(tmp_path: Path):
     """`python -m ema_optax demo` prints the table and names the files it wrote."""
     command = [*MODULE, "demo", "--steps", "3", "--seed", "7", "--out", "run"]

@@ -39,6 +39,7 @@ def _start(*arguments):
     )
 
 
+@pytest.mark.once
 def test_two_processes_then_one(example, tmp_path, capsys):
     """The second goes on with the first, as one that never stopped would have."""
     run = tmp_path / "run"
@@ -64,6 +65,7 @@ def test_two_processes_then_one(example, tmp_path, capsys):
     assert abs(before - expected).max() > 1e-2
 
 
+@pytest.mark.once
 def test_a_process_that_fails_ends_the_others(tmp_path):
     """With its error, and an exit code that says so."""
     params = {"w": np.zeros(3, np.float32)}

@@ -433,6 +433,7 @@ def reseal_unbounded(run, change):
     path.write_text(json.dumps({"xxh3": manifest._seal(text), "content": content}))
 
 
+@pytest.mark.once
 def test_floods_in_bounded_memory(whole, tmp_path):
     """No reader takes 1 GiB of addresses, nor 300 MiB of memory, for any of them.
 
