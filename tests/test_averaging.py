@@ -154,10 +154,12 @@ def test_overwrite_every_makes_params_the_shadow(every):
 
 
 def test_complex_params_are_overwritten_too():
-    """Both of their parts."""
-    params = {"w": jnp.asarray([1 + 2j, 3 - 4j], jnp.complex64)}
+    """Both of their parts, and what is not averaged stays."""
+    params = {"count": jnp.int32(7), "w": jnp.asarray([1 + 2j, 3 - 4j], jnp.complex64)}
     transform = ema_optax.ema_params(0.5, overwrite_every=1)
-    updates, state = transform.update(params, transform.init(params), params)
+    changes = {**params, "count": jnp.int32(0)}
+    updates, state = transform.update(changes, transform.init(params), params)
+    assert updates["count"] == 0
     held = optax.apply_updates(params, updates)["w"]
     np.testing.assert_array_equal(held, state.shadow["w"])
     assert np.all(np.asarray(held).imag != np.asarray(params["w"]).imag)
@@ -268,7 +270,7 @@ def _update(transform, updates=None, state=None, params=PARAMS):
         (
             lambda: ema_optax.ema_params(0.9, overwrite_every=0),
             ValueError,
-            "overwrite_every must be .* got 0",
+            "^overwrite_every must be .* got 0",
         ),
         (
             lambda: ema_optax.ema_params(

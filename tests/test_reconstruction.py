@@ -425,6 +425,8 @@ def test_an_average_may_end_at_any_snapshot():
     ):
         with pytest.raises(ValueError, match=f"^{wrong} snapshot: they reach from "):
             reconstruct(given, width=0.05, step=step)
+    with pytest.raises(ValueError, match="is after the last snapshot"):
+        reconstruct(given[-1:], width=0.05, step=STEPS + 1)
 
 
 def test_several_widths_are_single_calls():
