@@ -79,6 +79,12 @@ def test_parts_of_sums_are_kept_in_float64_where_there_is_room(
         np.testing.assert_array_equal(leaf, 1.0 if exact else 0.0)
 
 
+def test_a_merge_of_one_tree_is_that_tree():
+    """With all of the weight."""
+    tree = {"w": jnp.asarray([0.1, 0.2])}
+    np.testing.assert_array_equal(merge([tree], [1.0])["w"], tree["w"])
+
+
 def test_a_merge_tells_how_far_it_is():
     """For each piece of the work, up to all of it."""
     told = []
@@ -161,6 +167,9 @@ def test_uniform_coefficients_are_of_the_last():
     np.testing.assert_array_equal(ours, np.full(5, 0.2))
     ours = reconstruction.uniform_coefficients(5, last=3)
     np.testing.assert_array_equal(ours, np.array([0, 0, 1, 1, 1]) / 3)
+    np.testing.assert_array_equal(
+        reconstruction.uniform_coefficients(3, last=1), [0, 0, 1]
+    )
     for count, last in ((3, 4), (3, 0), (0, None)):
         with pytest.raises(ValueError, match=f"of {count} checkpoints"):
             reconstruction.uniform_coefficients(count, last=last)

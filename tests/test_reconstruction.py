@@ -240,6 +240,7 @@ def test_the_rounding_variance_is_that_of_numbers_of_all_sizes(dtype):
         (([1, 2], 7, 5, np.nan), 0, "steps > 0"),
         (([1, 2], 7, 5, 2), -1e-9, "ridge must be ≥ 0 and finite, got -1e-09"),
         (([1, 2], 7, 5, 2), np.nan, "ridge must be"),
+        (([1, 2], 7, 5, 2), np.inf, "ridge must be"),
     ],
 )
 def test_coefficients_refuse(args, ridge, message):
@@ -547,6 +548,7 @@ def test_snapshots_of_other_models_are_refused():
     for tree, message in (
         ({"v": np.ones(2)}, "number 1 also has 'v'"),
         ({"w": np.ones(2), "v": np.ones(2)}, "number 1 also has 'v'"),
+        ({}, "number 1 lacks 'w'"),
         ({"w": np.ones(3, np.float32)}, r"'w' is float32\[2\] in the first and float"),
         ({"w": np.ones(2, np.complex64)}, r"'w' is float32\[2\].*complex64\[2\]"),
     ):
@@ -951,6 +953,7 @@ def test_a_plan_knows_the_rounding_of_what_it_saves():
         assert found.reachable == reconstruction.reachable(
             steps, exponents, 512, error=0.01, ridge=ridge
         )
+    assert reconstruction.plan(40, snapshots=1).steps == (40,)
     with pytest.raises(ValueError, match="between 1 and 40 snapshots"):
         reconstruction.plan(40, snapshots=41)
 
