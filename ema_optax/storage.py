@@ -67,12 +67,10 @@ def stored_dtype(dtype: Any, shadow_dtype: np.dtype | None = None) -> np.dtype:
     >>> stored_dtype(jnp.bfloat16), stored_dtype(jnp.float32, jnp.dtype("bfloat16"))
     (dtype('float32'), dtype(bfloat16))
     """
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        if shadow_dtype is None:
-            return jnp.dtype(dtype)
-        return jnp.dtype("complex128" if shadow_dtype.itemsize == 8 else "complex64")
     if shadow_dtype is None:
-        return jnp.dtype("float64" if jnp.finfo(dtype).bits == 64 else "float32")
+        return trees.wide(dtype)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.dtype("complex128" if shadow_dtype.itemsize == 8 else "complex64")
     return shadow_dtype
 
 

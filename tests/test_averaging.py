@@ -28,6 +28,7 @@ def path():
         ("power", (6.94,), ema_optax.power(exponent=6.94), 10, 2e-6),
         ("constant", (0.9999,), ema_optax.constant(0.9999), 16, 2e-6),
         ("debiased", (0.9999,), ema_optax.debiased(0.9999), 2, 2e-6),
+        ("debiased", (0.9999,), ema_optax.debiased(0.9999), 7, 2e-6),
         ("uniform", (), ema_optax.uniform(), 1, 2e-6),
         # Here w·(p − s) is 1e-5 of s: the sum itself rounds. The late one is at 1.4e-5.
         ("constant", (0.99999,), ema_optax.constant(0.99999), 1, 6e-6),
@@ -138,7 +139,7 @@ def test_the_mask_leaves_leaves_out():
         np.testing.assert_allclose(state.shadow["c"], 1 + (1 - 2 / 11), rtol=1e-6)
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [1, 2, 3])
 def test_overwrite_every_makes_params_the_shadow(every):
     """After every N-th update the model holds the shadow; between, nothing changes."""
     path = drifting(12, 32, noise=0.05)
@@ -166,7 +167,7 @@ def test_complex_params_are_overwritten_too():
 
 
 def test_a_state_made_by_hand_is_folded_like_its_own():
-    """One that does not record what it is made with, as after an unpickling."""
+    """One that does not record what it is made with, as another library makes it."""
     params = {"w": jnp.asarray([1.0, 2.0]), "b": jnp.ones(1)}
     transform = ema_optax.ema_params(0.9, mask={"w": True, "b": False})
     state = transform.init(params)

@@ -485,15 +485,21 @@ def test_a_doubtful_average_warns():
         reconstruct(close, width=0.25, step=6310)
 
 
+def _check_ends(ends, error, distance):
+    """Asserts that 1 % inside of two widths the error is met, and 1 % outside not."""
+    for width, inward in zip(ends, (1.01, 0.99), strict=True):
+        for factor in (1.01, 0.99):
+            g = ema_optax.exponent_from_width(width * factor)
+            assert (distance(g) <= error) == (factor == inward)
+
+
 def test_what_is_said_to_be_reachable_is():
     """`reachable` ends where the profile error crosses the one asked for."""
     steps, exponents = _schedule(32)
-    low, high = reconstruction.reachable(steps, exponents, 20_000, error=0.02)
-    for width, sign in ((low, 1), (high, -1)):
-        for factor, inside in ((1.01, sign > 0), (0.99, sign < 0)):
-            g = ema_optax.exponent_from_width(width * factor)
-            _, distance = reference.projection(steps, exponents, g, 20_000)
-            assert (distance <= 0.02) == inside
+    ends = reconstruction.reachable(steps, exponents, 20_000, error=0.02)
+    _check_ends(
+        ends, 0.02, lambda g: reference.projection(steps, exponents, g, 20_000)[1]
+    )
     assert reconstruction.reachable([10], [7.0], 20_000) is None
 
 
@@ -502,12 +508,12 @@ def test_noise_narrows_what_is_reachable():
     steps, exponents = _schedule(32)
     ridge = 0.01
     ends = reconstruction.reachable(steps, exponents, 20_000, error=0.02, ridge=ridge)
-    for width, sign in zip(ends, (1, -1), strict=True):
-        for factor, inside in ((1.01, sign > 0), (0.99, sign < 0)):
-            g = ema_optax.exponent_from_width(width * factor)
-            x = reconstruction.coefficients(steps, exponents, g, 20_000, ridge=ridge)
-            left = reconstruction.profile_error(x, steps, exponents, g, 20_000)
-            assert (left <= 0.02) == inside
+
+    def left(g):
+        x = reconstruction.coefficients(steps, exponents, g, 20_000, ridge=ridge)
+        return reconstruction.profile_error(x, steps, exponents, g, 20_000)
+
+    _check_ends(ends, 0.02, left)
     plain = reconstruction.reachable(steps, exponents, 20_000, error=0.02)
     assert plain[0] < ends[0] < ends[1] < plain[1]
 

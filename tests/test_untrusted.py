@@ -328,7 +328,7 @@ SUMS = {
     "nested without end": lambda sums: {**sums, "shadow": {"w": _nested(900, 1)}},
     "two halves and one more": lambda sums: {
         **sums,
-        "shadow": {"w": [[[[0, 2], [0, 4]], "0"]] * 10**4},
+        "shadow": {"w": [[[[0, 2], [0, 4]], "0"]] * 10**5},
     },
 }
 

@@ -142,8 +142,7 @@ def _partial_dtypes(
     for path, target in targets.items():
         wide = np.promote_types(target.dtype, np.float64)
         more = leaves[path].size * (wide.itemsize - target.dtype.itemsize) * sums
-        fallback = trees.wide(target.dtype)
-        kinds[path] = wide if more <= room else fallback
+        kinds[path] = wide if more <= room else trees.wide(target.dtype)
     return kinds
 
 
