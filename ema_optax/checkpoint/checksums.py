@@ -1,10 +1,11 @@
-"""Checksums of leaves piece by piece, as processes wrote them and wherever they lie.
+"""Checksums of leaves, block by block, as the processes wrote them.
 
-A piece is what one process wrote of a leaf: its bounds, a [start, stop] for each axis,
-and the xxh3 of its bytes. Restored leaves may be sharded differently, or live on
-another number of processes: a piece is compared wherever one process holds all of it.
+A piece is a block that one process wrote: its bounds in the leaf and the xxh3 of its
+bytes. A leaf may be read back on other shardings and on another number of processes:
+what a process needs of it is read in whole pieces, and each is compared on the host.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -13,49 +14,133 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
-from jax.experimental import multihost_utils
 
-Bounds: TypeAlias = tuple[tuple[int, int], ...]
-Pieces: TypeAlias = list[tuple[Bounds, np.ndarray]]
+from ema_optax.checkpoint.entries import Bounds, Piece
 
+# What one process writes of a leaf, on the host.
+HostParts: TypeAlias = list[tuple[Bounds, np.ndarray]]
 
-def plain(leaf: Any) -> Any:
-    """Returns the data of a PRNG key array, and any other leaf as it is."""
-    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    )
-    return jax.random.key_data(leaf) if is_key else leaf
+# Largest block, in bytes: what a shard that cuts through one reads in vain.
+BLOCK = 2**26
+_SMALLEST = 2**20  # smaller blocks cost more to open than they save
 
 
-def host_pieces(leaf: Any) -> Pieces:
-    """Returns the pieces of a leaf that this process writes, on the host.
+def bounds_of(index: Iterable[slice], shape: Sequence[int]) -> Bounds:
+    """Returns the start and stop of an index along each axis."""
+    pairs = zip(index, shape, strict=True)
+    return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in pairs)
 
-    Call it after Orbax has copied the leaf to the host. On CPU a piece is then a view,
+
+def whole(shape: Sequence[int]) -> Bounds:
+    """Returns the bounds of a whole leaf."""
+    return tuple((0, n) for n in shape)
+
+
+def slices(bounds: Bounds, within: Bounds | None = None) -> tuple[slice, ...]:
+    """Returns bounds as an index: of the leaf, or of the array of outer bounds."""
+    if within is None:
+        return tuple(slice(a, b) for a, b in bounds)
+    pairs = zip(bounds, within, strict=True)
+    return tuple(slice(a - start, b - start) for (a, b), (start, _) in pairs)
+
+
+def host_parts(leaf: Any) -> HostParts:
+    """Returns what this process writes of a leaf, on the host.
+
+    Call it after Orbax has copied the leaf to the host. On CPU a part is then a view,
     which keeps the buffer alive if the caller donates the leaf; on an accelerator it is
     the host copy that the shard has cached. NumPy leaves may be overwritten in place
     and are copied.
     """
     if isinstance(leaf, jax.Array):
-        leaf = plain(leaf)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
         return [
-            (_bounds(shard.index, leaf.shape), np.asarray(shard.data))
+            (bounds_of(shard.index, leaf.shape), np.asarray(shard.data))
             for shard in leaf.addressable_shards
             if shard.replica_id == 0
         ]
     if jax.process_index() != 0:  # Orbax writes these from process 0
         return []
     value = np.array(leaf)
-    return [(tuple((0, n) for n in value.shape), value)]
+    return [(whole(value.shape), value)]
 
 
-def refuse_overflow(pieces: Mapping[str, Mapping[str, Pieces]]) -> None:
+def block_shape(
+    shape: Sequence[int], sharded: Sequence[bool], itemsize: int
+) -> tuple[int, ...] | None:
+    """Returns the shape of the blocks that a large part is cut into; None of others.
+
+    Orbax cuts its chunks alike when asked for `BLOCK` bytes: the longest axis, of the
+    sharded ones while they last, to its next smaller divisor. Where that ends in
+    crumbs, as for lengths that are prime, the part stays whole.
+
+    Args:
+        shape: Of the part.
+        sharded: Whether the leaf is sharded along each axis.
+        itemsize: Bytes of an element.
+    """
+    if math.prod(shape) * itemsize <= BLOCK:
+        return None
+    block, candidates = list(shape), list(sharded)
+    while math.prod(block) * itemsize > BLOCK:
+        longest = max(
+            (n for n, used in zip(block, candidates, strict=True) if used), default=1
+        )
+        if longest == 1:
+            candidates = [True] * len(block)
+            continue
+        axis = next(
+            i for i, n in enumerate(block) if n == longest and candidates[i]
+        )
+        block[axis] = max(n for n in _divisors(shape[axis]) if n < block[axis])
+        candidates[axis] = True
+    return tuple(block) if math.prod(block) * itemsize >= _SMALLEST else None
+
+
+def is_cut(leaf: Any) -> bool:
+    """Returns whether a leaf is stored in blocks."""
+    if isinstance(leaf, jax.Array):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return False
+        shape = leaf.sharding.shard_shape(leaf.shape)
+    else:
+        shape = np.shape(leaf)
+    if math.prod(shape) <= BLOCK // 16:  # whatever the dtype
+        return False
+    pairs = zip(shape, leaf.shape, strict=True)
+    return (
+        block_shape(shape, [a != b for a, b in pairs], leaf.dtype.itemsize) is not None
+    )
+
+
+def pieces_of(parts: HostParts, shape: Sequence[int]) -> list[Piece]:
+    """Returns the checksums of what a process writes of a leaf of a shape."""
+    found: list[Piece] = []
+    for bounds, array in parts:
+        full = (*shape, *array.shape[len(shape) :])  # the data of keys have one more
+        sharded = [a != b for a, b in zip(array.shape, full, strict=True)]
+        block = block_shape(array.shape, sharded, array.itemsize)
+        if block is None:
+            found.append(Piece(bounds, digest(array)))
+            continue
+        starts = [
+            range(a, b, n) for (a, b), n in zip(bounds, block, strict=True)
+        ]
+        for corner in itertools.product(*starts):
+            here = tuple((a, a + n) for a, n in zip(corner, block, strict=True))
+            found.append(Piece(here, digest(array[slices(here, bounds)])))
+    return found
+
+
+def refuse_overflow(parts: Mapping[str, Mapping[str, HostParts]]) -> None:
     """Raises OverflowError for float16 data of a tree that are not finite.
 
     A shadow never is (it holds where params are not): such a value did not fit.
     """
-    for name, leaves in pieces.items():
-        for path, parts in leaves.items():
-            for bounds, array in parts:
+    for name, leaves in parts.items():
+        for path, each in leaves.items():
+            for bounds, array in each:
                 if array.dtype == np.float16 and not np.isfinite(array).all():
                     raise OverflowError(
                         f"'{path}' of the {name} does not fit float16, within "
@@ -67,7 +152,7 @@ def refuse_overflow(pieces: Mapping[str, Mapping[str, Pieces]]) -> None:
 def digest(array: np.ndarray) -> str:
     """Returns the xxh3 of an array's bytes in C order; runs without the GIL."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return xxhash.xxh3_64_hexdigest(data)  # pyright: ignore a buffer, as it asks for
+    return xxhash.xxh3_64_hexdigest(memoryview(data))
 
 
 def number_of(text: str) -> int:
@@ -75,110 +160,77 @@ def number_of(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode()) >> 2
 
 
-def mismatch(
-    leaf: Any, dtype: str, sums: Iterable[tuple[Iterable[Any], str]]
-) -> str | None:
-    """Compares a restored leaf with the checksums of its pieces.
+def cover(
+    pieces: Sequence[Piece], part: Bounds, shape: Sequence[int]
+) -> tuple[Bounds, Sequence[Piece]]:
+    """Returns the smallest box of whole pieces around a part, and its pieces.
 
-    Every process must call it for the same leaves in the same order: where a piece
-    spans processes, all of them gather the leaf.
-
-    Args:
-        leaf: The leaf as it was read, in the dtype it was saved in.
-        dtype: That dtype, by name.
-        sums: Bounds and checksum of every piece.
-
-    Returns:
-        What is wrong, as far as this process can tell, or None.
+    Raises:
+        ValueError: If the pieces are not of this shape, or leave gaps.
     """
-    leaf = plain(leaf)
-    pieces = {tuple((a, b) for a, b in bounds): value for bounds, value in sums}
-    shape = np.shape(leaf)
-    if any(len(bounds) != len(shape) for bounds in pieces) or any(
-        b > n for bounds in pieces for (_, b), n in zip(bounds, shape, strict=True)
-    ):
-        return f"its checksums are of another shape than {list(shape)}"
-    covered = sum(math.prod(b - a for a, b in bounds) for bounds in pieces)
-    if covered != math.prod(shape):
-        return f"its checksums cover {covered} elements of {math.prod(shape)}"
-    if not isinstance(leaf, jax.Array):
-        shards, mine = {}, list(pieces)
-        whole = np.asarray(leaf)
-    else:
-        shards = {
-            _bounds(shard.index, shape): shard.data for shard in leaf.addressable_shards
-        }
-        mine, gather = _share_out(leaf, list(pieces))
-        whole = multihost_utils.process_allgather(leaf, tiled=True) if gather else None
-    for bounds in mine:
-        data = _cut(bounds, shards)
-        if data is None:
-            if whole is None:
-                whole = np.asarray(leaf)
-            data = whole[tuple(slice(a, b) for a, b in bounds)]
-        if str(data.dtype) != dtype or digest(data) != pieces[bounds]:
-            return f"its data is not what was saved, within {[list(b) for b in bounds]}"
-    return None
-
-
-def part(
-    sums: Iterable[tuple[Sequence[Any], str]], index: Sequence[slice], shape: Any
-) -> list[tuple[Bounds, str]] | None:
-    """Returns the checksums of a part of a leaf, in its own bounds.
-
-    None where no pieces fill the part exactly: it can then only be verified with what
-    surrounds it.
-    """
-    here = _bounds(index, tuple(shape))
-    inside = []
-    for bounds, value in sums:
-        if len(bounds) != len(here):
-            return None
-        pairs = list(zip(bounds, here, strict=True))
-        if all(a >= c and b <= d for (a, b), (c, d) in pairs):
-            inside.append((tuple((a - c, b - c) for (a, b), (c, _) in pairs), value))
-    covered = sum(math.prod(b - a for a, b in bounds) for bounds, _ in inside)
-    return inside if covered == math.prod(b - a for a, b in here) else None
-
-
-def _share_out(leaf: jax.Array, pieces: list[Bounds]) -> tuple[list[Bounds], bool]:
-    """Returns the pieces that this process compares, and whether it must gather.
-
-    Decided from facts that all processes share, so that they agree.
-    """
-    if leaf.is_fully_addressable:
-        return pieces, False
-    owners: dict[Bounds, set[int]] = {}
-    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
-        bounds = _bounds(index, leaf.shape)
-        owners.setdefault(bounds, set()).add(int(device.process_index))
-    holders = [
-        {o for shard, those in owners.items() if _inside(piece, shard) for o in those}
+    if len(pieces) == 1 and pieces[0].bounds == part == whole(shape):
+        return part, pieces
+    if any(
+        len(piece.bounds) != len(shape)
+        or any(b > n for (_, b), n in zip(piece.bounds, shape, strict=True))
         for piece in pieces
-    ]
-    gather = not all(holders)
-    if gather:
-        holders = [{i % jax.process_count()} for i in range(len(pieces))]
-    here = jax.process_index()
-    return [
-        p for p, those in zip(pieces, holders, strict=True) if here in those
-    ], gather
+    ):
+        raise ValueError(f"its checksums are of another shape than {list(shape)}")
+    box, inside = part, []
+    while len(touching := [p for p in pieces if _overlap(p.bounds, box)]) > len(inside):
+        inside = touching
+        box = hull([box, *(piece.bounds for piece in inside)])
+    covered = sum(size(bounds) for bounds in {piece.bounds for piece in inside})
+    if covered != size(box):
+        raise ValueError(f"its checksums cover {covered} elements of {size(box)}")
+    return box, inside
 
 
-def _cut(piece: Bounds, shards: Mapping[Bounds, Any]) -> np.ndarray | None:
-    for shard, data in shards.items():
-        if _inside(piece, shard):
-            offsets = zip(piece, shard, strict=True)
-            return np.asarray(data)[
-                tuple(slice(a - start, b - start) for (a, b), (start, _) in offsets)
-            ]
+def mismatch(data: np.ndarray, box: Bounds, pieces: Iterable[Piece]) -> str | None:
+    """Returns which piece within a box is not what was saved, or None."""
+    for piece in pieces:
+        if digest(data[slices(piece.bounds, box)]) != piece.xxh3:
+            return (
+                "its data is not what was saved, within "
+                f"{[list(b) for b in piece.bounds]}"
+            )
     return None
 
 
-def _inside(piece: Bounds, shard: Bounds) -> bool:
-    return all(a >= c and b <= d for (a, b), (c, d) in zip(piece, shard, strict=True))
+def disjoint(boxes: Iterable[Bounds]) -> list[Bounds]:
+    """Returns boxes, with those that overlap joined: nothing is read twice."""
+    found: list[Bounds] = []
+    for box in dict.fromkeys(boxes):
+        joined = box
+        while near := [other for other in found if _overlap(other, joined)]:
+            found = [other for other in found if other not in near]
+            joined = hull([joined, *near])
+        found.append(joined)
+    return found
 
 
-def _bounds(index: Iterable[slice], shape: tuple[int, ...]) -> Bounds:
-    pairs = zip(index, shape, strict=True)
-    return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in pairs)
+def inside(part: Bounds, box: Bounds) -> bool:
+    """Returns whether a part lies within a box."""
+    return all(a >= c and b <= d for (a, b), (c, d) in zip(part, box, strict=True))
+
+
+def hull(boxes: Sequence[Bounds]) -> Bounds:
+    """Returns the smallest box around boxes."""
+    return tuple(
+        (min(a for a, _ in axis), max(b for _, b in axis))
+        for axis in zip(*boxes, strict=True)
+    )
+
+
+def _divisors(number: int) -> set[int]:
+    small = {n for n in range(1, math.isqrt(number) + 1) if number % n == 0}
+    return small | {number // n for n in small}
+
+
+def _overlap(one: Bounds, other: Bounds) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(max(a, c) < min(b, d) for (a, b), (c, d) in pairs)
+
+
+def size(bounds: Bounds) -> int:
+    return math.prod(b - a for a, b in bounds)

@@ -2,65 +2,33 @@
 
 import contextlib
 import dataclasses
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ema_optax.checkpoint import manifest
-from ema_optax.checkpoint.agreement import together
-from ema_optax.checkpoint.contents import PARAMS, SHADOW, STATE, Contents, assembled
-from ema_optax.checkpoint.handler import EmaRestore, EmaResume, EmaSave
-from ema_optax.checkpoint.manifest import CorruptCheckpointError
-from ema_optax.checkpoint.saving import ELSEWHERE
-from ema_optax.checkpoint.steps import (
-    absolute,
-    damage,
-    explained,
-    find_same_step,
-    find_step,
+from ema_optax import text
+from ema_optax.checkpoint.background import ELSEWHERE
+from ema_optax.checkpoint.entries import (
+    PARAMS,
+    SHADOW,
+    STATE,
+    AverageEntry,
+    TreeEntry,
 )
-from ema_optax.families import Decay
-from ema_optax.version import __version__
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """Shape and dtype of a leaf on disk.
-
-    Attributes:
-        shape: Its shape.
-        dtype: By name; of PRNG keys that of their data.
-        key: The implementation of PRNG keys, such as `threefry2x32`; None of numbers.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    key: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Tree:
-    """A tree on disk.
-
-    Attributes:
-        leaves: By path. Of a shadow: those that are averaged.
-        bytes: Of all its leaves.
-        decay: What a shadow was averaged with, where that can be written down.
-        every: Updates between its folds.
-        count: Updates it has seen; a list where states were vmapped.
-    """
-
-    leaves: Mapping[str, Leaf]
-    bytes: int
-    decay: Decay | None = None
-    every: int | None = None
-    count: Any = None
+from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.handlers import EmaRestore, EmaResume, EmaSave, save_args
+from ema_optax.checkpoint.manifest import read_manifest
+from ema_optax.checkpoint.processes import together
+from ema_optax.checkpoint.rescue import explained, verify_item
+from ema_optax.checkpoint.step import of_trees
+from ema_optax.checkpoint.steps import absolute, find_same_step, find_step
+from ema_optax.decay import Decay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +49,13 @@ class Description:
     path: str
     version: str
     format: int
-    trees: Mapping[str, Tree]
-    state: Tree
+    trees: Mapping[str, TreeEntry]
+    state: TreeEntry
     extra: Any
 
 
 def save(
-    directory: Any, params: Any, opt_state: Any, *, step: int = 0, extra: Any = None
+    directory: epath.PathLike, params: optax.Params, opt_state: optax.OptState, *, step: int = 0, extra: Any = None
 ) -> None:
     """Save params, shadows and optimizer state as one step of a directory.
 
@@ -114,11 +82,11 @@ def save(
     ...     restore(folder, "shadow", like=params)
     {'w': Array([1., 1.], dtype=float32)}
     """
-    _write(directory, EmaSave(params, opt_state, extra), step)
+    _write(directory, lambda: EmaSave(params, opt_state, extra), step)
 
 
 def save_average(
-    directory: Any,
+    directory: epath.PathLike,
     tree: Any,
     *,
     params: Any = None,
@@ -153,27 +121,23 @@ def save_average(
     ...     restore(folder, "shadow", like={"w": jnp.zeros(2)})
     {'w': Array([1., 1.], dtype=float32)}
     """
-    written = decay._to_dict() if decay is not None else None
-    averages = {SHADOW: {"decay": written, "every": None, "count": step}}
-
-    def content() -> Contents:
-        both = {PARAMS: tree} if params is None else {PARAMS: params, SHADOW: tree}
-        return assembled(both, averages, extra, __version__)
-
-    _write(directory, EmaSave(tree, None, extra, content), step)
+    both = {PARAMS: tree} if params is None else {PARAMS: params, SHADOW: tree}
+    averages = {SHADOW: AverageEntry(decay, None, step)}
+    _write(directory, lambda: save_args(of_trees(both, averages, extra)), step)
 
 
-def _write(directory: Any, args: EmaSave, step: int) -> None:
+def _write(directory: epath.PathLike, build: Callable[[], EmaSave], step: int) -> None:
     root = absolute(directory)
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be a whole number ≥ 0, got {step!r}.")
+    args = None
     with together(RuntimeError(f"Step {step} was not saved: {ELSEWHERE}")):
         if (root / str(step)).exists():
             raise FileExistsError(
                 f"{root / str(step)} exists, and nothing is overwritten. Pass another "
                 "step, or remove it first."
             )
-        args.contents()  # what is wrong with the trees is said before it is written
+        args = build()  # what is wrong with the trees is said before it is written
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     try:
         with ocp.CheckpointManager(root, options=options) as manager:
@@ -182,12 +146,12 @@ def _write(directory: Any, args: EmaSave, step: int) -> None:
         _remove_temporary(root, step)
         raise OSError(
             f"Could not write step {step} to {root}; earlier steps are as they were. "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{text.one_line(error)}"
         ) from error
 
 
 def restore(
-    directory: Any,
+    directory: epath.PathLike,
     tree: str = "shadow",
     like: Any = None,
     *,
@@ -230,9 +194,9 @@ def restore(
 
 
 def resume(
-    directory: Any,
-    params: Any,
-    opt_state: Any,
+    directory: epath.PathLike,
+    params: optax.Params,
+    opt_state: optax.OptState,
     *,
     step: int | None = None,
     accept_new_decay: bool = False,
@@ -273,7 +237,7 @@ def resume(
     return args.read(found.item)
 
 
-def describe(directory: Any, *, step: int | None = None) -> Description:
+def describe(directory: epath.PathLike, *, step: int | None = None) -> Description:
     """Tell what a step holds, without reading its arrays.
 
     Args:
@@ -295,22 +259,22 @@ def describe(directory: Any, *, step: int | None = None) -> Description:
     """
     found = find_step(directory, step)
     try:
-        described = manifest.read_manifest(found.item)
+        manifest = read_manifest(found.item)
     except CorruptCheckpointError as error:
         raise explained(found.item, error, _alone()) from error
-    trees = {name: _tree(described, name) for name in described["trees"]}
+    trees = dict(manifest.trees)
     return Description(
         step=found.number,
         path=str(found.item),
-        version=described["version"],
-        format=described["format"],
-        state=trees.pop(STATE, Tree({}, 0)),
+        version=manifest.version,
+        format=manifest.format,
+        state=trees.pop(STATE, TreeEntry({}, {})),
         trees=trees,
-        extra=described["extra"],
+        extra=manifest.extra,
     )
 
 
-def verify(directory: Any, *, step: int | None = None) -> None:
+def verify(directory: epath.PathLike, *, step: int | None = None) -> None:
     """Read a whole step and compare all of it with its checksums.
 
     Raises:
@@ -324,10 +288,11 @@ def verify(directory: Any, *, step: int | None = None) -> None:
     ...     save(folder, params, opt_state, step=300)
     ...     verify(folder)  # and says nothing: all of it is what was saved
     """
-    found = find_same_step(directory, step)
-    wrong = damage(found.item)
-    if wrong:
-        raise explained(found.item, CorruptCheckpointError(wrong))
+    item = find_same_step(directory, step).item
+    try:
+        verify_item(item)
+    except CorruptCheckpointError as error:
+        raise explained(item, error) from error
 
 
 def _alone() -> str | None:
@@ -335,32 +300,6 @@ def _alone() -> str | None:
     if jax.process_count() == 1:
         return None
     return "Whether an older one is whole, checkpoint.verify tells, on all processes."
-
-
-def _tree(described: Mapping[str, Any], name: str) -> Tree:
-    stored = described["trees"][name]["leaves"]
-    leaves = {
-        p: Leaf(tuple(x["shape"]), x["dtype"], _key(x["kind"]))
-        for p, x in stored.items()
-    }
-    size = sum(
-        math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves.values()
-    )
-    average = described["averages"].get(name)
-    if average is None:
-        return Tree(leaves, size)
-    decay = average["decay"]
-    return Tree(
-        leaves,
-        size,
-        decay=Decay.from_json(decay) if decay else None,
-        every=average["every"],
-        count=average["count"],
-    )
-
-
-def _key(kind: str) -> str | None:
-    return kind.removeprefix("key:") if kind.startswith("key:") else None
 
 
 def _remove_temporary(root: epath.Path, step: int) -> None:

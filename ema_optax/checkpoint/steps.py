@@ -1,4 +1,4 @@
-"""Where the steps of a directory lie, and which of them are whole."""
+"""Finds the steps of a directory, and the item of ours in each."""
 
 import re
 from typing import Any, NamedTuple
@@ -7,10 +7,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ema_optax.checkpoint import manifest
-from ema_optax.checkpoint.agreement import gathered
-from ema_optax.checkpoint.contents import PARAMS
-from ema_optax.checkpoint.manifest import CorruptCheckpointError
-from ema_optax.checkpoint.reading import Place, read, read_manifest
+from ema_optax.checkpoint.entries import PARAMS
+from ema_optax.checkpoint.processes import gathered
 
 _STEP_NAME = re.compile(r"(?:.*[^0-9])?([0-9]+)")  # 300, step_300, ckpt-00000300
 _ORBAX_STEP = "_CHECKPOINT_METADATA"  # what Orbax writes into each step
@@ -43,12 +41,12 @@ def find_step(directory: Any, step: int | None) -> Step:
             f"There is no checkpoint at {root}: it {what}. Pass the folder that "
             "checkpoint.save or the CheckpointManager was given."
         )
-    alone = _item_in(root)
+    alone = item_in(root)
     if alone is not None:
-        number = _number(_step_folder(alone))
+        number = number_of(step_folder(alone))
         if step in (None, number):
             return Step(number, alone)
-    found = _steps(root)
+    found = steps_in(root)
     if not found:
         raise FileNotFoundError(
             f"{root} holds no checkpoint: no committed step is in it. Pass the folder "
@@ -58,10 +56,10 @@ def find_step(directory: Any, step: int | None) -> Step:
         numbers = ", ".join(map(str, sorted(found)))
         raise FileNotFoundError(f"{root} has no step {step}; it has {numbers}.")
     number = max(found) if step is None else step
-    item = _item_in(found[number])
+    item = item_in(found[number])
     if item is None:
         next(iter(found[number].iterdir()), None)  # raises if it may not be read
-        ours = [n for n in sorted(found) if _item_in(found[n]) is not None]
+        ours = [n for n in sorted(found) if item_in(found[n]) is not None]
         raise ValueError(
             f"Step {number} of {root} was not saved by ema_optax, or its folder "
             f"'{manifest.FOLDER}' is gone. Steps that were: "
@@ -121,77 +119,13 @@ def all_steps(root: epath.Path) -> list[epath.Path]:
         FileNotFoundError: If there is no step.
         ValueError: If none was saved by this library.
     """
-    if root.is_dir() and _item_in(root) is None:
-        found = _steps(root)
-        items = [_item_in(found[number]) for number in sorted(found)]
+    if root.is_dir() and item_in(root) is None:
+        found = steps_in(root)
+        items = [item_in(found[number]) for number in sorted(found)]
         ours = [item for item in items if item is not None]
         if ours:
             return ours
     return [find_step(root, None).item]  # or says what is there instead
-
-
-def explained(
-    item: epath.Path, error: CorruptCheckpointError, rescue: str | None = None
-) -> Exception:
-    """Returns an error that names the step, and what to do.
-
-    Args:
-        item: What is damaged.
-        error: How.
-        rescue: What to do. None names the newest older step that is whole: to find it
-            steps are read, which all processes must do alike.
-    """
-    step = _step_folder(item)
-    number, root = _number(step), step.parent
-    if number is None:
-        return error
-    if rescue is None:
-        whole = newest_whole(root, before=number)
-        rescue = (
-            "No older step is whole."
-            if whole is None
-            else f"The newest older step that is whole is {whole}: pass step={whole}."
-        )
-    return CorruptCheckpointError(
-        f"Step {number} of {root} is damaged. {error} {rescue}"
-    )
-
-
-def newest_whole(root: epath.Path, *, before: int) -> int | None:
-    """Returns the newest step below a number whose data all match their checksums.
-
-    All processes must call it alike; those that process 0 finds are looked at.
-    """
-    while True:
-        items = {number: _item_in(path) for number, path in _steps(root).items()}
-        ours = [n for n, item in items.items() if n < before and item is not None]
-        before = gathered(max(ours, default=-1))[0]
-        if before < 0:
-            return None
-        if _is_whole(items.get(before) or root):  # the root is no item, and not whole
-            return before
-
-
-def damage(item: epath.Path) -> str | None:
-    """Reads a whole item; returns what is wrong with it, or None."""
-    try:
-        described = read_manifest(item)
-        everything = {
-            Place(name, path): None
-            for name, tree in described["trees"].items()
-            for path in tree["leaves"]
-        }
-        read(item, described, everything, verify=True)
-    except CorruptCheckpointError as error:
-        return str(error)
-    return None
-
-
-def _is_whole(item: epath.Path) -> bool:
-    try:
-        return damage(item) is None
-    except (ValueError, RuntimeError):  # a newer format, or not there on all hosts
-        return False
 
 
 def absolute(directory: Any) -> epath.Path:
@@ -199,10 +133,11 @@ def absolute(directory: Any) -> epath.Path:
     return epath.Path(directory).expanduser().absolute()
 
 
-def _steps(root: epath.Path) -> dict[int, epath.Path]:
+def steps_in(root: epath.Path) -> dict[int, epath.Path]:
+    """Returns the folders of the committed steps, by number."""
     found = {}
     for path in root.iterdir():
-        number = _number(path)
+        number = number_of(path)
         if number is not None and path.is_dir() and _is_committed(path):
             found[number] = path
     return found
@@ -212,20 +147,21 @@ def _is_committed(path: epath.Path) -> bool:
     return ocp.step.TMP_DIR_SUFFIX not in path.name and ocp.step.is_path_finalized(path)
 
 
-def _number(path: epath.Path) -> int | None:
+def number_of(path: epath.Path) -> int | None:
+    """Returns the number that the name of a step's folder ends with."""
     match = _STEP_NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
-def _step_folder(item: epath.Path) -> epath.Path:
+def step_folder(item: epath.Path) -> epath.Path:
     """Returns the folder of the step of an item, which may be the item itself."""
     if (item.parent / _ORBAX_STEP).exists():
         return item.parent
-    is_step = (item / _ORBAX_STEP).exists() or _number(item) is not None
+    is_step = (item / _ORBAX_STEP).exists() or number_of(item) is not None
     return item if is_step else item.parent
 
 
-def _item_in(folder: epath.Path) -> epath.Path | None:
+def item_in(folder: epath.Path) -> epath.Path | None:
     """Returns the item of ours that a step is or holds, whatever it is called."""
     if (folder / manifest.FOLDER).is_dir():
         return folder

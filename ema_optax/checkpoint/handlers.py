@@ -1,18 +1,26 @@
-"""Orbax's side: the arguments, and the handler that a CheckpointManager calls."""
+"""Orbax's side: the arguments, and the handlers that its two interfaces call."""
 
+import asyncio
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeAlias
 
+import jax
+import optax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.typing import DTypeLike
+from orbax.checkpoint import multihost, v1
 
-from ema_optax.checkpoint import saving
-from ema_optax.checkpoint.contents import PARAMS, SHADOW, Contents, contents, snapshot
-from ema_optax.checkpoint.manifest import CorruptCheckpointError
-from ema_optax.checkpoint.restoring import restore_run, restore_tree
-from ema_optax.checkpoint.steps import explained
-from ema_optax.version import __version__
+from ema_optax.checkpoint import saving, step
+from ema_optax.checkpoint.background import Future
+from ema_optax.checkpoint.entries import PARAMS, SHADOW
+from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.rescue import explained
+from ema_optax.checkpoint.restoring import restore_tree
+from ema_optax.checkpoint.resuming import restore_run
+
+Reading: TypeAlias = Callable[[epath.Path], Any]
 
 
 class EmaHandler(ocp.AsyncCheckpointHandler):
@@ -24,13 +32,15 @@ class EmaHandler(ocp.AsyncCheckpointHandler):
         # a manager restores the raw params where this library is missing.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
 
-    async def async_save(self, directory: epath.Path, args: "EmaSave") -> Any:
+    async def async_save(
+        self, directory: epath.Path, args: "EmaSave"
+    ) -> list[Future]:
         """Starts a save and returns the futures that finish it."""
-        return await saving.start_save(directory, args.contents(), self._trees)
+        return await saving.start_save(directory, args.contents, self._trees)
 
     def save(self, directory: epath.Path, args: "EmaSave") -> None:
         """Saves without a background part."""
-        saving.save_now(directory, args.contents(), self._trees)
+        saving.save_now(directory, args.contents, self._trees)
 
     def restore(self, directory: epath.Path, args: "EmaRestore | None" = None) -> Any:
         """Restores a tree, or a whole run."""
@@ -75,16 +85,17 @@ class EmaSave(ocp.args.CheckpointArgs):
     {'w': Array([1., 1.], dtype=float32)}
     """
 
-    params: Any
-    opt_state: Any
+    params: optax.Params
+    opt_state: optax.OptState
     extra: Any = None
-    instead: Callable[[], Contents] | None = None  # not for users: see SnapshotSave
 
-    def contents(self) -> Contents:
-        """Returns what to store; raises before anything is written."""
-        if self.instead is not None:
-            return self.instead()
-        return contents(self.params, self.opt_state, self.extra, __version__)
+    def __post_init__(self) -> None:
+        self._contents = step.of_run(self.params, self.opt_state, self.extra)
+
+    @property
+    def contents(self) -> step.Step:
+        """What is stored: built here, so that what is wrong with it is said here."""
+        return self._contents
 
 
 @ocp.args.register_with_handler(EmaHandler, for_restore=True)
@@ -103,27 +114,24 @@ class EmaRestore(ocp.args.CheckpointArgs):
     like: Any = None
     rename: Mapping[str, str] | None = None
     verify: bool = True
-    run: tuple[Any, Any, bool] | None = None  # set by EmaResume alone
 
-    def read(self, item: Any) -> Any:
+    def __post_init__(self) -> None:
+        self._reading: Reading = lambda item: restore_tree(
+            item, self.tree, self.like, self.rename, verify=self.verify
+        )
+
+    def read(self, item: epath.PathLike) -> Any:
         """Reads what was asked for from the folder of an item."""
         item = epath.Path(item)
         try:
-            if self.run is None:
-                return restore_tree(
-                    item, self.tree, self.like, self.rename, verify=self.verify
-                )
-            params, opt_state, accept = self.run
-            return restore_run(
-                item, params, opt_state, accept_new_decay=accept, verify=self.verify
-            )
+            return self._reading(item)
         except CorruptCheckpointError as error:
             raise explained(item, error) from error
 
 
 def EmaResume(  # noqa: N802 used as the other arguments are
-    params: Any,
-    opt_state: Any,
+    params: optax.Params,
+    opt_state: optax.OptState,
     *,
     accept_new_decay: bool = False,
     verify: bool = True,
@@ -144,11 +152,15 @@ def EmaResume(  # noqa: N802 used as the other arguments are
     >>> opt_state.count
     Array(0, dtype=int32)
     """
-    return EmaRestore(verify=verify, run=(params, opt_state, accept_new_decay))
+    args = EmaRestore(verify=verify)
+    args._reading = lambda item: restore_run(
+        item, params, opt_state, accept_new_decay=accept_new_decay, verify=verify
+    )
+    return args
 
 
 def SnapshotSave(  # noqa: N802 used as the other arguments are
-    opt_state: Any, *, dtype: Any = None, extra: Any = None
+    opt_state: optax.OptState, *, dtype: DTypeLike | None = None, extra: Any = None
 ) -> EmaSave:
     """Save the shadows alone, as one small step to reconstruct other averages from.
 
@@ -179,6 +191,69 @@ def SnapshotSave(  # noqa: N802 used as the other arguments are
     ...         manager.restore(1, args=EmaRestore("shadow", like=params))
     {'w': Array([1., 1.], dtype=float32)}
     """
-    return EmaSave(
-        None, opt_state, extra, lambda: snapshot(opt_state, dtype, extra, __version__)
-    )
+    return save_args(step.of_shadows(opt_state, dtype, extra))
+
+
+def save_args(contents: step.Step) -> EmaSave:
+    """Returns the arguments that save a step as it was built."""
+    args = object.__new__(EmaSave)
+    args.params = args.opt_state = args.extra = None
+    args._contents = contents
+    return args
+
+
+@v1.handlers.register_handler
+class EmaCheckpointableHandler(v1.CheckpointableHandler):
+    """Lets v1 save `EmaSave` and load `EmaRestore` or `EmaResume` as checkpointables.
+
+        v1.save_checkpointables(path, {"default": EmaSave(params, opt_state)})
+        v1.load_checkpointables(path, {"default": EmaRestore("shadow", like=params)})
+
+    The name `default` is the one that a v0 manager gives to a single item, so that each
+    reads the other's steps. (v1 keeps `state` for its own handler of pytrees.)
+    """
+
+    def is_handleable(self, checkpointable: Any) -> bool:
+        """Returns whether this is something to save."""
+        return isinstance(checkpointable, EmaSave)
+
+    def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool:
+        """Returns whether this says what to load."""
+        return isinstance(abstract_checkpointable, EmaRestore)
+
+    async def save(self, directory: Any, checkpointable: EmaSave) -> Any:
+        """Does the blocking part and returns the rest as an awaitable."""
+        handler = saving.tree_handler()
+        futures = await saving.start_save(
+            epath.Path(directory.path), checkpointable.contents, handler
+        )
+
+        async def background() -> None:
+            await directory.await_creation()  # sends what the futures wait for
+            for future in futures:
+                await asyncio.to_thread(future.result)
+            # v1 has no barrier of its own before it renames. No collective of devices:
+            # beside those of the training step it would come in any order, and hang.
+            await asyncio.to_thread(
+                multihost.get_barrier_sync_fn(),
+                key=f"ema_optax_saved:{directory.path}",
+                timeout_ms=1000 * ocp.options.AsyncOptions().timeout_secs,
+            )
+            if jax.process_index() == 0:
+                item = epath.Path(directory.path)
+                await asyncio.to_thread(saving.finalize, item, handler)
+
+        return background()
+
+    async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Any:
+        """Returns the load as an awaitable; the raw params where nothing is asked."""
+        args = abstract_checkpointable or EmaRestore(PARAMS)
+
+        async def background() -> Any:
+            return await asyncio.to_thread(args.read, epath.Path(directory))
+
+        return background()
+
+    async def metadata(self, directory: Any) -> Any:
+        """Returns Orbax's metadata of the raw params."""
+        return await v1.handlers.PyTreeHandler().metadata(directory)

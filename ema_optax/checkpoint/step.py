@@ -1,109 +1,118 @@
-"""What a step holds: params, shadows and the rest of the state, as trees by name."""
+"""What one step stores: params, shadows and the rest of the state, and its manifest.
+
+Built once for each save, before anything is written, and passed on.
+"""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
+from jax.typing import ArrayLike, DTypeLike
 
-from ema_optax import shadows, trees
-from ema_optax.checkpoint import computed
-from ema_optax.checkpoint.manifest import FORMAT, LIBRARY
-from ema_optax.checkpoint.wellformed import DEPTH, is_deep, misplaced
-from ema_optax.families import Decay
-from ema_optax.states import (
-    EmaParamsState,
-    NamedShadowsState,
-    bema_record_of,
-    record_of,
+from ema_optax import averages, trees
+from ema_optax.averages import Average
+from ema_optax.checkpoint.entries import (
+    DEPTH,
+    PARAMS,
+    SHADOW,
+    STATE,
+    AverageEntry,
+    Count,
+    LeafEntry,
+    Manifest,
+    Structure,
+    TreeEntry,
+    is_deep,
+    misplaced,
+    tree_of,
 )
+from ema_optax.checkpoint.manifest import FORMAT
+from ema_optax.states import BemaMadeBy
+from ema_optax.version import __version__
 
-PARAMS, SHADOW, STATE = "params", "shadow", "state"
 SNAPSHOT_DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
-class Contents:
-    """The trees of a step and what the manifest says of them.
+class Step:
+    """The trees of a step and their manifest. Holds views and copies no array.
 
     Attributes:
         trees: `params`, `shadow` or `shadow/NAME`, and `state`: the optimizer state
             with None for each shadow. As Orbax stores them. Of a snapshot only shadows;
             of a single average its params, and a shadow without leaves of its own.
         leaves: Tree → path → leaf.
-        manifest: JSON-able.
+        manifest: What the step says of itself.
     """
 
-    trees: Mapping[str, Any]
-    leaves: Mapping[str, Mapping[str, Any]]
-    manifest: Mapping[str, Any]
+    trees: Mapping[str, optax.Params]
+    leaves: Mapping[str, Mapping[str, ArrayLike]]
+    manifest: Manifest
 
 
-def contents(params: Any, opt_state: Any, extra: Any, version: str) -> Contents:
-    """Returns what to store. Copies no array; computes the shadow of `bema_params`.
+def of_run(params: optax.Params, opt_state: optax.OptState, extra: Any) -> Step:
+    """Returns a step of params, shadows and state. Computes the shadow of BEMA.
 
     Raises:
         ValueError: If the state holds no shadow, or names would collide on disk.
         TypeError: If a leaf cannot be stored, or `extra` is not JSON.
     """
-    averages, rest = split(opt_state, computed.computed_shadows(opt_state, params))
-    if not averages:
+    found = averages.find(opt_state)
+    if not found:
         raise ValueError(
             "There is no shadow in this optimizer state to save. Chain the average "
             "last: optax.chain(optimizer, ema_optax.ema_params(0.9999)). Without an "
             "average, save with orbax.checkpoint.args.PyTreeSave."
         )
-    everything = {PARAMS: params, **averages, STATE: rest}
-    described = {**averages_of(opt_state)}
-    for state in shadows.bema_states(opt_state).values():
-        here = _average(None, bema_record_of(state).every, state.count)
-        here["bema"] = computed.arguments(opt_state)
-        described[SHADOW] = {**here, **described.get(SHADOW, {})}
-    return assembled(everything, described, extra, version)
+    shadows = joined(found, lambda average: _read(average, params))
+    everything = {PARAMS: params, **shadows, STATE: found.rest()}
+    return of_trees(everything, entries(found), extra)
 
 
-def snapshot(opt_state: Any, dtype: Any, extra: Any, version: str) -> Contents:
-    """Returns the shadows alone, in a dtype of at most their own width.
+def of_shadows(
+    opt_state: optax.OptState, dtype: DTypeLike | None, extra: Any
+) -> Step:
+    """Returns a step of the shadows alone, in a dtype of at most their own width.
 
     Raises:
         ValueError: If there is no shadow, or `dtype` is no floating one.
         TypeError: If `extra` is not JSON.
     """
-    averages, _ = split(opt_state)
-    if not averages:
+    found = averages.find(opt_state)
+    stored = [average for average in found if not average.is_computed]
+    if not stored:
         raise ValueError(
             "There is no shadow in this optimizer state to save. Chain one last: "
             "optax.chain(optimizer, ema_optax.ema_params({'a': ema_optax.power(0.05), "
             "'b': ema_optax.power(0.1)}))."
         )
+    shadows = joined(stored, lambda average: average.tree)
     if dtype is not None:
         if jnp.dtype(dtype).name not in SNAPSHOT_DTYPES:
             raise ValueError(
                 f"A snapshot's dtype is one of {', '.join(SNAPSHOT_DTYPES)}, or None "
                 f"for that of the shadow; got {jnp.dtype(dtype).name}."
             )
-        averages = _narrowed(averages, jnp.dtype(dtype))
-    return assembled(averages, averages_of(opt_state), extra, version)
+        shadows = _narrowed(shadows, jnp.dtype(dtype))
+    return of_trees(shadows, entries(stored), extra)
 
 
-def assembled(
-    everything: Mapping[str, Any],
-    averages: Mapping[str, Any],
-    extra: Any,
-    version: str,
-) -> Contents:
+def of_trees(
+    everything: Mapping[str, Any], described: Mapping[str, AverageEntry], extra: Any
+) -> Step:
     """Returns trees by name as a step of ours.
 
     Args:
         everything: The trees; those without leaves are not stored, but for the params.
-        averages: Tree → decay, every and count of it, as `averages_of` gives. These
-            trees are in the manifest even where they have no leaves of their own.
+        described: What is known of each average. These trees are in the manifest even
+            where they have no leaves of their own.
         extra: Anything that is JSON.
-        version: Of this library.
 
     Raises:
         ValueError: If names would collide on disk.
@@ -112,63 +121,77 @@ def assembled(
     stored: dict[str, Any] = {}
     leaves: dict[str, dict[str, Any]] = {}
     for name, tree in everything.items():
-        found = _leaves_by_path(name, tree)
-        if found or name == PARAMS:
-            stored[name], leaves[name] = jax.tree.map(_storable_or_none, tree), found
-    for name in averages:
+        by_path = _leaves_by_path(name, tree)
+        if by_path or name == PARAMS:
+            stored[name] = jax.tree.map(_storable_or_none, tree)
+            leaves[name] = by_path
+    for name in described:
         leaves.setdefault(name, {})
-    manifest = {
-        "format": FORMAT,
-        "library": LIBRARY,
-        "version": version,
-        "processes": jax.process_count(),
-        "extra": _json(extra),
-        "averages": averages,
-        "trees": {
-            name: {
-                "structure": _structure(stored.get(name, {})),
-                "leaves": {path: _describe(x) for path, x in found.items()},
-            }
-            for name, found in leaves.items()
-        },
+    entries = {
+        name: TreeEntry(
+            structure=_structure(stored.get(name, {})),
+            leaves={path: _entry(leaf) for path, leaf in by_path.items()},
+            average=described.get(name),
+        )
+        for name, by_path in leaves.items()
     }
-    return Contents(stored, leaves, manifest)
+    manifest = Manifest(
+        format=FORMAT,
+        version=__version__,
+        processes=jax.process_count(),
+        trees=entries,
+        extra=_json(extra),
+    )
+    return Step(stored, leaves, manifest)
 
 
-def split(
-    opt_state: Any, beside: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], Any]:
-    """Returns the shadows by the names of their trees, and the state without them.
+def joined(
+    found: Iterable[Average], tree_of_average: Callable[[Average], Any]
+) -> dict[str, Any]:
+    """Returns the shadows by the names of their trees, those of disjoint parts joined.
 
     Args:
-        opt_state: The optimizer state.
-        beside: Shadows without a name that are in no state, by their place.
+        found: The averages of a state.
+        tree_of_average: From an average to the tree that is meant.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for path, state in shadows.ema_states(opt_state).items():
-        for name, tree in shadow_trees(state).items():
-            found.setdefault(name, {})[path] = tree
-    if beside:
-        found.setdefault(SHADOW, {}).update(beside)
-    averages = {name: shadows.joined(parts) for name, parts in found.items()}
-
-    def without(node: Any) -> Any:
-        return node._replace(shadow=None) if shadows.is_ema_state(node) else node
-
-    return averages, jax.tree.map(without, opt_state, is_leaf=shadows.is_ema_state)
+    parts: dict[str, dict[str, Any]] = {}
+    for average in found:
+        tree = tree_of_average(average)
+        parts.setdefault(tree_of(average.name), {})[average.path] = tree
+    return {name: averages.joined(trees) for name, trees in parts.items()}
 
 
-def shadow_trees(state: EmaParamsState) -> dict[str, Any]:
-    """Returns the shadows of one state by the names of their trees."""
-    held = state.shadow
-    if isinstance(state, NamedShadowsState):
-        return {tree_of(name): tree for name, tree in held.items()}
-    return {SHADOW: held}
+def entries(found: Iterable[Average]) -> dict[str, AverageEntry]:
+    """Returns decay, every and count of each shadow's tree.
+
+    Decay and every are None where they are unknown, and where groups of params that
+    are joined in one tree have different ones.
+    """
+    by_tree: dict[str, AverageEntry] = {}
+    computed = []
+    for average in found:
+        if average.is_computed:
+            computed.append(average)
+            continue
+        name, count = tree_of(average.name), _count(average.count)
+        entry = AverageEntry(average.decay, average.every, count)
+        if by_tree.setdefault(name, entry) != entry:
+            by_tree[name] = AverageEntry(None, None, count)
+    if computed:
+        alone = AverageEntry(None, computed[-1].every, _count(computed[-1].count))
+        by_tree[SHADOW] = dataclasses.replace(
+            by_tree.get(SHADOW, alone), bema=bema_arguments(computed)
+        )
+    return by_tree
 
 
-def tree_of(name: str) -> str:
-    """Returns the tree that the shadow of a name is stored as; of none, of `""`."""
-    return f"{SHADOW}/{name}" if name else SHADOW
+def bema_arguments(found: Iterable[Average]) -> tuple[dict[str, float], ...]:
+    """Returns what each `bema_params` of a state was given."""
+    return tuple(
+        average.made_by._asdict()
+        for average in found
+        if isinstance(average.made_by, BemaMadeBy)
+    )
 
 
 def is_empty(leaf: Any) -> bool:
@@ -180,6 +203,34 @@ def is_key(leaf: Any) -> bool:
     """Returns whether a leaf is an array of PRNG keys, concrete or abstract."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _read(average: Average, params: optax.Params) -> Any:
+    """Returns the shadow as it is stored; BEMA's is computed from the live params.
+
+    In float32 or wider: restored in the params' dtypes it is what `shadow_params`
+    returns. The params are matched by path, and may have leaves that the optimizer was
+    not given.
+
+    Raises:
+        ValueError: If the params do not fit.
+    """
+    if not average.is_computed:
+        return average.tree
+    pairs = jax.tree_util.tree_flatten_with_path(params)[0]
+    live = {trees.path_name(path): leaf for path, leaf in pairs}
+
+    def param(key_path: Any, _: Any) -> Any:
+        path = trees.path_name(key_path)
+        if path not in live:
+            raise ValueError(
+                f"'{path}' is averaged by bema_params, and not in the params. Its "
+                "shadow is computed from them: save EmaSave(params, opt_state) with "
+                "the params that the optimizer state belongs to."
+            )
+        return live[path]
+
+    return average.read(jax.tree_util.tree_map_with_path(param, average.tree))
 
 
 def _leaves_by_path(name: str, tree: Any) -> dict[str, Any]:
@@ -256,48 +307,23 @@ def _json(extra: Any) -> Any:
         ) from error
 
 
-def averages_of(opt_state: Any) -> dict[str, Any]:
-    """Returns decay, every and count of each shadow's tree.
-
-    Decay and every are None where they are unknown, and where groups of params that
-    are joined in one tree have different ones.
-    """
-    found: dict[str, Any] = {}
-    for state in shadows.ema_states(opt_state).values():
-        record = record_of(state)
-        for name in shadows.names_of(state):
-            tree = tree_of(name)
-            decay = record.decays.get(name) if record else None
-            every = record.every if record else None
-            here = _average(decay, every, state.count)
-            alike = found.setdefault(tree, here) == here
-            found[tree] = here if alike else _average(None, None, state.count)
-    return found
-
-
-def _average(decay: Decay | None, every: int | None, count: Any) -> dict[str, Any]:
+def _count(count: Any) -> Count:
     if isinstance(count, jax.Array) and not count.is_fully_addressable:
         count = count.addressable_shards[0].data
-    return {
-        "decay": decay._to_dict() if decay else None,
-        "every": every,
-        "count": np.asarray(count).tolist(),
-    }
+    return np.asarray(count).tolist()
 
 
-def _describe(leaf: Any) -> dict[str, Any]:
-    """Returns shape, dtype and kind of a leaf, in JSON."""
+def _entry(leaf: Any) -> LeafEntry:
     if is_key(leaf):
         impl = str(jax.random.key_impl(leaf))
-        return {"shape": list(leaf.shape), "dtype": "uint32", "kind": f"key:{impl}"}
+        return LeafEntry(tuple(leaf.shape), "uint32", f"key:{impl}")
     if isinstance(leaf, (bool, int, float)):
-        dtype = str(np.asarray(leaf).dtype)
-        return {"shape": [], "dtype": dtype, "kind": type(leaf).__name__}
+        return LeafEntry((), str(np.asarray(leaf).dtype), type(leaf).__name__)
     kind = "jax" if isinstance(leaf, jax.Array) else "numpy"
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "kind": kind}
+    return LeafEntry(tuple(leaf.shape), str(leaf.dtype), kind)
 
 
-def _structure(tree: Any) -> Any:
+def _structure(tree: Any) -> Structure:
     """Returns a tree as Orbax nests it, in JSON: dicts, lists, and paths as leaves."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = [trees.path_name(path) for path, _ in pairs]

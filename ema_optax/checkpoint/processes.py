@@ -1,4 +1,4 @@
-"""What one process meets, all are told, so that none waits for another for ever.
+"""Turns an error on one process into an error on all, so that none waits for ever.
 
 Each function here is a collective: all processes call it alike, in the same order, and
 on their main threads. With one process it costs nothing.
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ema_optax.checkpoint.manifest import CorruptCheckpointError
+from ema_optax.checkpoint.errors import CorruptCheckpointError
 
 T = TypeVar("T")
 

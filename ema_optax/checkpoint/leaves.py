@@ -1,0 +1,295 @@
+"""Reads leaves of an item: opened, compared, read on the host, verified, then placed.
+
+The only way from disk. Each process reads the parts that its devices need, in whole
+pieces where they are verified, so that no leaf is read twice, copied back from a
+device, or gathered from other processes.
+"""
+
+import collections
+import contextlib
+import functools
+import itertools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from etils import epath
+
+from ema_optax.checkpoint import checksums, manifest, opening, untrusted
+from ema_optax.checkpoint.entries import Bounds, LeafEntry, Manifest, Sums
+from ema_optax.checkpoint.errors import CorruptCheckpointError, as_cause
+from ema_optax.checkpoint.processes import agreed
+from ema_optax.checkpoint.targets import Target
+
+# Bytes that are read and not yet placed: enough to keep a disk busy, and no more than
+# one leaf where a leaf is larger.
+_IN_FLIGHT = 2**28
+_OPEN = 256  # leaves whose arrays are opened ahead
+
+
+Slot = TypeVar("Slot", bound=Hashable)
+
+
+class Place(NamedTuple):
+    """Where a leaf lies in an item: the name of its tree, and its path there."""
+
+    tree: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"leaf '{self.path}' of the {self.tree}"
+
+
+def read(
+    item: epath.Path,
+    described: Manifest,
+    slots: Mapping[Slot, tuple[Place, Target]],
+    *,
+    verify: bool,
+) -> dict[Slot, Any]:
+    """Reads leaves in the dtype they were saved in, and places them at their targets.
+
+    All processes must call it alike.
+
+    Args:
+        item: Folder of the item.
+        described: Its manifest.
+        slots: For each slot the leaf it takes, and what that becomes there.
+        verify: Whether to compare what is read with the checksums.
+
+    Returns:
+        The leaf of each slot.
+
+    Raises:
+        CorruptCheckpointError: On every process, if data on disk is not what was saved.
+        MemoryError, PermissionError, OSError: If something else keeps it from being
+            read.
+        ValueError: If a target cannot hold its leaf.
+    """
+    takers: dict[Place, list[Slot]] = {}
+    for slot, (place, _) in slots.items():
+        takers.setdefault(place, []).append(slot)
+
+    def read_here() -> dict[Slot, Any]:
+        reader = Reader(item, described, takers, verify=verify)
+        parts = {
+            slot: _parts(reader.entry(place), place, target)
+            for slot, (place, target) in slots.items()
+        }
+        wanted = {
+            place: list(dict.fromkeys(p for slot in those for p in parts[slot]))
+            for place, those in takers.items()
+        }
+        return {
+            slot: _placed(reader.entry(place), place, slots[slot][1], data)
+            for place, data in reader.stream(wanted)
+            for slot in takers[place]
+        }
+
+    return agreed(read_here, elsewhere(item))
+
+
+def check(item: epath.Path, described: Manifest) -> None:
+    """Compares all of an item with its checksums; each process takes a share.
+
+    All processes must call it alike.
+
+    Raises:
+        CorruptCheckpointError: On every process, if data on disk is not what was saved.
+    """
+
+    def check_here() -> None:
+        everything = [
+            Place(tree, path)
+            for tree, entry in described.trees.items()
+            for path in entry.leaves
+        ]
+        share = everything[jax.process_index() :: jax.process_count()]
+        reader = Reader(item, described, share, verify=True)
+        for _ in reader.stream(dict.fromkeys(share)):
+            pass  # read, compared and let go of, one after the other
+
+    agreed(check_here, elsewhere(item))
+
+
+def elsewhere(item: epath.Path) -> Exception:
+    """Returns the error of a process that is fine itself, where another is not."""
+    return RuntimeError(
+        f"{item}: another process could not read its part, or found it damaged."
+    )
+
+
+class Reader:
+    """Reads parts of the leaves of one item, in this process alone."""
+
+    def __init__(
+        self,
+        item: epath.Path,
+        described: Manifest,
+        places: Iterator[Place] | Sequence[Place] | Mapping[Place, Any],
+        *,
+        verify: bool,
+    ) -> None:
+        """Looks at the files first: a pipe would never end, a flood fill the memory.
+
+        Args:
+            item: Folder of the item.
+            described: Its manifest.
+            places: The leaves that will be read.
+            verify: Whether to compare what is read with the checksums.
+
+        Raises:
+            CorruptCheckpointError: If the files cannot be those of the manifest.
+        """
+        self._item, self._described, self._verify = item, described, verify
+        structures = {name: tree.structure for name, tree in described.trees.items()}
+        self._store = opening.Store(item, structures)
+        claimed = sum(self.entry(place).bytes for place in places)
+        self._problem = untrusted.problem(item, claimed) if claimed else None
+        for place in places:
+            if self._problem:
+                raise self.damage(place, self._problem)
+
+    def entry(self, place: Place) -> LeafEntry:
+        """Returns what the manifest says of a leaf."""
+        return self._described.trees[place.tree].leaves[place.path]
+
+    def damage(self, place: Place, problem: str) -> CorruptCheckpointError:
+        """Returns the error of a leaf that is not what was saved."""
+        return CorruptCheckpointError(f"{self._item}: {place}: {problem}.")
+
+    def stream(
+        self, wanted: Mapping[Place, Sequence[Bounds] | None]
+    ) -> Iterator[tuple[Place, dict[Bounds, np.ndarray]]]:
+        """Yields the parts of each leaf, verified, with few bytes in flight.
+
+        Args:
+            wanted: The parts of each leaf; None for all of it, in the bounds that its
+                array has on disk.
+
+        Raises:
+            CorruptCheckpointError, MemoryError, OSError: Of the first leaf that fails.
+        """
+        waiting: collections.deque[_Pending] = collections.deque()
+        in_flight = 0
+        for pending in self._opened(wanted):
+            while waiting and in_flight + pending.bytes > _IN_FLIGHT:
+                first = waiting.popleft()
+                yield first.place, self._finish(first)
+                in_flight -= first.bytes
+            pending.start()
+            waiting.append(pending)
+            in_flight += pending.bytes
+        while waiting:
+            first = waiting.popleft()
+            yield first.place, self._finish(first)
+
+    def _opened(
+        self, wanted: Mapping[Place, Sequence[Bounds] | None]
+    ) -> Iterator["_Pending"]:
+        places = iter(wanted)
+        while ahead := list(itertools.islice(places, _OPEN)):
+            futures = [self._store.open(*place) for place in ahead]
+            for place, future in zip(ahead, futures, strict=True):
+                with _blaming(self._item, place):
+                    array = future.result()
+                    problem = opening.difference(array, self.entry(place))
+                if problem:
+                    raise self.damage(place, problem)
+                yield self._pending(place, array, wanted[place])
+
+    def _pending(
+        self, place: Place, array: Any, parts: Sequence[Bounds] | None
+    ) -> "_Pending":
+        shape = tuple(array.shape)
+        if parts is None or self.entry(place).is_key:
+            parts = [checksums.whole(shape)]
+        if not self._verify:
+            return _Pending(place, array, parts, {part: () for part in parts})
+        pieces = self._sums[place.tree].get(place.path, ())
+        try:
+            boxes = [checksums.cover(pieces, part, shape)[0] for part in parts]
+            covers = [
+                checksums.cover(pieces, box, shape) for box in checksums.disjoint(boxes)
+            ]
+        except ValueError as error:
+            raise self.damage(place, str(error)) from None
+        return _Pending(place, array, parts, dict(covers))
+
+    def _finish(self, pending: "_Pending") -> dict[Bounds, np.ndarray]:
+        read: dict[Bounds, np.ndarray] = {}
+        for box, pieces in pending.boxes.items():
+            with _blaming(self._item, pending.place):
+                data = pending.futures.pop(0).result()
+            problem = checksums.mismatch(data, box, pieces)
+            if problem:
+                raise self.damage(pending.place, problem)
+            read |= {
+                part: data
+                if part == box
+                # A copy, or a small part would keep all of what was read.
+                else data[checksums.slices(part, box)].copy()
+                for part in pending.parts
+                if checksums.inside(part, box)
+            }
+        return read
+
+    @functools.cached_property
+    def _sums(self) -> Sums:
+        return manifest.read_sums(self._item, self._described)
+
+
+class _Pending:
+    """A leaf that is being read: its array, and the boxes that hold its parts."""
+
+    def __init__(
+        self,
+        place: Place,
+        array: Any,
+        parts: Sequence[Bounds],
+        boxes: Mapping[Bounds, Sequence[Any]],
+    ) -> None:
+        self.place, self._array, self.parts, self.boxes = place, array, parts, boxes
+        self.futures: list[Any] = []
+        itemsize = array.dtype.numpy_dtype.itemsize
+        self.bytes = itemsize * sum(map(checksums.size, boxes))
+
+    def start(self) -> None:
+        """Begins to read."""
+        self.futures = [
+            self._array[checksums.slices(box)].read() for box in self.boxes
+        ]
+
+
+def _parts(entry: LeafEntry, place: Place, target: Target) -> list[Bounds]:
+    try:
+        return target.parts(entry.shape)
+    except ValueError as error:  # such as a sharding that does not divide the shape
+        raise ValueError(
+            f"{place} cannot be placed as the target asks: {error} The checkpoint is "
+            "not damaged. Pass a target whose shardings fit, on devices that are there."
+        ) from error
+
+
+def _placed(
+    entry: LeafEntry, place: Place, target: Target, parts: Mapping[Bounds, np.ndarray]
+) -> Any:
+    try:
+        return target.place(parts, entry.shape)
+    except (MemoryError, RuntimeError) as error:  # JAX's own is a RuntimeError
+        raise _caused(error, f"{place} was read and cannot be placed") from error
+
+
+@contextlib.contextmanager
+def _blaming(item: epath.Path, place: Place) -> Iterator[None]:
+    """Names the leaf in an error of TensorStore, and tells damage from other causes."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        raise _caused(error, f"{item}: {place} cannot be read") from error
+
+
+def _caused(error: Exception, what: str) -> Exception:
+    cause = as_cause(error)
+    return type(cause)(f"{what}: {cause}")

@@ -1,0 +1,116 @@
+"""Trees on disk as sources of sums: parts of leaves are read when they are needed."""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from ema_optax.checkpoint.checksums import bounds_of
+from ema_optax.checkpoint.entries import Manifest
+from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.leaves import Place, Reader
+from ema_optax.checkpoint.manifest import read_manifest
+from ema_optax.checkpoint.rescue import explained
+from ema_optax.checkpoint.restoring import sources_of
+from ema_optax.checkpoint.steps import find_step
+from ema_optax.reconstruction import Source
+
+# Nothing is searched for: one process alone may have met the damage.
+_RESCUE = "Leave this step out of what is summed; the others are not affected."
+
+
+def stored(
+    directory: Any,
+    tree: str = "shadow",
+    *,
+    step: int | None = None,
+    verify: bool = True,
+) -> "StoredTree":
+    """Returns a tree of a checkpoint as a source for `reconstruction.merge`.
+
+    Nothing but the manifest is read yet. A shadow is the whole model: leaves that are
+    not averaged are those of the params.
+
+    Args:
+        directory: The folder of a run, or of one step of it.
+        tree: `"params"`, `"shadow"`, or `"shadow/NAME"`.
+        step: Number of the step; None for the newest that was committed.
+        verify: Whether to compare what is read with its checksums.
+
+    Raises:
+        CorruptCheckpointError: Here or on reading, if data is not what was saved.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it has no such tree.
+
+    >>> import tempfile, ema_optax
+    >>> from ema_optax import checkpoint, reconstruction
+    >>> params = {"w": jnp.zeros(2)}
+    >>> opt_state = ema_optax.ema_params(0.99).init(params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoint.save(folder, params, opt_state, step=1)
+    ...     checkpoint.save(folder, {"w": jnp.ones(2)}, opt_state, step=2)
+    ...     last = [stored(folder, "params", step=step) for step in (1, 2)]
+    ...     reconstruction.merge(last, reconstruction.uniform_coefficients(2))
+    {'w': Array([0.5, 0.5], dtype=float32)}
+    """
+    item = find_step(directory, step).item
+    try:
+        described = read_manifest(item)
+    except CorruptCheckpointError as error:
+        raise explained(item, error, _RESCUE) from error
+    places = sources_of(described, tree)
+    return StoredTree(item, described, places, verify=verify)
+
+
+class StoredTree(Source):
+    """Floating and complex leaves on disk, as `stored` and `snapshots` give them.
+
+    Attributes:
+        leaves: Shape and dtype of each, by path.
+    """
+
+    def __init__(
+        self,
+        item: epath.Path,
+        manifest: Manifest,
+        places: Mapping[str, Place],
+        *,
+        verify: bool,
+    ) -> None:
+        self._item, self._manifest, self._verify = item, manifest, verify
+        self._places = {}
+        self.leaves = {}
+        for path, place in places.items():
+            entry = manifest.leaf(place)
+            if jnp.issubdtype(jnp.dtype(entry.dtype), jnp.inexact):
+                self._places[path] = place
+                self.leaves[path] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)
+
+    def __repr__(self) -> str:
+        return f"StoredTree({str(self._item)!r}, {len(self.leaves)} leaves)"
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns a part of a leaf, verified.
+
+        A piece that the checksums cover is read whole where the part cuts through it.
+
+        Raises:
+            CorruptCheckpointError: If it is not what was saved.
+            MemoryError, PermissionError, OSError: If something else keeps it from
+                being read.
+        """
+        place = self._places[path]
+        part = bounds_of(index, self.leaves[path].shape)
+        try:
+            ((_, parts),) = self._reader.stream({place: [part]})
+        except CorruptCheckpointError as error:
+            raise explained(self._item, error, _RESCUE) from error
+        return parts[part]
+
+    @functools.cached_property
+    def _reader(self) -> Reader:
+        places = list(self._places.values())
+        return Reader(self._item, self._manifest, places, verify=self._verify)

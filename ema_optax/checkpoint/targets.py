@@ -1,0 +1,114 @@
+"""Where a leaf that is read goes: onto which devices, as which type and dtype."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from ema_optax.checkpoint.checksums import bounds_of, whole
+from ema_optax.checkpoint.entries import Bounds, LeafEntry
+
+Parts: TypeAlias = Mapping[Bounds, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a leaf becomes.
+
+    Attributes:
+        sharding: Where it goes; None for NumPy arrays, Python numbers, and arrays that
+            are bound to no device.
+        dtype: Which it is cast to; None keeps the stored one.
+        make: Makes it of a whole array on the host, where it has no sharding.
+    """
+
+    sharding: Sharding | None = None
+    dtype: np.dtype | None = None
+    make: Callable[[Any], Any] = np.asarray
+
+    def parts(self, shape: Sequence[int]) -> list[Bounds]:
+        """Returns the parts of a leaf that this process needs, each once.
+
+        Raises:
+            ValueError: If the sharding does not fit the shape, or has no devices.
+        """
+        if self.sharding is None:
+            return [whole(shape)]
+        indices = self.sharding.addressable_devices_indices_map(tuple(shape))
+        return list(
+            dict.fromkeys(bounds_of(index, shape) for index in indices.values())
+        )
+
+    def place(self, parts: Parts, shape: Sequence[int]) -> Any:
+        """Returns the leaf, made of its parts on the host.
+
+        Args:
+            parts: At least those that `parts` returned.
+            shape: Of the whole leaf.
+        """
+        if self.dtype is not None:
+            with np.errstate(over="ignore"):  # as JAX casts: to infinity
+                parts = {
+                    at: part.astype(self.dtype, copy=False)
+                    for at, part in parts.items()
+                }
+        if self.sharding is None:  # of keys the data have other bounds
+            return self.make(parts.get(whole(shape), next(iter(parts.values()))))
+        if len(self.sharding.device_set) == 1:
+            return jax.device_put(parts[whole(shape)], self.sharding)
+        return jax.make_array_from_callback(
+            tuple(shape), self.sharding, lambda index: parts[bounds_of(index, shape)]
+        )
+
+
+def target_of(leaf: Any, entry: LeafEntry) -> Target:
+    """Returns the target that a leaf of a model is, concrete or abstract."""
+    if isinstance(leaf, (bool, int, float)):
+        return Target(make=type(leaf))
+    if entry.is_key:
+        return _of_keys(entry, _sharding(leaf))
+    dtype = np.dtype(leaf.dtype)
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return Target(dtype=dtype)
+    return Target(_sharding(leaf), dtype, jnp.asarray)
+
+
+def default_target(entry: LeafEntry) -> Target:
+    """Returns where a leaf goes that has no slot: the default device.
+
+    What was a number or a NumPy array is one again, and so is what JAX cannot hold:
+    64 bits without x64.
+    """
+    if entry.is_key:
+        return _of_keys(entry, default_sharding())
+    dtype = np.dtype(jnp.dtype(entry.dtype))
+    fits = jax.dtypes.canonicalize_dtype(dtype) == dtype
+    return Target(default_sharding() if entry.kind == "jax" and fits else None)
+
+
+def default_sharding() -> Sharding:
+    """Returns the place of a leaf without a sharding."""
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _of_keys(entry: LeafEntry, sharding: Sharding | None) -> Target:
+    def make(data: np.ndarray) -> jax.Array:
+        keys = jax.random.wrap_key_data(jnp.asarray(data), impl=entry.key)
+        return keys if sharding is None else jax.device_put(keys, sharding)
+
+    return Target(make=make)
+
+
+def _sharding(leaf: Any) -> Sharding | None:
+    """Returns where a leaf goes; None for what is not bound to a device.
+
+    Such as the count of a state beside params on a mesh: restored onto a device, it
+    could not be used with them.
+    """
+    if isinstance(leaf, jax.Array) and not getattr(leaf, "committed", True):
+        return None
+    return getattr(leaf, "sharding", None) or default_sharding()
