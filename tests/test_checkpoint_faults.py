@@ -444,7 +444,7 @@ def test_a_save_that_fails_at_once(root, monkeypatch):
 
     with ocp.CheckpointManager(root) as manager:
         with monkeypatch.context() as patch:
-            patch.setattr(saving.checksums, "host_pieces", fail)
+            patch.setattr(saving.checksums, "host_parts", fail)
             with pytest.raises(MemoryError, match="no room for a copy"):
                 manager.save(4, args=checkpoint.EmaSave(*_run(4)))
         assert checkpoint.describe(root).step == 3
@@ -545,7 +545,7 @@ def test_the_newest_of_steps_without_a_manager(tmp_path):
 def test_a_newer_format(root):
     """Not damage: the error says which version of the library reads it."""
     _reseal(
-        _manifest(_item(root)), lambda c: c.update(format=2, version="9.1.0", new=[])
+        _manifest(_item(root)), lambda c: c.update(format=3, version="9.1.0", new=[])
     )
     for read in (*READERS.values(), checkpoint.describe):
         with pytest.raises(ValueError, match=r"'ema-optax>=9\.1\.0'") as caught:

@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
 import ema_optax
 from ema_optax import checkpoint, reconstruction
-from ema_optax.checkpoint import CorruptCheckpointError, manifest, saving
+from ema_optax.checkpoint import CorruptCheckpointError, background, manifest
 from tests import reference
 
 # After a failed read or write, callbacks of TensorStore find their event loop closed,
@@ -333,9 +333,9 @@ def test_training_goes_on_while_they_are_written(tmp_path):
 
 def test_threads_that_await_one_folder(tmp_path):
     """One may find it to be awaited and await what another has put in its place."""
-    gate = saving._Gate()
+    gate = background.Gate()
     gate.opened.set()
-    folder = saving._Gated(epath.Path(tmp_path), gate) / "item"
+    folder = background.GatedFolder(epath.Path(tmp_path), gate) / "item"
     there = asyncio.run(folder.await_creation())
     assert there == asyncio.run(there.await_creation()) == epath.Path(tmp_path / "item")
     assert not isinstance(

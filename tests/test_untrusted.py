@@ -26,7 +26,7 @@ from etils import epath
 
 import ema_optax
 from ema_optax import checkpoint, cli, interop
-from ema_optax.checkpoint import files, manifest, wellformed
+from ema_optax.checkpoint import manifest, untrusted
 from tests.untrusted_reader import PARAMS, TRANSFORM, readers
 
 PACKAGE = pathlib.Path(ema_optax.__file__).parent
@@ -509,8 +509,8 @@ def test_as_many_leaves_as_are_written_are_read(tmp_path):
     path = epath.Path(tmp_path / "m.json")
     manifest.write_sealed(path, content)
     assert manifest.read_sealed(path) == content
-    with pytest.raises(ValueError, match=f"at most {files.LIMIT:,} are read"):
-        manifest.write_sealed(path, {"extra": "x" * files.LIMIT})
+    with pytest.raises(ValueError, match=f"at most {untrusted.LIMIT:,} are read"):
+        manifest.write_sealed(path, {"extra": "x" * untrusted.LIMIT})
 
 
 # --- Files that are none ---
@@ -713,7 +713,7 @@ def test_what_would_not_be_read_is_not_saved(tmp_path, key):
 def test_extra_as_deep_as_is_read(tmp_path):
     params = {"w": jnp.ones(2)}
     state = ema_optax.ema_params(0.9).init(params)
-    deep = _nested(wellformed.DEPTH, 1)
+    deep = _nested(untrusted.DEPTH, 1)
     checkpoint.save(tmp_path, params, state, extra=deep)
     assert checkpoint.describe(tmp_path).extra == deep
     assert cli.main(["inspect", str(tmp_path), "--json"]) == 0

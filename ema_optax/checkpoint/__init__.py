@@ -8,8 +8,6 @@ This package is the only importer of Orbax.
 
 from ema_optax.checkpoint.directory import (
     Description,
-    Leaf,
-    Tree,
     describe,
     restore,
     resume,
@@ -17,17 +15,20 @@ from ema_optax.checkpoint.directory import (
     save_average,
     verify,
 )
-from ema_optax.checkpoint.handler import (
+from ema_optax.checkpoint.entries import LeafEntry as Leaf
+from ema_optax.checkpoint.entries import TreeEntry as Tree
+from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.handlers import (
+    EmaCheckpointableHandler,
     EmaHandler,
     EmaRestore,
     EmaResume,
     EmaSave,
     SnapshotSave,
 )
-from ema_optax.checkpoint.manifest import CorruptCheckpointError
-from ema_optax.checkpoint.snapshots import KeepSnapshots, snapshots
-from ema_optax.checkpoint.stored import StoredTree, stored
-from ema_optax.checkpoint.v1 import EmaCheckpointableHandler
+from ema_optax.checkpoint.retention import KeepSnapshots
+from ema_optax.checkpoint.snapshots import snapshots
+from ema_optax.checkpoint.sources import StoredTree, stored
 
 __all__ = [
     "CorruptCheckpointError",

@@ -98,7 +98,7 @@ def export_safetensors(
     found = checkpoint.describe(directory, step=step)
     source = checkpoint.stored(found.path, tree)  # also says which trees there are
     tree = _full_name(found, tree)
-    params = found.trees.get("params", checkpoint.Tree({}, 0)).leaves
+    params = found.trees["params"].leaves if "params" in found.trees else {}
     leaves = {**params, **found.trees[tree].leaves}
     names = flat_names(leaves, rename)
     _check_dtypes({stored: leaves[stored] for stored in names})
