@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
-from ema_optax.checkpoint.entries import Bounds, Piece
+from ema_optax.checkpoint.manifest import Bounds, Piece
 
 # What one process writes of a leaf, on the host.
 HostParts: TypeAlias = list[tuple[Bounds, np.ndarray]]
@@ -90,9 +90,7 @@ def block_shape(
         if longest == 1:
             candidates = [True] * len(block)
             continue
-        axis = next(
-            i for i, n in enumerate(block) if n == longest and candidates[i]
-        )
+        axis = next(i for i, n in enumerate(block) if n == longest and candidates[i])
         block[axis] = max(n for n in _divisors(shape[axis]) if n < block[axis])
         candidates[axis] = True
     return tuple(block) if math.prod(block) * itemsize >= _SMALLEST else None
@@ -124,9 +122,7 @@ def pieces_of(parts: HostParts, shape: Sequence[int]) -> list[Piece]:
         if block is None:
             found.append(Piece(bounds, digest(array)))
             continue
-        starts = [
-            range(a, b, n) for (a, b), n in zip(bounds, block, strict=True)
-        ]
+        starts = [range(a, b, n) for (a, b), n in zip(bounds, block, strict=True)]
         for corner in itertools.product(*starts):
             here = tuple((a, a + n) for a, n in zip(corner, block, strict=True))
             found.append(Piece(here, digest(array[slices(here, bounds)])))

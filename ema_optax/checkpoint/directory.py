@@ -7,23 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from ema_optax import text
 from ema_optax.checkpoint.background import ELSEWHERE
-from ema_optax.checkpoint.entries import (
-    PARAMS,
-    SHADOW,
-    STATE,
-    AverageEntry,
-    TreeEntry,
-)
+from ema_optax.checkpoint.entries import AverageEntry, TreeEntry
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.handlers import EmaRestore, EmaResume, EmaSave, save_args
-from ema_optax.checkpoint.manifest import read_manifest
+from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, read_manifest
 from ema_optax.checkpoint.processes import together
 from ema_optax.checkpoint.rescue import explained, verify_item
 from ema_optax.checkpoint.step import of_trees
@@ -55,7 +48,12 @@ class Description:
 
 
 def save(
-    directory: epath.PathLike, params: optax.Params, opt_state: optax.OptState, *, step: int = 0, extra: Any = None
+    directory: epath.PathLike,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    *,
+    step: int = 0,
+    extra: Any = None,
 ) -> None:
     """Save params, shadows and optimizer state as one step of a directory.
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -14,8 +14,8 @@ from orbax.checkpoint import multihost, v1
 
 from ema_optax.checkpoint import saving, step
 from ema_optax.checkpoint.background import Future
-from ema_optax.checkpoint.entries import PARAMS, SHADOW
 from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.manifest import PARAMS, SHADOW
 from ema_optax.checkpoint.rescue import explained
 from ema_optax.checkpoint.restoring import restore_tree
 from ema_optax.checkpoint.resuming import restore_run
@@ -32,9 +32,7 @@ class EmaHandler(ocp.AsyncCheckpointHandler):
         # a manager restores the raw params where this library is missing.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
 
-    async def async_save(
-        self, directory: epath.Path, args: "EmaSave"
-    ) -> list[Future]:
+    async def async_save(self, directory: epath.Path, args: "EmaSave") -> list[Future]:
         """Starts a save and returns the futures that finish it."""
         return await saving.start_save(directory, args.contents, self._trees)
 

@@ -17,8 +17,9 @@ import numpy as np
 from etils import epath
 
 from ema_optax.checkpoint import checksums, manifest, opening, untrusted
-from ema_optax.checkpoint.entries import Bounds, LeafEntry, Manifest, Sums
+from ema_optax.checkpoint.entries import LeafEntry
 from ema_optax.checkpoint.errors import CorruptCheckpointError, as_cause
+from ema_optax.checkpoint.manifest import Bounds, Manifest, Sums
 from ema_optax.checkpoint.processes import agreed
 from ema_optax.checkpoint.targets import Target
 
@@ -146,7 +147,7 @@ class Reader:
         structures = {name: tree.structure for name, tree in described.trees.items()}
         self._store = opening.Store(item, structures)
         claimed = sum(self.entry(place).bytes for place in places)
-        self._problem = untrusted.problem(item, claimed) if claimed else None
+        self._problem = untrusted.refusal(item, claimed) if claimed else None
         for place in places:
             if self._problem:
                 raise self.damage(place, self._problem)
@@ -206,7 +207,7 @@ class Reader:
         if parts is None or self.entry(place).is_key:
             parts = [checksums.whole(shape)]
         if not self._verify:
-            return _Pending(place, array, parts, {part: () for part in parts})
+            return _Pending(place, array, parts, dict.fromkeys(parts, ()))
         pieces = self._sums[place.tree].get(place.path, ())
         try:
             boxes = [checksums.cover(pieces, part, shape)[0] for part in parts]
@@ -257,9 +258,7 @@ class _Pending:
 
     def start(self) -> None:
         """Begins to read."""
-        self.futures = [
-            self._array[checksums.slices(box)].read() for box in self.boxes
-        ]
+        self.futures = [self._array[checksums.slices(box)].read() for box in self.boxes]
 
 
 def _parts(entry: LeafEntry, place: Place, target: Target) -> list[Bounds]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 import tensorstore as ts
 from etils import epath
 
-from ema_optax.checkpoint.entries import PARAMS, LeafEntry, Structure
-from ema_optax.checkpoint.manifest import FOLDER
+from ema_optax.checkpoint.entries import LeafEntry, Structure
+from ema_optax.checkpoint.manifest import FOLDER, PARAMS
 
 _KEY = 64  # numbers in the data of a PRNG key; 2 or 4 in those of JAX
 _CACHE = 2**20  # bytes of each store's index that are kept

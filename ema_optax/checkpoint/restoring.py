@@ -9,15 +9,9 @@ import numpy as np
 from etils import epath
 
 from ema_optax import text, trees
-from ema_optax.checkpoint.entries import (
-    PARAMS,
-    SHADOW,
-    STATE,
-    LeafEntry,
-    Manifest,
-)
+from ema_optax.checkpoint.entries import LeafEntry
 from ema_optax.checkpoint.leaves import Place, elsewhere, read
-from ema_optax.checkpoint.manifest import read_manifest
+from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, read_manifest
 from ema_optax.checkpoint.processes import agreed
 from ema_optax.checkpoint.step import is_empty, is_key
 from ema_optax.checkpoint.targets import default_target, target_of

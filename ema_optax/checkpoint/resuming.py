@@ -9,15 +9,9 @@ from etils import epath
 
 from ema_optax import averages, trees
 from ema_optax.averages import Averages
-from ema_optax.checkpoint.entries import (
-    PARAMS,
-    SHADOW,
-    STATE,
-    AverageEntry,
-    Manifest,
-    tree_of,
-)
+from ema_optax.checkpoint.entries import AverageEntry
 from ema_optax.checkpoint.leaves import Place, read
+from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
 from ema_optax.checkpoint.restoring import (
     check_fits,
     shared_manifest,
@@ -139,9 +133,7 @@ def _check_averages(manifest: Manifest, found: Averages, accept_new: bool) -> No
             )
 
 
-def _check_bema(
-    saved: AverageEntry | None, found: Averages, accept_new: bool
-) -> None:
+def _check_bema(saved: AverageEntry | None, found: Averages, accept_new: bool) -> None:
     """Refuses another `bema_params`, or one where there was none."""
     before = tuple(map(dict, saved.bema)) if saved else ()
     now = bema_arguments(found)

@@ -38,7 +38,10 @@ class KeepSnapshots(checkpoint_managers.PreservationPolicy):
             raise ValueError(f"KeepSnapshots needs at_most ≥ 2, got {self.at_most}.")
 
     def should_preserve(
-        self, checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo], *, context: object
+        self,
+        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: object,
     ) -> list[bool]:
         """Returns whether each checkpoint, in the order of their steps, is kept."""
         del context

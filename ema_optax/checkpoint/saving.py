@@ -25,10 +25,9 @@ from ema_optax.checkpoint.background import (
     GatedFolder,
     RaisedEverywhere,
 )
-from ema_optax.checkpoint.entries import PARAMS, STATE
+from ema_optax.checkpoint.manifest import PARAMS, STATE
 from ema_optax.checkpoint.processes import gathered, together
 from ema_optax.checkpoint.step import Step, is_key
-
 
 # Tree → path → what this process writes of that leaf.
 Parts: TypeAlias = dict[str, dict[str, checksums.HostParts]]
@@ -139,9 +138,7 @@ def write_sidecars(item: epath.Path, step: Step, parts: Parts) -> None:
     """Writes this process's checksums and, on process 0, the manifest."""
     sums = {
         name: {
-            path: checksums.pieces_of(
-                each, np.shape(step.leaves[name][path])
-            )
+            path: checksums.pieces_of(each, np.shape(step.leaves[name][path]))
             for path, each in leaves.items()
         }
         for name, leaves in parts.items()

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from etils import epath
 
-from ema_optax.checkpoint.entries import Manifest, name_of
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.leaves import Place
-from ema_optax.checkpoint.manifest import read_manifest
+from ema_optax.checkpoint.manifest import Manifest, name_of, read_manifest
 from ema_optax.checkpoint.rescue import explained
 from ema_optax.checkpoint.sources import StoredTree
 from ema_optax.checkpoint.steps import absolute, all_steps
@@ -17,7 +16,10 @@ from ema_optax.reconstruction import Snapshot
 
 
 def snapshots(
-    directory: epath.PathLike, *, names: Sequence[str] | None = None, verify: bool = True
+    directory: epath.PathLike,
+    *,
+    names: Sequence[str] | None = None,
+    verify: bool = True,
 ) -> list[Snapshot]:
     """Returns every shadow with a power profile in the steps of a directory.
 

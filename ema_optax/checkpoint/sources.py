@@ -9,10 +9,9 @@ import numpy as np
 from etils import epath
 
 from ema_optax.checkpoint.checksums import bounds_of
-from ema_optax.checkpoint.entries import Manifest
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.leaves import Place, Reader
-from ema_optax.checkpoint.manifest import read_manifest
+from ema_optax.checkpoint.manifest import Manifest, read_manifest
 from ema_optax.checkpoint.rescue import explained
 from ema_optax.checkpoint.restoring import sources_of
 from ema_optax.checkpoint.steps import find_step

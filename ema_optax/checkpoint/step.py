@@ -18,21 +18,21 @@ from jax.typing import ArrayLike, DTypeLike
 from ema_optax import averages, trees
 from ema_optax.averages import Average
 from ema_optax.checkpoint.entries import (
-    DEPTH,
-    PARAMS,
-    SHADOW,
-    STATE,
     AverageEntry,
     Count,
     LeafEntry,
-    Manifest,
     Structure,
     TreeEntry,
-    is_deep,
-    misplaced,
+)
+from ema_optax.checkpoint.manifest import (
+    FORMAT,
+    PARAMS,
+    SHADOW,
+    STATE,
+    Manifest,
     tree_of,
 )
-from ema_optax.checkpoint.manifest import FORMAT
+from ema_optax.checkpoint.untrusted import DEPTH, is_deep, misplaced
 from ema_optax.states import BemaMadeBy
 from ema_optax.version import __version__
 
@@ -75,9 +75,7 @@ def of_run(params: optax.Params, opt_state: optax.OptState, extra: Any) -> Step:
     return of_trees(everything, entries(found), extra)
 
 
-def of_shadows(
-    opt_state: optax.OptState, dtype: DTypeLike | None, extra: Any
-) -> Step:
+def of_shadows(opt_state: optax.OptState, dtype: DTypeLike | None, extra: Any) -> Step:
     """Returns a step of the shadows alone, in a dtype of at most their own width.
 
     Raises:

@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ema_optax.checkpoint import manifest
-from ema_optax.checkpoint.entries import PARAMS
+from ema_optax.checkpoint.manifest import PARAMS
 from ema_optax.checkpoint.processes import gathered
 
 _STEP_NAME = re.compile(r"(?:.*[^0-9])?([0-9]+)")  # 300, step_300, ckpt-00000300

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from ema_optax.checkpoint.checksums import bounds_of, whole
-from ema_optax.checkpoint.entries import Bounds, LeafEntry
+from ema_optax.checkpoint.entries import LeafEntry
+from ema_optax.checkpoint.manifest import Bounds
 
 Parts: TypeAlias = Mapping[Bounds, np.ndarray]
 
