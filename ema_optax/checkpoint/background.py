@@ -86,9 +86,15 @@ class GatedFolder(v1.path.PathAwaitingCreation):
 
     @property
     def path(self) -> epath.Path:
+        """The folder, which may not be there yet."""
         return self._folder
 
     async def await_creation(self) -> epath.Path:
+        """Returns the folder once the gate is open.
+
+        Raises:
+            RuntimeError: If the blocking part failed.
+        """
         if not self._gate.opened.is_set():
             await asyncio.to_thread(self._gate.opened.wait)
         if self._gate.broken:

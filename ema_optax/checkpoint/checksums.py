@@ -229,4 +229,5 @@ def _overlap(one: Bounds, other: Bounds) -> bool:
 
 
 def size(bounds: Bounds) -> int:
+    """Returns the number of elements within bounds."""
     return math.prod(b - a for a, b in bounds)

@@ -29,7 +29,8 @@ Count: TypeAlias = int | list["Count"]  # lists where states were vmapped
 _NDIM = 64  # NumPy's own bound
 BYTES = 2**60  # of a leaf; the sums of many stay far from overflow in float64
 _INT = 2**63
-_KIND = re.compile(r"jax|numpy|bool|int|float|key:.{1,64}")
+_KEY = "key:"
+_KIND = re.compile(rf"jax|numpy|bool|int|float|{_KEY}.{{1,64}}")
 _NUMBERS = "biufc"  # kinds of NumPy's dtypes; those of ml_dtypes are "V" with a name
 
 
@@ -40,22 +41,19 @@ class LeafEntry:
     Attributes:
         shape: Its shape.
         dtype: By name; of PRNG keys that of their data.
-        kind: What it was: `jax`, `numpy`, `bool`, `int`, `float`, or `key:IMPL`.
+        key: Implementation of PRNG keys, such as `threefry2x32`; None of numbers.
+        kind: What it was in Python: `jax`, `numpy`, `bool`, `int` or `float`.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    kind: str
+    key: str | None = None
+    kind: str = dataclasses.field(default="jax", compare=False)
 
     @property
     def is_key(self) -> bool:
         """Whether it is an array of PRNG keys."""
-        return self.kind.startswith("key:")
-
-    @property
-    def key(self) -> str | None:
-        """Implementation of PRNG keys, such as `threefry2x32`; None of numbers."""
-        return self.kind.removeprefix("key:") if self.is_key else None
+        return self.key is not None
 
     @property
     def bytes(self) -> int:
@@ -64,7 +62,8 @@ class LeafEntry:
 
     def to_json(self) -> dict[str, object]:
         """Its part of the manifest."""
-        return {"shape": list(self.shape), "dtype": self.dtype, "kind": self.kind}
+        kind = f"{_KEY}{self.key}" if self.key else self.kind
+        return {"shape": list(self.shape), "dtype": self.dtype, "kind": kind}
 
     @classmethod
     def parse(cls, content: object) -> "LeafEntry":
@@ -83,7 +82,9 @@ class LeafEntry:
             raise CorruptCheckpointError(
                 f"has the shape {brief(shape)}, more than any disk holds"
             )
-        return cls(tuple(shape), dtype, kind)
+        if kind.startswith(_KEY):
+            return cls(tuple(shape), dtype, kind.removeprefix(_KEY))
+        return cls(tuple(shape), dtype, kind=kind)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,3 +5,11 @@
 
 class CorruptCheckpointError(ValueError):
     """Data on disk is not what was saved: flipped bits, missing or truncated files."""
+
+
+def as_cause(error):
+    return (
+        CorruptCheckpointError(str(error)[:300])
+        if isinstance(error, ValueError)
+        else error
+    )

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import functools
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -21,12 +21,13 @@ from ema_optax.checkpoint.entries import LeafEntry
 from ema_optax.checkpoint.errors import CorruptCheckpointError, as_cause
 from ema_optax.checkpoint.manifest import Bounds, Manifest, Sums
 from ema_optax.checkpoint.processes import agreed
-from ema_optax.checkpoint.targets import Target
+from ema_optax.checkpoint.targets import Parts, Target, place_all
 
 # Bytes that are read and not yet placed: enough to keep a disk busy, and no more than
 # one leaf where a leaf is larger.
 _IN_FLIGHT = 2**28
-_OPEN = 256  # leaves whose arrays are opened ahead
+_TOGETHER = 2**26  # bytes of leaves that are placed with one call
+_OPEN = 256  # leaves whose arrays are opened ahead, or are placed with one call
 
 
 Slot = TypeVar("Slot", bound=Hashable)
@@ -82,11 +83,19 @@ def read(
             place: list(dict.fromkeys(p for slot in those for p in parts[slot]))
             for place, those in takers.items()
         }
-        return {
-            slot: _placed(reader.entry(place), place, slots[slot][1], data)
-            for place, data in reader.stream(wanted)
-            for slot in takers[place]
-        }
+        placed: dict[Slot, Any] = {}
+        ready: dict[Slot, tuple[Target, Parts, tuple[int, ...]]] = {}
+        size = 0
+        for place, data in reader.stream(wanted):
+            entry = reader.entry(place)
+            ready |= {
+                slot: (slots[slot][1], data, entry.shape) for slot in takers[place]
+            }
+            size += entry.bytes
+            if size > _TOGETHER or len(ready) > _OPEN:
+                placed |= _placed(ready)
+                ready, size = {}, 0
+        return placed | _placed(ready)
 
     return agreed(read_here, elsewhere(item))
 
@@ -128,7 +137,7 @@ class Reader:
         self,
         item: epath.Path,
         described: Manifest,
-        places: Iterator[Place] | Sequence[Place] | Mapping[Place, Any],
+        places: Iterable[Place],
         *,
         verify: bool,
     ) -> None:
@@ -146,11 +155,16 @@ class Reader:
         self._item, self._described, self._verify = item, described, verify
         structures = {name: tree.structure for name, tree in described.trees.items()}
         self._store = opening.Store(item, structures)
+        places = list(places)
         claimed = sum(self.entry(place).bytes for place in places)
-        self._problem = untrusted.refusal(item, claimed) if claimed else None
-        for place in places:
-            if self._problem:
-                raise self.damage(place, self._problem)
+        if not claimed:
+            return
+        try:
+            problem = untrusted.refusal(item, claimed)
+        except FileNotFoundError as error:
+            problem = f"it cannot be read: {error}"
+        if problem:
+            raise self.damage(places[0], problem)
 
     def entry(self, place: Place) -> LeafEntry:
         """Returns what the manifest says of a leaf."""
@@ -272,12 +286,12 @@ def _parts(entry: LeafEntry, place: Place, target: Target) -> list[Bounds]:
 
 
 def _placed(
-    entry: LeafEntry, place: Place, target: Target, parts: Mapping[Bounds, np.ndarray]
-) -> Any:
+    ready: Mapping[Slot, tuple[Target, Parts, tuple[int, ...]]],
+) -> dict[Slot, Any]:
     try:
-        return target.place(parts, entry.shape)
+        return dict(zip(ready, place_all(ready.values()), strict=True))
     except (MemoryError, RuntimeError) as error:  # JAX's own is a RuntimeError
-        raise _caused(error, f"{place} was read and cannot be placed") from error
+        raise _caused(error, "What was read cannot be placed") from error
 
 
 @contextlib.contextmanager

@@ -105,9 +105,10 @@ def check_fits(entry: LeafEntry, leaf: Any, slot: str, *, exact: bool) -> None:
         )
     if entry.is_key or is_key(leaf):
         if not (entry.is_key and is_key(leaf)):
+            stored = f"key:{entry.key}" if entry.is_key else entry.dtype
             raise ValueError(
-                f"'{slot}' is {entry.kind} on disk and {_dtype(leaf)} in the "
-                "target: PRNG keys and numbers are not converted."
+                f"'{slot}' is {stored} on disk and {_dtype(leaf)} in the target: PRNG "
+                "keys and numbers are not converted."
             )
         return
     have, want = jnp.dtype(entry.dtype), _dtype(leaf)

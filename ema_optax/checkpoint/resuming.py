@@ -19,7 +19,7 @@ from ema_optax.checkpoint.restoring import (
 )
 from ema_optax.checkpoint.step import bema_arguments, is_empty, joined
 from ema_optax.checkpoint.targets import Target, target_of
-from ema_optax.states import BemaMadeBy
+from ema_optax.averages import BemaMadeBy
 
 
 def restore_run(

@@ -11,7 +11,7 @@ from ema_optax.checkpoint.manifest import Manifest, name_of, read_manifest
 from ema_optax.checkpoint.rescue import explained
 from ema_optax.checkpoint.sources import StoredTree
 from ema_optax.checkpoint.steps import absolute, all_steps
-from ema_optax.decays import power
+from ema_optax.families import Power as power
 from ema_optax.reconstruction import Snapshot
 
 

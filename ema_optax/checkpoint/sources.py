@@ -22,7 +22,7 @@ _RESCUE = "Leave this step out of what is summed; the others are not affected."
 
 
 def stored(
-    directory: Any,
+    directory: epath.PathLike,
     tree: str = "shadow",
     *,
     step: int | None = None,

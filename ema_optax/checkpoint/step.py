@@ -33,7 +33,7 @@ from ema_optax.checkpoint.manifest import (
     tree_of,
 )
 from ema_optax.checkpoint.untrusted import DEPTH, is_deep, misplaced
-from ema_optax.states import BemaMadeBy
+from ema_optax.averages import BemaMadeBy
 from ema_optax.version import __version__
 
 SNAPSHOT_DTYPES = ("float16", "bfloat16", "float32")
@@ -314,11 +314,11 @@ def _count(count: Any) -> Count:
 def _entry(leaf: Any) -> LeafEntry:
     if is_key(leaf):
         impl = str(jax.random.key_impl(leaf))
-        return LeafEntry(tuple(leaf.shape), "uint32", f"key:{impl}")
+        return LeafEntry(tuple(leaf.shape), "uint32", impl)
     if isinstance(leaf, (bool, int, float)):
-        return LeafEntry((), str(np.asarray(leaf).dtype), type(leaf).__name__)
+        return LeafEntry((), str(np.asarray(leaf).dtype), kind=type(leaf).__name__)
     kind = "jax" if isinstance(leaf, jax.Array) else "numpy"
-    return LeafEntry(tuple(leaf.shape), str(leaf.dtype), kind)
+    return LeafEntry(tuple(leaf.shape), str(leaf.dtype), kind=kind)
 
 
 def _structure(tree: Any) -> Structure:

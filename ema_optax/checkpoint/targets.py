@@ -1,7 +1,7 @@
 """Where a leaf that is read goes: onto which devices, as which type and dtype."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -44,26 +44,55 @@ class Target:
             dict.fromkeys(bounds_of(index, shape) for index in indices.values())
         )
 
-    def place(self, parts: Parts, shape: Sequence[int]) -> Any:
-        """Returns the leaf, made of its parts on the host.
+    def cast(self, parts: Parts) -> Parts:
+        """Returns the parts in the dtype of the target."""
+        if self.dtype is None:
+            return parts
+        with np.errstate(over="ignore"):  # as JAX casts: to infinity
+            return {
+                at: part.astype(self.dtype, copy=False) for at, part in parts.items()
+            }
 
-        Args:
-            parts: At least those that `parts` returned.
-            shape: Of the whole leaf.
-        """
-        if self.dtype is not None:
-            with np.errstate(over="ignore"):  # as JAX casts: to infinity
-                parts = {
-                    at: part.astype(self.dtype, copy=False)
-                    for at, part in parts.items()
-                }
-        if self.sharding is None:  # of keys the data have other bounds
-            return self.make(parts.get(whole(shape), next(iter(parts.values()))))
-        if len(self.sharding.device_set) == 1:
-            return jax.device_put(parts[whole(shape)], self.sharding)
-        return jax.make_array_from_callback(
-            tuple(shape), self.sharding, lambda index: parts[bounds_of(index, shape)]
-        )
+
+def place_all(
+    leaves: Iterable[tuple[Target, Parts, tuple[int, ...]]],
+) -> list[Any]:
+    """Returns leaves at their targets.
+
+    What goes to one device goes with one call for all: with a call for each, 1,000
+    small leaves take twice as long.
+
+    Args:
+        leaves: For each its target, at least the parts on the host that
+            `Target.parts` names, and the shape of the whole.
+    """
+    placed: list[Any] = []
+    moved: dict[int, tuple[np.ndarray, Sharding]] = {}
+    for i, (target, parts, shape) in enumerate(leaves):
+        parts, sharding = target.cast(parts), target.sharding
+        if sharding is None:  # of keys the data have other bounds
+            placed.append(
+                target.make(parts.get(whole(shape), next(iter(parts.values()))))
+            )
+        elif len(sharding.device_set) == 1:
+            moved[i] = parts[whole(shape)], sharding
+            placed.append(None)
+        else:
+            placed.append(
+                jax.make_array_from_callback(
+                    shape,
+                    sharding,
+                    lambda index, parts=parts, shape=shape: parts[
+                        bounds_of(index, shape)
+                    ],
+                )
+            )
+    arrays, shardings = zip(*moved.values(), strict=True) if moved else ((), ())
+    for i, array in zip(
+        moved, jax.device_put(list(arrays), list(shardings)), strict=True
+    ):
+        placed[i] = array
+    return placed
 
 
 def target_of(leaf: Any, entry: LeafEntry) -> Target:
