@@ -1,0 +1,285 @@
+"""Entries of a manifest: made from a stranger's JSON, or refused, and written as JSON.
+
+Whoever can write a checkpoint can seal its manifest: the seal tells damage, not intent.
+So shapes are bounded, dtypes are numbers, paths stay inside, nothing is coerced, and
+nothing is nested more deeply than the recursion that reads it.
+"""
+
+# pyright: strict
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import TypeAlias, TypeGuard, cast
+
+import jax.numpy as jnp
+import numpy as np
+
+from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.untrusted import DEPTH, brief, is_deep, misplaced, nodes
+from ema_optax.families import Decay
+
+Json: TypeAlias = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
+Structure: TypeAlias = dict[str, "Structure"] | list["Structure"] | str | None
+Count: TypeAlias = int | list["Count"]  # lists where states were vmapped
+
+_NDIM = 64  # NumPy's own bound
+BYTES = 2**60  # of a leaf; the sums of many stay far from overflow in float64
+_INT = 2**63
+_KIND = re.compile(r"jax|numpy|bool|int|float|key:.{1,64}")
+_NUMBERS = "biufc"  # kinds of NumPy's dtypes; those of ml_dtypes are "V" with a name
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeafEntry:
+    """A leaf on disk.
+
+    Attributes:
+        shape: Its shape.
+        dtype: By name; of PRNG keys that of their data.
+        kind: What it was: `jax`, `numpy`, `bool`, `int`, `float`, or `key:IMPL`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+
+    @property
+    def is_key(self) -> bool:
+        """Whether it is an array of PRNG keys."""
+        return self.kind.startswith("key:")
+
+    @property
+    def key(self) -> str | None:
+        """Implementation of PRNG keys, such as `threefry2x32`; None of numbers."""
+        return self.kind.removeprefix("key:") if self.is_key else None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its elements; of PRNG keys one number for each."""
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    def to_json(self) -> dict[str, object]:
+        """Its part of the manifest."""
+        return {"shape": list(self.shape), "dtype": self.dtype, "kind": self.kind}
+
+    @classmethod
+    def parse(cls, content: object) -> "LeafEntry":
+        """Makes an entry of JSON, or raises `CorruptCheckpointError`, saying why."""
+        if not is_object(content) or not {"shape", "dtype", "kind"} <= set(content):
+            raise CorruptCheckpointError("lacks shape, dtype or kind")
+        shape, dtype, kind = content["shape"], content["dtype"], content["kind"]
+        if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+            raise CorruptCheckpointError(f"is of the kind {brief(kind)}")
+        size = _itemsize(dtype) if isinstance(dtype, str) and len(dtype) < 64 else None
+        if not isinstance(dtype, str) or size is None:
+            raise CorruptCheckpointError(f"is of the dtype {brief(dtype)}")
+        if not is_list(shape) or len(shape) > _NDIM or not _are_lengths(shape):
+            raise CorruptCheckpointError(f"has the shape {brief(shape)}")
+        if math.prod(shape) * size > BYTES:
+            raise CorruptCheckpointError(
+                f"has the shape {brief(shape)}, more than any disk holds"
+            )
+        return cls(tuple(shape), dtype, kind)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AverageEntry:
+    """How a shadow was made.
+
+    Attributes:
+        decay: What it was averaged with; None where that cannot be written down.
+        every: Updates between its folds; None where unknown.
+        count: Updates it has seen.
+        bema: Arguments of each `bema_params` that it comes from.
+        unread: The JSON of a decay that this version cannot read; `decay` is then None.
+    """
+
+    decay: Decay | None
+    every: int | None
+    count: Count
+    bema: tuple[Mapping[str, float], ...] = ()
+    unread: Mapping[str, Json] | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Its part of the manifest.
+
+        Raises:
+            TypeError: If the decay is, or holds, a plain callable.
+        """
+        written = json.loads(self.decay.to_json()) if self.decay else self.unread
+        entry: dict[str, object] = {
+            "decay": written,
+            "every": self.every,
+            "count": self.count,
+        }
+        if self.bema:
+            entry["bema"] = [dict(arguments) for arguments in self.bema]
+        return entry
+
+    @classmethod
+    def parse(cls, content: object) -> "AverageEntry":
+        """Makes an entry of JSON, or raises `CorruptCheckpointError`, saying why."""
+        if not is_object(content) or not {"decay", "every", "count"} <= set(content):
+            raise CorruptCheckpointError("lacks decay, every or count")
+        decay, every, count = content["decay"], content["every"], content["count"]
+        if decay is not None and not is_object(decay):
+            raise CorruptCheckpointError(f"has the decay {brief(decay)}")
+        if every is not None and not (is_whole(every) and 1 <= every < _INT):
+            raise CorruptCheckpointError(f"has every={brief(every)}")
+        if not _is_count(count):
+            raise CorruptCheckpointError(f"has the count {brief(count)}")
+        bema = content.get("bema", [])
+        if not is_list(bema) or not all(map(_is_arguments, bema)):
+            raise CorruptCheckpointError(
+                f"has the arguments {brief(bema)} of bema_params"
+            )
+        if is_deep(content):
+            raise CorruptCheckpointError(f"is nested more than {DEPTH} deep")
+        try:
+            known, unread = Decay.from_json(decay) if decay is not None else None, None
+        except ValueError:
+            known, unread = None, cast("dict[str, Json]", decay)
+        arguments = cast("list[dict[str, float]]", bema)
+        return cls(known, every, count, tuple(arguments), unread)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TreeEntry:
+    """A tree on disk.
+
+    Attributes:
+        structure: Dicts and lists as Orbax nests them, with the paths of its leaves.
+        leaves: By path. Of a shadow: those that are averaged.
+        average: How a shadow was made; None of other trees.
+    """
+
+    structure: Structure
+    leaves: Mapping[str, LeafEntry]
+    average: AverageEntry | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all its leaves."""
+        return sum(leaf.bytes for leaf in self.leaves.values())
+
+    @property
+    def decay(self) -> Decay | None:
+        """What a shadow was averaged with, where that can be written down."""
+        return self.average.decay if self.average else None
+
+    @property
+    def every(self) -> int | None:
+        """Updates between the folds of a shadow."""
+        return self.average.every if self.average else None
+
+    @property
+    def count(self) -> Count | None:
+        """Updates that a shadow has seen; a list where states were vmapped."""
+        return self.average.count if self.average else None
+
+    def to_json(self) -> dict[str, object]:
+        """Its part of the manifest, but for the average."""
+        leaves = {path: leaf.to_json() for path, leaf in self.leaves.items()}
+        return {"structure": self.structure, "leaves": leaves}
+
+    @classmethod
+    def parse(cls, content: object, average: AverageEntry | None) -> "TreeEntry":
+        """Makes an entry of JSON, or raises `CorruptCheckpointError`, saying why."""
+        if not is_object(content) or not {"structure", "leaves"} <= set(content):
+            raise CorruptCheckpointError("has no structure or no leaves")
+        if not is_object(content["leaves"]):
+            raise CorruptCheckpointError("has no leaves by path")
+        leaves: dict[str, LeafEntry] = {}
+        for path, leaf in content["leaves"].items():
+            try:
+                check_place(path)
+                leaves[path] = LeafEntry.parse(leaf)
+            except CorruptCheckpointError as error:
+                raise CorruptCheckpointError(
+                    f"has a leaf {brief(path)} that {error}"
+                ) from None
+        structure = content["structure"]
+        _check_structure(structure, set(leaves))
+        return cls(cast("Structure", structure), leaves, average)
+
+
+def check_place(path: str) -> None:
+    """Raises `CorruptCheckpointError` where a path cannot be that of a leaf."""
+    problem = misplaced(path)
+    if problem:
+        raise CorruptCheckpointError(problem)
+
+
+def is_object(value: object) -> TypeGuard[dict[str, object]]:
+    """Whether JSON is an object."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[object]]:
+    """Whether JSON is a list."""
+    return isinstance(value, list)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether JSON is a whole number; true is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_structure(structure: object, leaves: set[str]) -> None:
+    left = set(leaves)
+    for node, depth in nodes(structure):
+        if depth > DEPTH:
+            raise CorruptCheckpointError(f"is nested more than {DEPTH} deep")
+        if isinstance(node, str):
+            if node not in left:
+                what = "twice" if node in leaves else "and no such leaf"
+                raise CorruptCheckpointError(
+                    f"has the path {brief(node)} in its structure {what}"
+                )
+            left.remove(node)
+        elif is_object(node):
+            for key in node:
+                problem = misplaced(key)
+                if problem:
+                    raise CorruptCheckpointError(
+                        f"has a key {brief(key)} that {problem}"
+                    )
+        elif node is not None and not is_list(node):
+            raise CorruptCheckpointError(f"has {brief(node)} in its structure")
+    if left:
+        raise CorruptCheckpointError(
+            f"has a leaf {brief(min(left))} that is not in its structure"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _itemsize(dtype: str) -> int | None:
+    """Bytes of a dtype of numbers by its name; None of anything else."""
+    try:
+        found = jnp.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError):
+        return None
+    number = found.kind in _NUMBERS or jnp.issubdtype(found, np.number)
+    return found.itemsize if number and found.name == dtype else None
+
+
+def _are_lengths(shape: list[object]) -> TypeGuard[list[int]]:
+    return all(is_whole(n) and n >= 0 for n in shape)
+
+
+def _is_count(value: object) -> TypeGuard[Count]:
+    return all(
+        depth < _NDIM if is_list(node) else is_whole(node) and 0 <= node < _INT
+        for node, depth in nodes(value)
+    )
+
+
+def _is_arguments(value: object) -> bool:
+    """Whether JSON is an object of numbers."""
+    return is_object(value) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) for x in value.values()
+    )

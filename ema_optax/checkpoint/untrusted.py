@@ -1,0 +1,121 @@
+"""Bounds on what a stranger wrote: files, paths, and how deeply JSON is nested."""
+
+# pyright: strict
+
+import os
+import stat
+from collections.abc import Iterator
+from typing import cast
+
+from etils import epath  # pyright: ignore[reportMissingTypeStubs]
+
+LIMIT = 2**26  # bytes of a JSON file: some 300,000 leaves; Python makes 20 times of it
+DEPTH = 100  # of nested containers; each costs its reader a few frames
+
+_LONGEST = 4096  # characters of a path
+# Bytes of leaves for each byte on disk. Arrays are stored as they are; only those below
+# 1 kB may lie compressed in OCDBT's nodes, beside 30 bytes of a checksum for each.
+_FACTOR = 64
+_SMALL = 2**20  # bytes of leaves that are never too many
+
+
+def read_text(path: epath.Path) -> str:
+    """Reads a text file of at most `LIMIT` bytes.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no file, is larger, or is no text.
+    """
+    if _is_remote(path):
+        if path.stat().length > LIMIT:
+            raise ValueError(f"it has more than {LIMIT:,} bytes")
+        return path.read_text()
+    # Without waiting: a pipe would have no end, or no beginning.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no file")
+        data = file.read(LIMIT + 1)
+    if len(data) > LIMIT:
+        raise ValueError(f"it has more than {LIMIT:,} bytes")
+    return data.decode()
+
+
+def refusal(folder: epath.Path, claimed: int) -> str | None:
+    """Says why the files of a folder must not be read, or None.
+
+    A pipe would never end. A checkpoint that claims far more elements than its files
+    have bytes would fill the memory with them.
+
+    Args:
+        folder: A local one. Of a remote one nothing is known: it has no pipes.
+        claimed: Bytes of the leaves to read.
+    """
+    if _is_remote(folder):
+        return None
+    size, left = 0, [os.fspath(folder)]
+    while left:
+        with os.scandir(left.pop()) as entries:
+            for entry in entries:
+                try:
+                    mode = entry.stat()
+                except OSError as error:  # such as a link to nothing, or to itself
+                    return f"{entry.path} cannot be read: {error.strerror}"
+                if stat.S_ISDIR(mode.st_mode):
+                    if entry.is_symlink():  # may lead to a folder above
+                        return f"{entry.path} is a link to a folder"
+                    left.append(entry.path)
+                elif stat.S_ISREG(mode.st_mode):
+                    size += mode.st_size
+                else:
+                    return f"{entry.path} is no file"
+    if claimed > _FACTOR * size + _SMALL:
+        return f"its leaves have {claimed:,} bytes, and its files {size:,}"
+    return None
+
+
+def misplaced(path: str) -> str | None:
+    """Says why a path cannot be that of a leaf, or None.
+
+    Keys may hold slashes, as Haiku's do; as a whole a path must not lead elsewhere.
+    """
+    keys = path.split("/")
+    if "\0" in path:
+        return "holds a NUL"
+    if path.startswith("/") or ".." in keys:
+        return "leads out of the checkpoint"
+    if len(keys) > DEPTH or len(path) > _LONGEST:
+        return f"has more than {DEPTH} keys or {_LONGEST} characters"
+    return None
+
+
+def nodes(value: object) -> Iterator[tuple[object, int]]:
+    """Yields a JSON value and all inside it with their depths; stops below `DEPTH`."""
+    left = [(value, 0)]
+    while left:
+        node, depth = left.pop()
+        yield node, depth
+        if depth <= DEPTH and isinstance(node, (dict, list)):
+            inner = cast("dict[str, object] | list[object]", node)
+            below = inner.values() if isinstance(inner, dict) else inner
+            left += [(child, depth + 1) for child in below]
+
+
+def is_deep(value: object) -> bool:
+    """Whether lists and dicts are nested more than `DEPTH` deep."""
+    return any(depth > DEPTH for _, depth in nodes(value))
+
+
+def brief(value: object) -> str:
+    """Says what a JSON value is in a few words, however large or deep it is."""
+    if isinstance(value, (dict, list)):
+        inner = cast("dict[str, object] | list[object]", value)
+        if isinstance(inner, list) and len(inner) <= 64:
+            flat = ["…" if isinstance(x, (dict, list)) else brief(x) for x in inner]
+            return f"[{', '.join(flat)}]"[:200]
+        return f"a {type(inner).__name__} of {len(inner)}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in os.fspath(path)
