@@ -1,0 +1,101 @@
+"""Text for errors and tables: bounded values, errors on one line, nearest names."""
+
+import difflib
+from collections.abc import Iterable
+
+_ITEMS = 32  # of a list or tuple that is written out
+
+
+def brief(value: object, limit: int = 100) -> str:
+    """Returns a value as Python writes it, of a few words however large it is.
+
+    Containers in it are not followed, so that their depth does not matter, and a dict
+    or a long list is given by its length.
+
+    Args:
+        value: Anything, such as a part of a stranger's JSON.
+        limit: Characters before the text is cut off, and ends in `…`.
+
+    >>> brief("kernel"), brief([1, [2]]), brief({"a": 1}), brief("a" * 9, limit=4)
+    ("'kernel'", '[1, …]', 'a dict of 1', "'aaa…")
+    """
+    if isinstance(value, (str, bytes)):
+        value = value[: limit + 1]
+    if isinstance(value, (list, tuple)) and len(value) <= _ITEMS:
+        inner = ", ".join("…" if _is_deep(x) else brief(x, limit) for x in value)
+        return _cut(f"[{inner}]" if isinstance(value, list) else f"({inner})", limit)
+    if _is_deep(value):
+        return f"a {type(value).__name__} of {len(value)}"  # pyright: ignore[reportArgumentType]
+    try:
+        return _cut(repr(value), limit)
+    except (ValueError, RecursionError):  # Python writes integers of ≤ 4,300 digits
+        return f"a very large {type(value).__name__}"
+
+
+def one_line(error: object, limit: int | None = 300) -> str:
+    r"""Returns an error, or any text, on one line.
+
+    Args:
+        error: What is written as `str` does.
+        limit: Characters before the text is cut off, and ends in `…`: TensorStore's
+            errors are of several pages. None is all of it.
+
+    >>> one_line(ValueError("one\n  two"))
+    'one two'
+    """
+    text = " ".join(str(error).split())
+    return text if limit is None else _cut(text, limit)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns a sentence with the names most like one, or the first few of them.
+
+    >>> nearest("shadwo", ["params", "shadow"])
+    "The nearest are 'shadow'."
+    """
+    known = list(names)
+    near = nearest_names(name, known) or known[:3]
+    return f"The nearest are {', '.join(map(repr, near))}."
+
+
+def nearest_names(
+    name: str, names: Iterable[str], *, count: int = 3, cutoff: float = 0.3
+) -> list[str]:
+    """Returns the names most like one, the most alike first.
+
+    Args:
+        name: What was asked for; its first 200 characters count.
+        names: What there is.
+        count: How many at most.
+        cutoff: How alike they have to be, from 0 to 1, which is the same.
+    """
+    return difflib.get_close_matches(name[:200], list(names), count, cutoff)
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """Returns the first names, and how many more there are.
+
+    >>> some("abcde"), some("ab")
+    ('a, b, c and 2 more', 'a, b')
+    """
+    known = list(names)
+    more = f" and {len(known) - most:,} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more
+
+
+def percent(share: float) -> str:
+    """Returns a share of one in percent, or `""` where that rounds to nothing.
+
+    >>> percent(0.123), percent(0.0001)
+    ('12.3%', '')
+    """
+    text = f"{share:.1%}"
+    return "" if text == "0.0%" else text
+
+
+def _is_deep(value: object) -> bool:
+    return isinstance(value, (dict, list, tuple, set, frozenset))
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}…"
