@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ema_optax.checkpoint.errors import CorruptCheckpointError
-from ema_optax.checkpoint.untrusted import DEPTH, brief, is_deep, misplaced, nodes
+from ema_optax.checkpoint.untrusted import DEPTH, is_deep, misplaced, nodes
 from ema_optax.families import Decay
+from ema_optax.text import brief
 
 Json: TypeAlias = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
 Structure: TypeAlias = dict[str, "Structure"] | list["Structure"] | str | None
@@ -64,7 +65,7 @@ class LeafEntry:
 
     def to_json(self) -> dict[str, object]:
         """Its part of the manifest."""
-        return {"shape": list(self.shape), "dtype": self.dtype, "kind": self.kind}
+        return {"shape": self.shape, "dtype": self.dtype, "kind": self.kind}
 
     @classmethod
     def parse(cls, content: object) -> "LeafEntry":

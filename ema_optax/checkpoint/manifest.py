@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import xxhash
 from etils import epath  # pyright: ignore[reportMissingTypeStubs]
@@ -35,12 +35,14 @@ from ema_optax.checkpoint.untrusted import (
     read_text,
 )
 from ema_optax.families import Decay
+from ema_optax.text import brief, one_line
 
 FORMAT = 2  # of everything that this library writes; raised when older ones cannot read
 FOLDER = "ema_optax"  # inside the item, beside the raw params
 LIBRARY = "ema_optax"
 PARAMS, SHADOW, STATE = "params", "shadow", "state"
 
+T = TypeVar("T")
 Bounds: TypeAlias = tuple[tuple[int, int], ...]
 
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,63}")
@@ -79,13 +81,19 @@ class Manifest:
         """The averages by the names of their trees.
 
         Raises:
-            CorruptCheckpointError: If the JSON of a decay is malformed.
-            ValueError: If a decay is of a kind that this version does not know.
+            ValueError: If the decay of one cannot be read. The seal says that it is as
+                it was written: by a newer version, or a stranger.
         """
         averages = {n: t.average for n, t in self.trees.items() if t.average}
         for name, average in averages.items():
-            if average.unread is not None:
-                raise _unread(name, average.unread, self.version)
+            try:
+                Decay.from_json(average.unread) if average.unread is not None else None
+            except ValueError as error:
+                raise ValueError(
+                    f"The decay of {brief(name)} cannot be read: {error} If ema_optax "
+                    f"{self.version}, which wrote it, is newer than this version: "
+                    f"pip install 'ema-optax>={self.version}'."
+                ) from None
         return averages
 
     def to_json(self) -> dict[str, object]:
@@ -122,27 +130,25 @@ class Manifest:
                 f"It was written by ema_optax {version}: "
                 f"pip install 'ema-optax>={version}'."
             )
-        if not isinstance(content.get("version"), str):
-            raise CorruptCheckpointError("'version' is missing or no str")
-        processes = content.get("processes")
-        if not is_whole(processes):
-            raise CorruptCheckpointError("'processes' is missing or no int")
+        version, processes = (
+            _of(content, "version", str),
+            _of(content, "processes", int),
+        )
+        averages: dict[str, object] = _of(content, "averages", dict)
+        trees: dict[str, object] = _of(content, "trees", dict)
         if processes < 1:
             raise CorruptCheckpointError(f"'processes' is {brief(processes)}")
-        averages, trees = _object(content, "averages"), _object(content, "trees")
         if not trees:
             raise CorruptCheckpointError("it has no trees")
         extra = content.get("extra")
         if is_deep(extra):
             raise CorruptCheckpointError(f"'extra' is nested more than {DEPTH} deep")
-        for name in averages:
-            if name not in trees:
-                raise CorruptCheckpointError(
-                    f"it has an average {brief(name)} and no such tree"
-                )
-        version = _version(content["version"])
+        for name in set(averages) - set(trees):
+            raise CorruptCheckpointError(
+                f"it has an average {brief(name)} and no such tree"
+            )
         entries = {name: _tree(name, tree, averages) for name, tree in trees.items()}
-        return cls(number, version, processes, entries, cast("Json", extra))
+        return cls(number, _version(version), processes, entries, cast("Json", extra))
 
 
 def tree_of(name: str) -> str:
@@ -155,14 +161,6 @@ def name_of(tree: str) -> str:
     return tree.removeprefix(SHADOW).removeprefix("/")
 
 
-def sums_to_json(sums: Sums) -> dict[str, object]:
-    """The content of one process's file of checksums."""
-    return {
-        tree: {path: [list(p) for p in pieces] for path, pieces in leaves.items()}
-        for tree, leaves in sums.items()
-    }
-
-
 def parse_sums(content: object) -> Sums:
     """Makes checksums of a stranger's JSON, or raises `CorruptCheckpointError`."""
     if not is_object(content):
@@ -173,13 +171,12 @@ def parse_sums(content: object) -> Sums:
             raise CorruptCheckpointError(f"its tree {brief(tree)} has no leaves")
         sums[tree] = {}
         for path, pieces in leaves.items():
-            parsed = [_piece(x) for x in pieces] if is_list(pieces) else [None]
-            whole = tuple(piece for piece in parsed if piece is not None)
-            if len(whole) < len(parsed):
+            parsed = _pieces(pieces)
+            if parsed is None:
                 raise CorruptCheckpointError(
                     f"the pieces of {brief(path)} are not bounds and a checksum"
                 )
-            sums[tree][path] = whole
+            sums[tree][path] = parsed
     return sums
 
 
@@ -209,7 +206,7 @@ def write_sums(item: epath.Path, process: int, sums: Sums) -> None:
     Raises:
         ValueError: If they are larger than what is read.
     """
-    write_sealed(checksums_path(item, process), sums_to_json(sums))
+    write_sealed(checksums_path(item, process), sums)
 
 
 def read_manifest(item: epath.Path) -> Manifest:
@@ -292,7 +289,7 @@ def read_sealed(path: epath.Path) -> object:
             raise ValueError("its own checksum does not match")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(
-            f"{path} cannot be trusted: {str(error)[:300]}."
+            f"{path} cannot be trusted: {one_line(error)}."
         ) from error
     return content
 
@@ -301,10 +298,10 @@ def _seal(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-def _object(content: Mapping[str, object], key: str) -> dict[str, object]:
+def _of(content: Mapping[str, object], key: str, kind: type[T]) -> T:
     value = content.get(key)
-    if not is_object(value):
-        raise CorruptCheckpointError(f"'{key}' is missing or no dict")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise CorruptCheckpointError(f"'{key}' is missing or no {kind.__name__}")
     return value
 
 
@@ -327,41 +324,23 @@ def _tree(name: str, tree: object, averages: Mapping[str, object]) -> TreeEntry:
         raise CorruptCheckpointError(f"its {what} {brief(name)} {error}") from None
 
 
-def _piece(value: object) -> Piece | None:
-    if not is_list(value) or len(value) != 2:
+def _pieces(value: object) -> tuple[Piece, ...] | None:
+    if not is_list(value):
         return None
-    bounds, xxh3 = value
-    if not isinstance(xxh3, str) or not is_list(bounds):
-        return None
-    pairs: list[tuple[int, int]] = []
-    for pair in bounds:
-        if not is_list(pair) or len(pair) != 2:
-            return None
-        start, stop = pair
-        if not (is_whole(start) and is_whole(stop) and 0 <= start <= stop < BYTES):
-            return None
-        pairs.append((start, stop))
-    return Piece(tuple(pairs), xxh3)
+    pieces: list[Piece] = []
+    for piece in value:
+        match piece:
+            case [[*bounds], str(xxh3)] if all(map(_is_pair, bounds)):
+                pairs = cast("list[list[int]]", bounds)
+                pieces.append(Piece(tuple((a, b) for a, b in pairs), xxh3))
+            case _:
+                return None
+    return tuple(pieces)
 
 
-def _unread(tree: str, decay: Mapping[str, Json], version: str) -> ValueError:
-    """Why a decay cannot be read: of a newer version, or malformed."""
-    try:
-        Decay.from_json(decay)
-    except ValueError as error:
-        text = f"The decay of '{tree}' cannot be read: {error}"
-        if _is_of_known_kind(decay):
-            return CorruptCheckpointError(text)
-        return ValueError(
-            f"{text} A newer version may know it: pip install 'ema-optax>={version}'."
-        )
-    return CorruptCheckpointError(f"The decay of '{tree}' cannot be read.")
-
-
-def _is_of_known_kind(decay: Mapping[str, Json]) -> bool:
-    kinds = {family.kind for family in Decay.__subclasses__()}
-    return all(
-        not isinstance(kind := node.get("kind"), str) or kind in kinds
-        for node, _ in nodes(decay)
-        if is_object(node)
-    )
+def _is_pair(value: object) -> bool:
+    match value:
+        case [a, b] if is_whole(a) and is_whole(b):
+            return 0 <= a <= b < BYTES
+        case _:
+            return False

@@ -105,17 +105,5 @@ def is_deep(value: object) -> bool:
     return any(depth > DEPTH for _, depth in nodes(value))
 
 
-def brief(value: object) -> str:
-    """Says what a JSON value is in a few words, however large or deep it is."""
-    if isinstance(value, (dict, list)):
-        inner = cast("dict[str, object] | list[object]", value)
-        if isinstance(inner, list) and len(inner) <= 64:
-            flat = ["…" if isinstance(x, (dict, list)) else brief(x) for x in inner]
-            return f"[{', '.join(flat)}]"[:200]
-        return f"a {type(inner).__name__} of {len(inner)}"
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
 def _is_remote(path: epath.Path) -> bool:
     return "://" in os.fspath(path)
