@@ -3,70 +3,90 @@
 # pyright: strict
 
 import errno
-import os
 import re
 
 from ema_optax.text import one_line
 
-# What TensorStore and JAX put before the text of their errors: absl's status. Those of
-# INVALID_ARGUMENT, such as what zstd cannot decompress, come as a ValueError without.
-_STATUS = re.compile(r"([A-Z]+(?:_[A-Z]+)*): ")
+# TensorStore's errors are ValueErrors that begin with absl's status and state the
+# system's; only those of INVALID_ARGUMENT, as of data that zstd refuses, state neither.
+_STATUS = re.compile(r"([A-Z_]+): ")
 _ERRNO = re.compile(r"\[os_error_code='(\d+)'\]")
-_SPEC = re.compile(r" \[(?:tensorstore_spec|os_error_code|transform|domain)=.*", re.S)
-
-_DAMAGE = {
-    *("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT"),
-    *("OUT_OF_RANGE", "UNIMPLEMENTED"),
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
-}
-_PERMISSION = {
-    *("PERMISSION_DENIED", "UNAUTHENTICATED"),
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
-}
-_MEMORY = {"RESOURCE_EXHAUSTED", errno.ENOMEM}
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_OTHERS = {"UNKNOWN", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"}
+_DETAILS = re.compile(
+    r" \[(?:tensorstore_spec|os_error_code|domain|transform)=.*", re.S
+)
 
 
 class CorruptCheckpointError(ValueError):
     """Data on disk is not what was saved: flipped bits, missing or truncated files."""
 
 
+_CAUSES: list[tuple[type[Exception], set[str | int], str]] = [
+    (
+        CorruptCheckpointError,
+        {
+            *("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT"),
+            *("OUT_OF_RANGE", errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+        },
+        "If it was copied, copy it again.",
+    ),
+    (
+        PermissionError,
+        {
+            *("PERMISSION_DENIED", "UNAUTHENTICATED"),
+            *(errno.EACCES, errno.EPERM, errno.EROFS),
+        },
+        "Give this user access to it, by chmod or by the credentials of its store.",
+    ),
+    (
+        MemoryError,
+        {"RESOURCE_EXHAUSTED", errno.ENOMEM},
+        "The checkpoint may be whole: take fewer leaves, shard them over more devices, "
+        "or free memory.",
+    ),
+    (OSError, {errno.ENOSPC, errno.EDQUOT}, "Make room on the disk."),
+    (OSError, {errno.EMFILE, errno.ENFILE}, "Allow more open files: ulimit -n 65536."),
+]
+_OTHERWISE = (
+    "The checkpoint may be whole: try again, and look after the disk or the network."
+)
+
+
 def as_cause(error: Exception, what: str = "") -> Exception:
     """Turns an error of TensorStore, the system or JAX into the exception of its cause.
 
     Args:
-        error: Raised by opening, reading or writing files that the manifest promises,
-            or by placing what was read. A ValueError has to be TensorStore's.
-        what: What was read or written, to begin the message.
+        error: What opening, reading, writing or placing raised. A missing file counts
+            as damage: pass errors of files that the manifest promises. Pass no other
+            ValueError than TensorStore's.
+        what: What was read or written; the message begins with it.
 
     Returns:
-        A `CorruptCheckpointError`, PermissionError, MemoryError or OSError, on one
-        line, to be raised from `error`; `error` itself if it is of another cause.
+        A `CorruptCheckpointError`, PermissionError, MemoryError or OSError of one line,
+        to raise from `error`; `error` itself if its cause is none of these.
 
-    >>> as_cause(ValueError("DATA_LOSS: Error decoding manifest"), "leaf 'w'")
-    CorruptCheckpointError("leaf 'w': DATA_LOSS: Error decoding manifest")
+    >>> as_cause(ValueError("DATA_LOSS: Error decoding manifest"), "leaf 'w'").args[0]
+    "leaf 'w': DATA_LOSS: Error decoding manifest. If it was copied, copy it again."
     """
+    text = str(error) or type(error).__name__
+    status, number = _STATUS.match(text), _ERRNO.search(text)
+    cause: str | int | None
     if isinstance(error, CorruptCheckpointError):
         return error
-    text = str(error)
-    status, number = _STATUS.match(text), _ERRNO.search(text)
-    cause: str | int | None = status[1] if status else None
-    if number:
-        cause = int(number[1])
-    elif isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError):
         cause = error.errno
-    elif isinstance(error, MemoryError):
-        cause = "RESOURCE_EXHAUSTED"
-    elif isinstance(error, OSError) or cause not in _DAMAGE | _PERMISSION | _MEMORY:
-        if isinstance(error, OSError) or cause in _OTHERS:
-            cause = "UNKNOWN"
-        elif isinstance(error, ValueError):
-            cause = "INVALID_ARGUMENT"
-        else:
-            return error
-    return error
-
-
-def _said(text: str) -> str:
-    return one_line(_SPEC.sub("", text))
+    elif isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and text.startswith("RESOURCE_EXHAUSTED: ")
+    ):  # of Python, or of JAX
+        cause = errno.ENOMEM
+    elif not isinstance(error, ValueError):
+        return error
+    elif number:
+        cause = int(number[1])
+    else:
+        cause = status[1] if status else "INVALID_ARGUMENT"
+    kind, advice = OSError, _OTHERWISE
+    for known, causes, its_advice in _CAUSES:
+        if cause in causes:
+            kind, advice = known, its_advice
+    said = one_line(_DETAILS.sub("", text)).rstrip(".")
+    return kind(f"{what}{': ' if what else ''}{said}. {advice}")

@@ -7,35 +7,29 @@ wrote. Both are JSON objects `{"xxh3": …, "content": …}`, and hold no code.
 # pyright: strict
 
 import dataclasses
-import json
 import re
-from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import TypeGuard, TypeVar, cast
 
-import xxhash
 from etils import epath  # pyright: ignore[reportMissingTypeStubs]
 
 from ema_optax.checkpoint.entries import (
-    BYTES,
     AverageEntry,
     Json,
     TreeEntry,
     check_place,
-    is_list,
+)
+from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.pieces import Piece, Sums, parse_sums
+from ema_optax.checkpoint.sealed import read_sealed, write_sealed
+from ema_optax.checkpoint.untrusted import (
+    DEPTH,
+    is_deep,
     is_object,
     is_whole,
 )
-from ema_optax.checkpoint.errors import CorruptCheckpointError
-from ema_optax.checkpoint.untrusted import (
-    DEPTH,
-    LIMIT,
-    brief,
-    is_deep,
-    nodes,
-    read_text,
-)
 from ema_optax.families import Decay
-from ema_optax.text import brief, one_line
+from ema_optax.text import brief
 
 FORMAT = 2  # of everything that this library writes; raised when older ones cannot read
 FOLDER = "ema_optax"  # inside the item, beside the raw params
@@ -43,19 +37,8 @@ LIBRARY = "ema_optax"
 PARAMS, SHADOW, STATE = "params", "shadow", "state"
 
 T = TypeVar("T")
-Bounds: TypeAlias = tuple[tuple[int, int], ...]
 
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,63}")
-
-
-class Piece(NamedTuple):
-    """A block of a leaf, a (start, stop) for each axis, and the xxh3 of its bytes."""
-
-    bounds: Bounds
-    xxh3: str
-
-
-Sums: TypeAlias = Mapping[str, Mapping[str, tuple[Piece, ...]]]  # tree → path → pieces
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,8 +69,10 @@ class Manifest:
         """
         averages = {n: t.average for n, t in self.trees.items() if t.average}
         for name, average in averages.items():
+            if average.unread is None:
+                continue
             try:
-                Decay.from_json(average.unread) if average.unread is not None else None
+                Decay.from_json(average.unread)
             except ValueError as error:
                 raise ValueError(
                     f"The decay of {brief(name)} cannot be read: {error} If ema_optax "
@@ -130,12 +115,9 @@ class Manifest:
                 f"It was written by ema_optax {version}: "
                 f"pip install 'ema-optax>={version}'."
             )
-        version, processes = (
-            _of(content, "version", str),
-            _of(content, "processes", int),
-        )
-        averages: dict[str, object] = _of(content, "averages", dict)
-        trees: dict[str, object] = _of(content, "trees", dict)
+        processes = _of(content, "processes", is_whole, "int")
+        averages = _of(content, "averages", is_object, "dict")
+        trees = _of(content, "trees", is_object, "dict")
         if processes < 1:
             raise CorruptCheckpointError(f"'processes' is {brief(processes)}")
         if not trees:
@@ -148,7 +130,8 @@ class Manifest:
                 f"it has an average {brief(name)} and no such tree"
             )
         entries = {name: _tree(name, tree, averages) for name, tree in trees.items()}
-        return cls(number, _version(version), processes, entries, cast("Json", extra))
+        version = _version(content.get("version"))
+        return cls(number, version, processes, entries, cast("Json", extra))
 
 
 def tree_of(name: str) -> str:
@@ -159,25 +142,6 @@ def tree_of(name: str) -> str:
 def name_of(tree: str) -> str:
     """Name of the shadow in a tree, as `tree_of` was given."""
     return tree.removeprefix(SHADOW).removeprefix("/")
-
-
-def parse_sums(content: object) -> Sums:
-    """Makes checksums of a stranger's JSON, or raises `CorruptCheckpointError`."""
-    if not is_object(content):
-        raise CorruptCheckpointError("it holds no trees")
-    sums: dict[str, dict[str, tuple[Piece, ...]]] = {}
-    for tree, leaves in content.items():
-        if not is_object(leaves):
-            raise CorruptCheckpointError(f"its tree {brief(tree)} has no leaves")
-        sums[tree] = {}
-        for path, pieces in leaves.items():
-            parsed = _pieces(pieces)
-            if parsed is None:
-                raise CorruptCheckpointError(
-                    f"the pieces of {brief(path)} are not bounds and a checksum"
-                )
-            sums[tree][path] = parsed
-    return sums
 
 
 def manifest_path(item: epath.Path) -> epath.Path:
@@ -258,50 +222,15 @@ def read_sums(item: epath.Path, manifest: Manifest) -> Sums:
     return merged
 
 
-def write_sealed(path: epath.Path, content: object) -> None:
-    """Writes JSON with a checksum of its own, and the folders above it.
-
-    Raises:
-        ValueError: If it is larger than what is read.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, sort_keys=True)
-    sealed = json.dumps({"xxh3": _seal(text), "content": content})
-    if len(sealed) > LIMIT:  # ASCII
-        raise ValueError(
-            f"{path} would have {len(sealed):,} bytes, and at most {LIMIT:,} are "
-            "read. There are too many leaves to describe, or extra is too large: save "
-            "what is large as arrays in params."
-        )
-    path.write_text(sealed)
-
-
-def read_sealed(path: epath.Path) -> object:
-    """Reads what `write_sealed` wrote.
-
-    Raises:
-        CorruptCheckpointError: If it is missing, damaged, or was edited.
-    """
-    try:
-        sealed = json.loads(read_text(path))
-        content = sealed["content"]
-        if _seal(json.dumps(content, sort_keys=True)) != sealed["xxh3"]:
-            raise ValueError("its own checksum does not match")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(
-            f"{path} cannot be trusted: {one_line(error)}."
-        ) from error
-    return content
-
-
-def _seal(text: str) -> str:
-    return xxhash.xxh3_64_hexdigest(text.encode())
-
-
-def _of(content: Mapping[str, object], key: str, kind: type[T]) -> T:
+def _of(
+    content: Mapping[str, object],
+    key: str,
+    fits: Callable[[object], TypeGuard[T]],
+    kind: str,
+) -> T:
     value = content.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise CorruptCheckpointError(f"'{key}' is missing or no {kind.__name__}")
+    if not fits(value):
+        raise CorruptCheckpointError(f"'{key}' is missing or no {kind}")
     return value
 
 
@@ -322,25 +251,3 @@ def _tree(name: str, tree: object, averages: Mapping[str, object]) -> TreeEntry:
         return TreeEntry.parse(tree, average)
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"its {what} {brief(name)} {error}") from None
-
-
-def _pieces(value: object) -> tuple[Piece, ...] | None:
-    if not is_list(value):
-        return None
-    pieces: list[Piece] = []
-    for piece in value:
-        match piece:
-            case [[*bounds], str(xxh3)] if all(map(_is_pair, bounds)):
-                pairs = cast("list[list[int]]", bounds)
-                pieces.append(Piece(tuple((a, b) for a, b in pairs), xxh3))
-            case _:
-                return None
-    return tuple(pieces)
-
-
-def _is_pair(value: object) -> bool:
-    match value:
-        case [a, b] if is_whole(a) and is_whole(b):
-            return 0 <= a <= b < BYTES
-        case _:
-            return False
