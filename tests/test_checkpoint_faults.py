@@ -21,7 +21,7 @@ from etils import epath
 
 import ema_optax
 from ema_optax import checkpoint
-from ema_optax.checkpoint import CorruptCheckpointError, manifest, saving
+from ema_optax.checkpoint import CorruptCheckpointError, manifest, saving, sealed
 from tests import format_1, saving_run
 
 # After a failed read or write, callbacks of TensorStore find their event loop closed,
@@ -148,9 +148,9 @@ def _edit(path, old, new):
 
 def _reseal(path, change):
     """Edits what a file says and gives it a seal that fits."""
-    content = manifest.read_sealed(epath.Path(path))
+    content = sealed.read_sealed(epath.Path(path))
     change(content)
-    manifest.write_sealed(epath.Path(path), content)
+    sealed.write_sealed(epath.Path(path), content)
 
 
 def _manifest(item):
@@ -613,6 +613,6 @@ def test_a_sealed_manifest_that_says_nothing(tmp_path, content, wrong):
     state = ema_optax.ema_params(0.9).init({"w": jnp.ones(2)})
     checkpoint.save(tmp_path, {"w": jnp.ones(2)}, state)
     item = epath.Path(tmp_path / "0" / "default")
-    manifest.write_sealed(manifest.manifest_path(item), content)
+    sealed.write_sealed(manifest.manifest_path(item), content)
     with pytest.raises(checkpoint.CorruptCheckpointError, match=wrong):
         checkpoint.describe(tmp_path)

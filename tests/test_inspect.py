@@ -15,7 +15,7 @@ from etils import epath
 
 import ema_optax
 from ema_optax import checkpoint, cli
-from ema_optax.checkpoint import manifest
+from ema_optax.checkpoint import sealed
 
 MARKUP, CONTROL = "[red]w[link=x]:smile:", "a\x1b[2J\u202eb\n"
 LONG = "layer_with_a_long_name_" * 8
@@ -57,7 +57,7 @@ def flip_a_bit(step: Path) -> None:
 def reseal(step: Path, **changes: Any) -> None:
     """Changes a manifest and seals it, as anybody can."""
     path = epath.Path(step / "default" / "ema_optax" / "manifest.json")
-    manifest.write_sealed(path, manifest.read_sealed(path) | changes)
+    sealed.write_sealed(path, sealed.read_sealed(path) | changes)
 
 
 def fails_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

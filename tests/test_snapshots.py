@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
 import ema_optax
 from ema_optax import checkpoint, reconstruction
-from ema_optax.checkpoint import CorruptCheckpointError, background, manifest
+from ema_optax.checkpoint import CorruptCheckpointError, background, sealed
 from tests import reference
 
 # After a failed read or write, callbacks of TensorStore find their event loop closed,
@@ -601,13 +601,13 @@ def test_damaged_data_is_found_on_reading(four, how):
 def test_a_damaged_manifest_is_found_at_once(four):
     """The step is named; with its folder elsewhere the others are used."""
     item = four / "30" / "default"
-    whole = manifest.read_sealed(epath.Path(item / "ema_optax" / "manifest.json"))
+    whole = sealed.read_sealed(epath.Path(item / "ema_optax" / "manifest.json"))
     (item / "ema_optax" / "manifest.json").write_text("{}")
     with pytest.raises(CorruptCheckpointError, match=r"Step 30 .*move its folder"):
         checkpoint.snapshots(four)
     # Sealed again with a shape that is another: still no part comes back wrong.
     whole["trees"]["shadow/wide"]["leaves"]["w"]["shape"] = [50, 40]
-    manifest.write_sealed(epath.Path(item / "ema_optax" / "manifest.json"), whole)
+    sealed.write_sealed(epath.Path(item / "ema_optax" / "manifest.json"), whole)
     for verify in (True, False):
         source = checkpoint.stored(four, "shadow/wide", step=30, verify=verify)
         with pytest.raises(CorruptCheckpointError, match=r"'w' .* is \(40, 50\), its"):

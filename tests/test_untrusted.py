@@ -26,7 +26,7 @@ from etils import epath
 
 import ema_optax
 from ema_optax import checkpoint, cli, interop
-from ema_optax.checkpoint import manifest, untrusted
+from ema_optax.checkpoint import manifest, sealed, untrusted
 from tests.untrusted_reader import PARAMS, TRANSFORM, readers
 
 PACKAGE = pathlib.Path(ema_optax.__file__).parent
@@ -61,9 +61,9 @@ def item_of(run):
 def reseal(run, change):
     """Has `change` edit the manifest, or return another one, and seals it again."""
     path = manifest.manifest_path(item_of(run))
-    content = manifest.read_sealed(path)
+    content = sealed.read_sealed(path)
     changed = change(content)
-    manifest.write_sealed(path, content if changed is None else changed)
+    sealed.write_sealed(path, content if changed is None else changed)
 
 
 def everything_refuses(run, *, but=()):
@@ -336,7 +336,7 @@ SUMS = {
 @pytest.mark.parametrize("name", SUMS)
 def test_checksums_that_are_none(run, name):
     path = manifest.checksums_path(item_of(run), 0)
-    manifest.write_sealed(path, SUMS[name](manifest.read_sealed(path)))
+    sealed.write_sealed(path, SUMS[name](sealed.read_sealed(path)))
     unread = ("describe", "unverified")
     everything_refuses(run, but=unread)
 
@@ -427,10 +427,10 @@ def _sparse(path, size):
 def reseal_unbounded(run, change):
     """Like `reseal`, of more than this library would write."""
     path = manifest.manifest_path(item_of(run))
-    content = manifest.read_sealed(path)
+    content = sealed.read_sealed(path)
     change(content)
     text = json.dumps(content, sort_keys=True)
-    path.write_text(json.dumps({"xxh3": manifest._seal(text), "content": content}))
+    path.write_text(json.dumps({"xxh3": sealed.seal(content), "content": content}))
 
 
 @pytest.mark.once
@@ -507,10 +507,10 @@ def test_as_many_leaves_as_are_written_are_read(tmp_path):
     """Where the bounds are is no matter of taste: what we write is within them."""
     content = {"trees": {"params": _leaves(50_000)}}
     path = epath.Path(tmp_path / "m.json")
-    manifest.write_sealed(path, content)
-    assert manifest.read_sealed(path) == content
+    sealed.write_sealed(path, content)
+    assert sealed.read_sealed(path) == content
     with pytest.raises(ValueError, match=f"at most {untrusted.LIMIT:,} are read"):
-        manifest.write_sealed(path, {"extra": "x" * untrusted.LIMIT})
+        sealed.write_sealed(path, {"extra": "x" * untrusted.LIMIT})
 
 
 # --- Files that are none ---

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
-from ema_optax.checkpoint.manifest import Bounds, Piece
+from ema_optax.checkpoint.pieces import Bounds, Piece
 
 # What one process writes of a leaf, on the host.
 HostParts: TypeAlias = list[tuple[Bounds, np.ndarray]]

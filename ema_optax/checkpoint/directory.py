@@ -258,6 +258,7 @@ def describe(directory: epath.PathLike, *, step: int | None = None) -> Descripti
     found = find_step(directory, step)
     try:
         manifest = read_manifest(found.item)
+        manifest.check_decays()
     except CorruptCheckpointError as error:
         raise explained(found.item, error, _alone()) from error
     trees = dict(manifest.trees)

@@ -19,8 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ema_optax.checkpoint.errors import CorruptCheckpointError
-from ema_optax.checkpoint.untrusted import DEPTH, brief, is_deep, misplaced, nodes
+from ema_optax.checkpoint.untrusted import (
+    DEPTH,
+    is_deep,
+    is_list,
+    is_object,
+    is_whole,
+    misplaced,
+    nodes,
+)
 from ema_optax.families import Decay
+from ema_optax.text import brief
 
 Json: TypeAlias = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
 Structure: TypeAlias = dict[str, "Structure"] | list["Structure"] | str | None
@@ -63,7 +72,7 @@ class LeafEntry:
     def to_json(self) -> dict[str, object]:
         """Its part of the manifest."""
         kind = f"{_KEY}{self.key}" if self.key else self.kind
-        return {"shape": list(self.shape), "dtype": self.dtype, "kind": kind}
+        return {"shape": self.shape, "dtype": self.dtype, "kind": kind}
 
     @classmethod
     def parse(cls, content: object) -> "LeafEntry":
@@ -210,24 +219,8 @@ class TreeEntry:
 
 def check_place(path: str) -> None:
     """Raises `CorruptCheckpointError` where a path cannot be that of a leaf."""
-    problem = misplaced(path)
-    if problem:
+    if problem := misplaced(path):
         raise CorruptCheckpointError(problem)
-
-
-def is_object(value: object) -> TypeGuard[dict[str, object]]:
-    """Whether JSON is an object."""
-    return isinstance(value, dict)
-
-
-def is_list(value: object) -> TypeGuard[list[object]]:
-    """Whether JSON is a list."""
-    return isinstance(value, list)
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether JSON is a whole number; true is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_structure(structure: object, leaves: set[str]) -> None:
@@ -244,8 +237,7 @@ def _check_structure(structure: object, leaves: set[str]) -> None:
             left.remove(node)
         elif is_object(node):
             for key in node:
-                problem = misplaced(key)
-                if problem:
+                if problem := misplaced(key):
                     raise CorruptCheckpointError(
                         f"has a key {brief(key)} that {problem}"
                     )

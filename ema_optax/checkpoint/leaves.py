@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import json
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +20,8 @@ from etils import epath
 from ema_optax.checkpoint import checksums, manifest, opening, untrusted
 from ema_optax.checkpoint.entries import LeafEntry
 from ema_optax.checkpoint.errors import CorruptCheckpointError, as_cause
-from ema_optax.checkpoint.manifest import Bounds, Manifest, Sums
+from ema_optax.checkpoint.manifest import PARAMS, Manifest
+from ema_optax.checkpoint.pieces import Bounds, Sums
 from ema_optax.checkpoint.processes import agreed
 from ema_optax.checkpoint.targets import Parts, Target, place_all
 
@@ -119,8 +121,22 @@ def check(item: epath.Path, described: Manifest) -> None:
         reader = Reader(item, described, share, verify=True)
         for _ in reader.stream(dict.fromkeys(share)):
             pass  # read, compared and let go of, one after the other
+        _check_metadata(item, described)
 
     agreed(check_here, elsewhere(item))
+
+
+def _check_metadata(item: epath.Path, described: Manifest) -> None:
+    """Looks at what Orbax needs beside the arrays, where this library is missing."""
+    trees = [name for name, tree in described.trees.items() if tree.leaves]
+    for folder in {
+        item if name == PARAMS else item / manifest.FOLDER for name in trees
+    }:
+        path = folder / "_METADATA"
+        try:
+            json.loads(untrusted.read_text(path))
+        except (OSError, ValueError, RecursionError) as error:
+            raise as_cause(error, f"{path} cannot be read") from error
 
 
 def elsewhere(item: epath.Path) -> Exception:
@@ -205,13 +221,18 @@ class Reader:
     ) -> Iterator["_Pending"]:
         places = iter(wanted)
         while ahead := list(itertools.islice(places, _OPEN)):
-            futures = [self._store.open(*place) for place in ahead]
+            metadata = [self._store.metadata(*place) for place in ahead]
+            futures = []
+            for place, future in zip(ahead, metadata, strict=True):
+                with _blaming(self._item, place):
+                    stored = opening.parse(future.result())
+                problem = opening.difference(stored, self.entry(place))
+                if problem:
+                    raise self.damage(place, problem)
+                futures.append(self._store.open(*place, stored))
             for place, future in zip(ahead, futures, strict=True):
                 with _blaming(self._item, place):
                     array = future.result()
-                    problem = opening.difference(array, self.entry(place))
-                if problem:
-                    raise self.damage(place, problem)
                 yield self._pending(place, array, wanted[place])
 
     def _pending(
@@ -291,7 +312,7 @@ def _placed(
     try:
         return dict(zip(ready, place_all(ready.values()), strict=True))
     except (MemoryError, RuntimeError) as error:  # JAX's own is a RuntimeError
-        raise _caused(error, "What was read cannot be placed") from error
+        raise as_cause(error, "What was read cannot be placed") from error
 
 
 @contextlib.contextmanager
@@ -300,9 +321,4 @@ def _blaming(item: epath.Path, place: Place) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        raise _caused(error, f"{item}: {place} cannot be read") from error
-
-
-def _caused(error: Exception, what: str) -> Exception:
-    cause = as_cause(error)
-    return type(cause)(f"{what}: {cause}")
+        raise as_cause(error, f"{item}: {place} cannot be read") from error

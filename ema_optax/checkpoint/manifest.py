@@ -7,54 +7,39 @@ wrote. Both are JSON objects `{"xxh3": …, "content": …}`, and hold no code.
 # pyright: strict
 
 import dataclasses
-import json
 import re
-from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias, cast
+from collections.abc import Callable, Mapping
+from typing import TypeGuard, TypeVar, cast
 
-import xxhash
 from etils import epath  # pyright: ignore[reportMissingTypeStubs]
 
 from ema_optax.checkpoint.entries import (
-    BYTES,
     AverageEntry,
     Json,
     LeafEntry,
     TreeEntry,
     check_place,
-    is_list,
+)
+from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.pieces import Piece, Sums, parse_sums
+from ema_optax.checkpoint.sealed import read_sealed, write_sealed
+from ema_optax.checkpoint.untrusted import (
+    DEPTH,
+    is_deep,
     is_object,
     is_whole,
 )
-from ema_optax.checkpoint.errors import CorruptCheckpointError
-from ema_optax.checkpoint.untrusted import (
-    DEPTH,
-    LIMIT,
-    brief,
-    is_deep,
-    nodes,
-    read_text,
-)
 from ema_optax.families import Decay
+from ema_optax.text import brief
 
 FORMAT = 2  # of everything that this library writes; raised when older ones cannot read
 FOLDER = "ema_optax"  # inside the item, beside the raw params
 LIBRARY = "ema_optax"
 PARAMS, SHADOW, STATE = "params", "shadow", "state"
 
-Bounds: TypeAlias = tuple[tuple[int, int], ...]
+T = TypeVar("T")
 
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,63}")
-
-
-class Piece(NamedTuple):
-    """A block of a leaf, a (start, stop) for each axis, and the xxh3 of its bytes."""
-
-    bounds: Bounds
-    xxh3: str
-
-
-Sums: TypeAlias = Mapping[str, Mapping[str, tuple[Piece, ...]]]  # tree → path → pieces
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,17 +62,27 @@ class Manifest:
 
     @property
     def averages(self) -> dict[str, AverageEntry]:
-        """The averages by the names of their trees.
+        """The averages by the names of their trees."""
+        return {n: t.average for n, t in self.trees.items() if t.average}
+
+    def check_decays(self) -> None:
+        """Refuses a manifest with a decay that cannot be read.
 
         Raises:
-            CorruptCheckpointError: If the JSON of a decay is malformed.
-            ValueError: If a decay is of a kind that this version does not know.
+            ValueError: If there is one. The seal says that it is as it was written: by
+                a newer version, or a stranger.
         """
-        averages = {n: t.average for n, t in self.trees.items() if t.average}
-        for name, average in averages.items():
-            if average.unread is not None:
-                raise _unread(name, average.unread, self.version)
-        return averages
+        for name, average in self.averages.items():
+            if average.unread is None:
+                continue
+            try:
+                Decay.from_json(average.unread)
+            except ValueError as error:
+                raise ValueError(
+                    f"The decay of {brief(name)} cannot be read: {error} If ema_optax "
+                    f"{self.version}, which wrote it, is newer than this version: "
+                    f"pip install 'ema-optax>={self.version}'."
+                ) from None
 
     def leaf(self, place: tuple[str, str]) -> LeafEntry:
         """The entry of a leaf, by its tree and its path there."""
@@ -96,14 +91,13 @@ class Manifest:
 
     def to_json(self) -> dict[str, object]:
         """The content of `manifest.json`."""
-        averages = {n: t.average for n, t in self.trees.items() if t.average}
         return {
             "format": self.format,
             "library": LIBRARY,
             "version": self.version,
             "processes": self.processes,
             "extra": self.extra,
-            "averages": {name: entry.to_json() for name, entry in averages.items()},
+            "averages": {n: entry.to_json() for n, entry in self.averages.items()},
             "trees": {name: entry.to_json() for name, entry in self.trees.items()},
         }
 
@@ -128,26 +122,22 @@ class Manifest:
                 f"It was written by ema_optax {version}: "
                 f"pip install 'ema-optax>={version}'."
             )
-        if not isinstance(content.get("version"), str):
-            raise CorruptCheckpointError("'version' is missing or no str")
-        processes = content.get("processes")
-        if not is_whole(processes):
-            raise CorruptCheckpointError("'processes' is missing or no int")
+        processes = _of(content, "processes", is_whole, "int")
+        averages = _of(content, "averages", is_object, "dict")
+        trees = _of(content, "trees", is_object, "dict")
         if processes < 1:
             raise CorruptCheckpointError(f"'processes' is {brief(processes)}")
-        averages, trees = _object(content, "averages"), _object(content, "trees")
         if not trees:
             raise CorruptCheckpointError("it has no trees")
         extra = content.get("extra")
         if is_deep(extra):
             raise CorruptCheckpointError(f"'extra' is nested more than {DEPTH} deep")
-        for name in averages:
-            if name not in trees:
-                raise CorruptCheckpointError(
-                    f"it has an average {brief(name)} and no such tree"
-                )
-        version = _version(content["version"])
+        for name in set(averages) - set(trees):
+            raise CorruptCheckpointError(
+                f"it has an average {brief(name)} and no such tree"
+            )
         entries = {name: _tree(name, tree, averages) for name, tree in trees.items()}
+        version = _version(content.get("version"))
         return cls(number, version, processes, entries, cast("Json", extra))
 
 
@@ -159,34 +149,6 @@ def tree_of(name: str) -> str:
 def name_of(tree: str) -> str:
     """Name of the shadow in a tree, as `tree_of` was given."""
     return tree.removeprefix(SHADOW).removeprefix("/")
-
-
-def sums_to_json(sums: Sums) -> dict[str, object]:
-    """The content of one process's file of checksums."""
-    return {
-        tree: {path: [list(p) for p in pieces] for path, pieces in leaves.items()}
-        for tree, leaves in sums.items()
-    }
-
-
-def parse_sums(content: object) -> Sums:
-    """Makes checksums of a stranger's JSON, or raises `CorruptCheckpointError`."""
-    if not is_object(content):
-        raise CorruptCheckpointError("it holds no trees")
-    sums: dict[str, dict[str, tuple[Piece, ...]]] = {}
-    for tree, leaves in content.items():
-        if not is_object(leaves):
-            raise CorruptCheckpointError(f"its tree {brief(tree)} has no leaves")
-        sums[tree] = {}
-        for path, pieces in leaves.items():
-            parsed = [_piece(x) for x in pieces] if is_list(pieces) else [None]
-            whole = tuple(piece for piece in parsed if piece is not None)
-            if len(whole) < len(parsed):
-                raise CorruptCheckpointError(
-                    f"the pieces of {brief(path)} are not bounds and a checksum"
-                )
-            sums[tree][path] = whole
-    return sums
 
 
 def manifest_path(item: epath.Path) -> epath.Path:
@@ -215,7 +177,7 @@ def write_sums(item: epath.Path, process: int, sums: Sums) -> None:
     Raises:
         ValueError: If they are larger than what is read.
     """
-    write_sealed(checksums_path(item, process), sums_to_json(sums))
+    write_sealed(checksums_path(item, process), sums)
 
 
 def read_manifest(item: epath.Path) -> Manifest:
@@ -267,50 +229,15 @@ def read_sums(item: epath.Path, manifest: Manifest) -> Sums:
     return merged
 
 
-def write_sealed(path: epath.Path, content: object) -> None:
-    """Writes JSON with a checksum of its own, and the folders above it.
-
-    Raises:
-        ValueError: If it is larger than what is read.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, sort_keys=True)
-    sealed = json.dumps({"xxh3": _seal(text), "content": content})
-    if len(sealed) > LIMIT:  # ASCII
-        raise ValueError(
-            f"{path} would have {len(sealed):,} bytes, and at most {LIMIT:,} are "
-            "read. There are too many leaves to describe, or extra is too large: save "
-            "what is large as arrays in params."
-        )
-    path.write_text(sealed)
-
-
-def read_sealed(path: epath.Path) -> object:
-    """Reads what `write_sealed` wrote.
-
-    Raises:
-        CorruptCheckpointError: If it is missing, damaged, or was edited.
-    """
-    try:
-        sealed = json.loads(read_text(path))
-        content = sealed["content"]
-        if _seal(json.dumps(content, sort_keys=True)) != sealed["xxh3"]:
-            raise ValueError("its own checksum does not match")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(
-            f"{path} cannot be trusted: {str(error)[:300]}."
-        ) from error
-    return content
-
-
-def _seal(text: str) -> str:
-    return xxhash.xxh3_64_hexdigest(text.encode())
-
-
-def _object(content: Mapping[str, object], key: str) -> dict[str, object]:
+def _of(
+    content: Mapping[str, object],
+    key: str,
+    fits: Callable[[object], TypeGuard[T]],
+    kind: str,
+) -> T:
     value = content.get(key)
-    if not is_object(value):
-        raise CorruptCheckpointError(f"'{key}' is missing or no dict")
+    if not fits(value):
+        raise CorruptCheckpointError(f"'{key}' is missing or no {kind}")
     return value
 
 
@@ -331,43 +258,3 @@ def _tree(name: str, tree: object, averages: Mapping[str, object]) -> TreeEntry:
         return TreeEntry.parse(tree, average)
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"its {what} {brief(name)} {error}") from None
-
-
-def _piece(value: object) -> Piece | None:
-    if not is_list(value) or len(value) != 2:
-        return None
-    bounds, xxh3 = value
-    if not isinstance(xxh3, str) or not is_list(bounds):
-        return None
-    pairs: list[tuple[int, int]] = []
-    for pair in bounds:
-        if not is_list(pair) or len(pair) != 2:
-            return None
-        start, stop = pair
-        if not (is_whole(start) and is_whole(stop) and 0 <= start <= stop < BYTES):
-            return None
-        pairs.append((start, stop))
-    return Piece(tuple(pairs), xxh3)
-
-
-def _unread(tree: str, decay: Mapping[str, Json], version: str) -> ValueError:
-    """Why a decay cannot be read: of a newer version, or malformed."""
-    try:
-        Decay.from_json(decay)
-    except ValueError as error:
-        text = f"The decay of '{tree}' cannot be read: {error}"
-        if _is_of_known_kind(decay):
-            return CorruptCheckpointError(text)
-        return ValueError(
-            f"{text} A newer version may know it: pip install 'ema-optax>={version}'."
-        )
-    return CorruptCheckpointError(f"The decay of '{tree}' cannot be read.")
-
-
-def _is_of_known_kind(decay: Mapping[str, Json]) -> bool:
-    kinds = {family.kind for family in Decay.__subclasses__()}
-    return all(
-        not isinstance(kind := node.get("kind"), str) or kind in kinds
-        for node, _ in nodes(decay)
-        if is_object(node)
-    )

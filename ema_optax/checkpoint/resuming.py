@@ -8,7 +8,7 @@ import optax
 from etils import epath
 
 from ema_optax import averages, trees
-from ema_optax.averages import Averages
+from ema_optax.averages import Averages, BemaMadeBy
 from ema_optax.checkpoint.entries import AverageEntry
 from ema_optax.checkpoint.leaves import Place, read
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
@@ -19,7 +19,6 @@ from ema_optax.checkpoint.restoring import (
 )
 from ema_optax.checkpoint.step import bema_arguments, is_empty, joined
 from ema_optax.checkpoint.targets import Target, target_of
-from ema_optax.averages import BemaMadeBy
 
 
 def restore_run(
@@ -37,6 +36,7 @@ def restore_run(
             f"Cannot resume from {item}: it holds {', '.join(manifest.trees)} and "
             "no optimizer state. Resume from a step that EmaSave wrote."
         )
+    manifest.check_decays()
     found = averages.find(opt_state)
     _check_averages(manifest, found, accept_new_decay)
     kept = [average for average in found if not average.is_computed]

@@ -66,6 +66,7 @@ def snapshots(
         except CorruptCheckpointError as error:
             rescue = "To use the others, move its folder elsewhere."
             raise explained(item, error, rescue) from error
+        manifest.check_decays()
         for tree, average in manifest.averages.items():
             decay, taken = average.decay, []
             # A tree that is joined of groups is one average if all of them are.

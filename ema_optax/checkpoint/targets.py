@@ -11,7 +11,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from ema_optax.checkpoint.checksums import bounds_of, whole
 from ema_optax.checkpoint.entries import LeafEntry
-from ema_optax.checkpoint.manifest import Bounds
+from ema_optax.checkpoint.pieces import Bounds
 
 Parts: TypeAlias = Mapping[Bounds, np.ndarray]
 

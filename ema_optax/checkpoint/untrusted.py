@@ -5,7 +5,7 @@
 import os
 import stat
 from collections.abc import Iterator
-from typing import cast
+from typing import TypeGuard
 
 from etils import epath  # pyright: ignore[reportMissingTypeStubs]
 
@@ -94,9 +94,8 @@ def nodes(value: object) -> Iterator[tuple[object, int]]:
     while left:
         node, depth = left.pop()
         yield node, depth
-        if depth <= DEPTH and isinstance(node, (dict, list)):
-            inner = cast("dict[str, object] | list[object]", node)
-            below = inner.values() if isinstance(inner, dict) else inner
+        below = node.values() if is_object(node) else node if is_list(node) else ()
+        if depth <= DEPTH:
             left += [(child, depth + 1) for child in below]
 
 
@@ -105,16 +104,19 @@ def is_deep(value: object) -> bool:
     return any(depth > DEPTH for _, depth in nodes(value))
 
 
-def brief(value: object) -> str:
-    """Says what a JSON value is in a few words, however large or deep it is."""
-    if isinstance(value, (dict, list)):
-        inner = cast("dict[str, object] | list[object]", value)
-        if isinstance(inner, list) and len(inner) <= 64:
-            flat = ["…" if isinstance(x, (dict, list)) else brief(x) for x in inner]
-            return f"[{', '.join(flat)}]"[:200]
-        return f"a {type(inner).__name__} of {len(inner)}"
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
+def is_object(value: object) -> TypeGuard[dict[str, object]]:
+    """Whether JSON is an object."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[object]]:
+    """Whether JSON is a list."""
+    return isinstance(value, list)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether JSON is a whole number; true is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_remote(path: epath.Path) -> bool:
