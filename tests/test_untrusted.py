@@ -429,7 +429,6 @@ def reseal_unbounded(run, change):
     path = manifest.manifest_path(item_of(run))
     content = sealed.read_sealed(path)
     change(content)
-    text = json.dumps(content, sort_keys=True)
     path.write_text(json.dumps({"xxh3": sealed.seal(content), "content": content}))
 
 

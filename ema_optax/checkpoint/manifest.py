@@ -32,7 +32,8 @@ from ema_optax.checkpoint.untrusted import (
 from ema_optax.families import Decay
 from ema_optax.text import brief
 
-FORMAT = 2  # of everything that this library writes; raised when older ones cannot read
+FORMAT = 2  # the newest that is read, written where leaves are verified block by block
+WITHOUT_BLOCKS = 1  # written where no leaf is cut: earlier versions read it too
 FOLDER = "ema_optax"  # inside the item, beside the raw params
 LIBRARY = "ema_optax"
 PARAMS, SHADOW, STATE = "params", "shadow", "state"

@@ -132,8 +132,11 @@ def of_trees(
         )
         for name, by_path in leaves.items()
     }
+    in_blocks = any(
+        checksums.is_cut(leaf) for each in leaves.values() for leaf in each.values()
+    )
     manifest = Manifest(
-        format=FORMAT,
+        format=FORMAT if in_blocks else WITHOUT_BLOCKS,
         version=__version__,
         processes=jax.process_count(),
         trees=entries,
