@@ -73,7 +73,7 @@ class LeafEntry:
 
     def to_json(self) -> dict[str, object]:
         """Its part of the manifest."""
-        return {"shape": self.shape, "dtype": self.dtype, "kind": self.kind}
+        return {"shape": list(self.shape), "dtype": self.dtype, "kind": self.kind}
 
     @classmethod
     def parse(cls, content: object) -> "LeafEntry":
