@@ -2,19 +2,20 @@
 
 import dataclasses
 from typing import Any
+
 import jax
-from ema_optax import bema, shadows, trees
+
+import ema_optax.states as _s
+from ema_optax import bema, trees
 from ema_optax.states import (
-    EmaParamsState,
     BemaParamsState,
+    EmaParamsState,
     NamedShadowsState,
     record_of,
-    BemaRecord as BemaMadeBy,
-    stored_shadow,
 )
-from ema_optax import packing
-from ema_optax.shadows import joined
-import ema_optax.states as _s
+from ema_optax.states import (
+    BemaRecord as BemaMadeBy,
+)
 
 _s.BemaMadeBy = BemaMadeBy
 

@@ -72,7 +72,7 @@ class LeafEntry:
     def to_json(self) -> dict[str, object]:
         """Its part of the manifest."""
         kind = f"{_KEY}{self.key}" if self.key else self.kind
-        return {"shape": self.shape, "dtype": self.dtype, "kind": kind}
+        return {"shape": list(self.shape), "dtype": self.dtype, "kind": kind}
 
     @classmethod
     def parse(cls, content: object) -> "LeafEntry":

@@ -88,5 +88,7 @@ def as_cause(error: Exception, what: str = "") -> Exception:
     for known, causes, its_advice in _CAUSES:
         if cause in causes:
             kind, advice = known, its_advice
-    said = one_line(_DETAILS.sub("", text)).rstrip(".")
+    said = one_line(_DETAILS.sub("", text), None).rstrip(".")
+    if len(said) > 300:  # TensorStore's begin with the paths, and end with the cause
+        said = f"{said[:100]} … {said[-200:]}"
     return kind(f"{what}{': ' if what else ''}{said}. {advice}")

@@ -133,11 +133,11 @@ class Manifest:
         extra = content.get("extra")
         if is_deep(extra):
             raise CorruptCheckpointError(f"'extra' is nested more than {DEPTH} deep")
+        entries = {name: _tree(name, tree, averages) for name, tree in trees.items()}
         for name in set(averages) - set(trees):
             raise CorruptCheckpointError(
                 f"it has an average {brief(name)} and no such tree"
             )
-        entries = {name: _tree(name, tree, averages) for name, tree in trees.items()}
         version = _version(content.get("version"))
         return cls(number, version, processes, entries, cast("Json", extra))
 

@@ -29,6 +29,7 @@ from ema_optax.checkpoint.manifest import (
     PARAMS,
     SHADOW,
     STATE,
+    WITHOUT_BLOCKS,
     Manifest,
     tree_of,
 )
