@@ -14,7 +14,7 @@ from ema_optax import shadows, trees
 from ema_optax.checkpoint import computed
 from ema_optax.checkpoint.manifest import FORMAT, LIBRARY
 from ema_optax.checkpoint.wellformed import DEPTH, is_deep, misplaced
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 from ema_optax.states import (
     EmaParamsState,
     NamedShadowsState,
@@ -279,7 +279,7 @@ def _average(decay: Decay | None, every: int | None, count: Any) -> dict[str, An
     if isinstance(count, jax.Array) and not count.is_fully_addressable:
         count = count.addressable_shards[0].data
     return {
-        "decay": decay._to_dict() if decay else None,
+        "decay": json.loads(decay.to_json()) if decay else None,
         "every": every,
         "count": np.asarray(count).tolist(),
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from ema_optax.checkpoint.steps import (
     find_same_step,
     find_step,
 )
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 from ema_optax.version import __version__
 
 
@@ -153,7 +154,7 @@ def save_average(
     ...     restore(folder, "shadow", like={"w": jnp.zeros(2)})
     {'w': Array([1., 1.], dtype=float32)}
     """
-    written = decay._to_dict() if decay is not None else None
+    written = json.loads(decay.to_json()) if decay is not None else None
     averages = {SHADOW: {"decay": written, "every": None, "count": step}}
 
     def content() -> Contents:

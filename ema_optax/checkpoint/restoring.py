@@ -22,7 +22,7 @@ from ema_optax.checkpoint.contents import (
     tree_of,
 )
 from ema_optax.checkpoint.reading import Place, read, read_manifest, stored_leaf
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 from ema_optax.states import record_of
 
 

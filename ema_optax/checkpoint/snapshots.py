@@ -16,7 +16,8 @@ from ema_optax.checkpoint.manifest import CorruptCheckpointError
 from ema_optax.checkpoint.reading import Place
 from ema_optax.checkpoint.steps import absolute, all_steps, explained
 from ema_optax.checkpoint.stored import StoredTree
-from ema_optax.families import Decay, Power
+from ema_optax.decay import Decay
+from ema_optax.decays import power
 from ema_optax.reconstruction import Snapshot
 
 
@@ -74,7 +75,7 @@ def snapshots(
             taken = []
             # A tree that is joined of groups is one average if all of them are.
             asked = not average.get("bema") and (names is None or name in names)
-            if asked and isinstance(decay, Power):
+            if asked and isinstance(decay, power):
                 taken = _snapshot(item, described, tree, decay, average, verify)
             found += taken
             if not taken:
@@ -110,7 +111,7 @@ def _snapshot(
     item: Any,
     described: dict[str, Any],
     tree: str,
-    decay: Power,
+    decay: power,
     average: dict[str, Any],
     verify: bool,
 ) -> list[Snapshot]:
@@ -129,7 +130,7 @@ def _snapshot(
     kinds = {jnp.dtype(leaf["dtype"]) for leaf in leaves.values()}
     coarsest = max(kinds, key=lambda kind: float(jnp.finfo(kind).eps))
     source = StoredTree(item, described, places, verify=verify)
-    return [Snapshot(step, decay.exponent, source, coarsest)]
+    return [Snapshot(step, float(decay.exponent), source, coarsest)]
 
 
 @dataclasses.dataclass(frozen=True)
