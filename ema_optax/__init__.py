@@ -9,24 +9,22 @@ import typing
 
 from ema_optax.averaging import ema_params, update_shadow
 from ema_optax.bema import bema_params
+from ema_optax.decay import Decay
 from ema_optax.decays import (
     constant,
     cosine,
     debiased,
-    exponent_from_width,
     fraction,
     half_life,
     inverse_power,
     power,
     ramp,
-    scale_to_batch,
-    start_after,
     uniform,
     warmup,
-    width_from_exponent,
 )
-from ema_optax.families import Decay
+from ema_optax.derived_decays import scale_to_batch, start_after
 from ema_optax.monitoring import metrics
+from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.profiles import Profile, profile
 from ema_optax.shadows import shadow_params, with_shadow
 from ema_optax.states import BemaParamsState, EmaParamsState, NamedShadowsState

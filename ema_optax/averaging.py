@@ -10,8 +10,8 @@ import optax
 from jax.core import Tracer
 
 from ema_optax import folding, packing, placement, selection, storage, trees
+from ema_optax.decay import Decay, check_decay, check_wide_enough
 from ema_optax.decays import DecayLike, as_decay
-from ema_optax.families import Decay, check_decay, check_wide_enough
 from ema_optax.states import EmaParamsState, record_of, state_type, stored_shadow
 
 _STATIC = ("every", "overwrite_every")  # for optax.inject_hyperparams

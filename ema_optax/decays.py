@@ -1,35 +1,38 @@
-"""Decays by name: how much of the old average a step keeps."""
+"""Each decay with a formula of its own, once; and what a number stands for."""
 
+# pyright: strict, reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# numpy leaves some types unknown; Optax has no stubs.
+
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from types import ModuleType
+from typing import Any, TypeAlias, cast
 
 import jax
 import numpy as np
-from jax.core import Tracer
+import optax
+from jax.typing import ArrayLike
 
-from ema_optax.families import (
-    Constant,
-    Cosine,
-    Debiased,
+from ema_optax.decay import (
+    MAKERS,
     Decay,
-    Fraction,
-    HalfLife,
-    InversePower,
-    Power,
-    Ramp,
-    Schedule,
-    StartAfter,
-    Warmup,
-    check_wide_enough,
+    Floats,
+    Scalar,
+    check_decay,
+    check_positive,
+    is_known,
+    log_of,
+    maker,
 )
+from ema_optax.power_profiles import exponent_from_width
+from ema_optax.schedule import schedule
 
-DecayLike: TypeAlias = float | jax.Array | Decay | Callable[[Any], Any]
-
-_WIDEST = 1 / math.sqrt(12)  # the width of the plain mean, exponent 0
+DecayLike: TypeAlias = Scalar | Decay | Callable[[Any], ArrayLike]
 
 
-def constant(decay: float) -> Decay:
+@dataclasses.dataclass(frozen=True, repr=False)
+class constant(Decay):
     """The same decay at every step: v_t = β·v_(t−1) + (1−β)·θ_t.
 
     Averages over about 1/(1−β) values and lags β/(1−β) steps. It keeps β^t of the
@@ -44,10 +47,18 @@ def constant(decay: float) -> Decay:
     >>> constant(0.98)(step=1)
     0.98
     """
-    return Constant(decay)
+
+    decay: Scalar
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self.kind)
+
+    def _log_product(self, t: Floats, k: int, xp: ModuleType) -> Floats:
+        return xp.minimum(t, k) * log_of(self.decay)
 
 
-def warmup(decay: float, offset: float = 10) -> Decay:
+@dataclasses.dataclass(frozen=True, repr=False)
+class warmup(Decay):
     """min(β, (1+t)/(offset+t)): short averages while there is little to average.
 
     Args:
@@ -63,10 +74,25 @@ def warmup(decay: float, offset: float = 10) -> Decay:
     >>> round(decay(5), 12), decay(10_000)
     (0.4, 0.98)
     """
-    return Warmup(decay, offset)
+
+    decay: Scalar
+    offset: Scalar = 10
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self.kind)
+        if is_known(self.offset) and not 1 <= self.offset < math.inf:
+            raise ValueError(
+                f"warmup needs an offset ≥ 1, got {self.offset}: (1+t)/(offset+t) must "
+                "stay at or below 1. TensorFlow's is 10."
+            )
+
+    def _log(self, t: Floats, xp: ModuleType) -> Floats:
+        rising = xp.log1p(-(self.offset - 1) / (self.offset + t))
+        return xp.minimum(rising, log_of(self.decay))
 
 
-def debiased(decay: float) -> Decay:
+@dataclasses.dataclass(frozen=True, repr=False)
+class debiased(Decay):
     """β(1−β^(t−1))/(1−β^t): the constant average without any of the initial params.
 
     The same average as Adam's moments, started at zero and divided by 1−β^t.
@@ -82,19 +108,30 @@ def debiased(decay: float) -> Decay:
     >>> debiased(0.9)(step=1)
     0.0
     """
-    return Debiased(decay)
+
+    decay: Scalar
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self.kind)
+
+    def _log_product(self, t: Floats, k: int, xp: ModuleType) -> Floats:
+        log = log_of(self.decay)
+        # The product telescopes: the newest weight is (1−β^k)/(1−β^t).
+        return xp.log1p(-xp.expm1(xp.minimum(t, k) * log) / xp.expm1(t * log))
 
 
+@maker
 def uniform() -> Decay:
     """(t−1)/t: the plain mean of all params so far (Polyak–Ruppert, SWA).
 
     >>> uniform()(step=4)
     0.75
     """
-    return Power(exponent=0.0)
+    return power(exponent=0.0)
 
 
-def power(width: float | None = None, *, exponent: float | None = None) -> Decay:
+@dataclasses.dataclass(frozen=True, repr=False, init=False)
+class power(Decay):
     """(1−1/t)^(γ+1): weights ∝ t^γ, an average that grows with the run.
 
     Needs no cap and no warm-up: the first fold copies.
@@ -111,23 +148,34 @@ def power(width: float | None = None, *, exponent: float | None = None) -> Decay
     >>> power(0.05)
     power(exponent=16.97...)
     """
-    if (width is None) == (exponent is None):
-        raise ValueError(
-            f"power needs either a width or an exponent, got {width=} and {exponent=}. "
-            "power(0.05) is a usual choice."
-        )
-    if exponent is None:
-        assert width is not None
-        exponent = exponent_from_width(width)
-    return Power(exponent)
+
+    exponent: Scalar
+
+    def __init__(
+        self, width: float | None = None, *, exponent: Scalar | None = None
+    ) -> None:
+        if (width is None) == (exponent is None):
+            raise ValueError(
+                f"power needs either a width or an exponent, got {width=} and "
+                f"{exponent=}. power(0.05) is a usual choice."
+            )
+        if exponent is None:
+            assert width is not None
+            exponent = exponent_from_width(width)
+        if is_known(exponent) and not -1 < exponent < math.inf:
+            raise ValueError(
+                f"power needs an exponent above -1, got {exponent}. An exponent of 0 "
+                "is the plain mean; power(width=0.05) takes the width instead."
+            )
+        self._set(exponent=exponent)
+
+    def _log_product(self, t: Floats, k: int, xp: ModuleType) -> Floats:
+        # The product telescopes to (1−k/t)^(γ+1).
+        return (self.exponent + 1) * xp.log1p(-xp.minimum(t, k) / t)
 
 
-def inverse_power(
-    decay: float = 0.9999,
-    inv_gamma: float = 1.0,
-    power: float = 2 / 3,
-    min_decay: float = 0.0,
-) -> Decay:
+@dataclasses.dataclass(frozen=True, repr=False)
+class inverse_power(Decay):
     """clip(1 − (1+(t−1)/inv_gamma)^(−power), min_decay, decay); the first step copies.
 
     Args:
@@ -146,10 +194,33 @@ def inverse_power(
     >>> round(inverse_power()(step=8), 4)  # 1 − 8^(−2/3)
     0.75
     """
-    return InversePower(decay, inv_gamma, power, min_decay)
+
+    decay: Scalar = 0.9999
+    inv_gamma: Scalar = 1.0
+    power: Scalar = 2 / 3
+    min_decay: Scalar = 0.0
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self.kind)
+        check_positive(self.inv_gamma, "inverse_power's inv_gamma")
+        check_positive(self.power, "inverse_power's power")
+        if not is_known(self.decay, self.min_decay):
+            return
+        if not 0 <= self.min_decay <= self.decay:
+            raise ValueError(
+                f"inverse_power needs 0 ≤ min_decay ≤ decay, got {self.min_decay} and "
+                f"{self.decay}."
+            )
+
+    def _log(self, t: Floats, xp: ModuleType) -> Floats:
+        newest = xp.exp(-self.power * xp.log1p((t - 1) / self.inv_gamma))
+        log = xp.minimum(xp.log1p(-newest), log_of(self.decay))
+        log = xp.maximum(log, log_of(self.min_decay))
+        return xp.where(t > 1, log, -xp.inf)
 
 
-def ramp(decay: float, time_constant: float = 2000) -> Decay:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ramp(Decay):
     """β(1 − e^(−t/τ)): an exponential approach to β.
 
     Args:
@@ -164,10 +235,25 @@ def ramp(decay: float, time_constant: float = 2000) -> Decay:
     >>> round(ramp(0.9999)(step=2000), 4)
     0.6321
     """
-    return Ramp(decay, time_constant)
+
+    decay: Scalar
+    time_constant: Scalar = 2000
+
+    def __post_init__(self) -> None:
+        check_decay(self.decay, self.kind)
+        check_positive(self.time_constant, "ramp's time_constant")
+
+    def _log(self, t: Floats, xp: ModuleType) -> Floats:
+        # log(1 − e^−x) to full relative precision at both ends.
+        x = t / self.time_constant
+        safe = xp.maximum(x, 1e-30)  # keeps the branch not taken finite
+        near_zero = xp.log(-xp.expm1(-safe))
+        rising = xp.where(x > math.log(2.0), xp.log1p(-xp.exp(-safe)), near_zero)
+        return log_of(self.decay) + rising
 
 
-def cosine(start: float, steps: int) -> Decay:
+@dataclasses.dataclass(frozen=True, repr=False)
+class cosine(Decay):
     """1 − (1−start)(1+cos(πt/steps))/2: from `start` to 1, for target networks.
 
     Args:
@@ -182,10 +268,22 @@ def cosine(start: float, steps: int) -> Decay:
     >>> round(cosine(0.996, 1000)(step=500), 6)
     0.998
     """
-    return Cosine(start, steps)
+
+    start: Scalar
+    steps: int | jax.Array
+
+    def __post_init__(self) -> None:
+        check_decay(self.start, self.kind)
+        check_positive(self.steps, "cosine's steps")
+
+    def _log(self, t: Floats, xp: ModuleType) -> Floats:
+        # cos(πt/2T) from the steps left: exact near the end, where it vanishes.
+        left = xp.maximum(self.steps - t, 0) / self.steps
+        return xp.log1p(-(1 - self.start) * xp.sin(math.pi / 2 * left) ** 2)
 
 
-def half_life(steps: float) -> Decay:
+@dataclasses.dataclass(frozen=True, repr=False)
+class half_life(Decay):
     """Halve the weight of a step every `steps` updates: β = 2^(−1/steps).
 
     Args:
@@ -198,10 +296,22 @@ def half_life(steps: float) -> Decay:
     >>> round(half_life(1000)(step=1), 6)
     0.999307
     """
-    return HalfLife(steps)
+
+    steps: Scalar
+
+    def __post_init__(self) -> None:
+        if is_known(self.steps) and not 0 < self.steps < math.inf:
+            raise ValueError(
+                f"half_life needs a positive number of updates, got {self.steps}. "
+                "For a plain decay such as 0.999 use constant(0.999)."
+            )
+
+    def _log_product(self, t: Floats, k: int, xp: ModuleType) -> Floats:
+        return xp.minimum(t, k) * (-math.log(2.0) / self.steps)
 
 
-def fraction(f: float) -> Decay:
+@dataclasses.dataclass(frozen=True, repr=False)
+class fraction(Decay):
     """2^(−1/(f·t)): a half-life that is always the fraction f of the run so far.
 
     Close to `power(exponent=ln 2/f − 1)`.
@@ -217,53 +327,26 @@ def fraction(f: float) -> Decay:
     >>> round(fraction(0.05)(step=100), 4)  # a half-life of 5 updates
     0.8706
     """
-    return Fraction(f)
+
+    f: Scalar
+
+    def __post_init__(self) -> None:
+        if is_known(self.f) and not 0 < self.f <= 1:
+            raise ValueError(
+                f"fraction needs a share of the run in (0, 1], got {self.f}. "
+                "For a half-life in updates use half_life(steps)."
+            )
+
+    def _log(self, t: Floats, xp: ModuleType) -> Floats:
+        return -math.log(2.0) / self.f / t
 
 
-def start_after(decay: DecayLike, step: int) -> Decay:
-    """Copy the params up to and including `step`, then average with `decay`.
-
-    The inner decay counts from there: `start_after(uniform(), 1000)` is the mean of
-    the params after updates 1001, 1002, … (SWA).
-
-    Args:
-        decay: A decay; a float β means `warmup(β)`.
-        step: Number of updates that are copied, ≥ 0.
-
-    Raises:
-        ValueError: If `step` is negative.
-
-    >>> decay = start_after(uniform(), 10)
-    >>> decay(10), decay(11), decay(14)
-    (0.0, 0.0, 0.75)
-    """
-    return StartAfter(as_decay(decay), step)
-
-
-def scale_to_batch(decay: DecayLike, factor: float) -> Decay:
-    """β^factor: the same average over samples after the batch grew by `factor`.
-
-    In a `warmup` only the final β is scaled: its ramp is a share of the run so far.
+def as_decay(decay: DecayLike, call: str = "ema_params") -> Decay:
+    """Returns what a call understands by `decay`: a float β means `warmup(β)`.
 
     Args:
-        decay: A decay in updates; a float β means `warmup(β)`.
-        factor: New batch size over the old one, > 0.
-
-    Raises:
-        ValueError: If `factor` is not positive, or `decay` is relative to the run's
-            length already (`power`, `uniform`, `fraction`).
-
-    Source: Busbridge et al. 2023, arXiv:2307.13813.
-
-    >>> round(scale_to_batch(constant(0.999), 8)(step=1), 6)
-    0.992028
-    """
-    inner = as_decay(decay)
-    return inner._scaled(factor)
-
-
-def as_decay(decay: DecayLike) -> Decay:
-    """Returns what `ema_params` understands by `decay`: a float β means `warmup(β)`.
+        decay: What the caller was given.
+        call: The caller's name, for its errors.
 
     Raises:
         TypeError: If it is no decay, or an array narrower than float32.
@@ -274,59 +357,32 @@ def as_decay(decay: DecayLike) -> Decay:
     """
     if isinstance(decay, Decay):
         return decay
-    if isinstance(decay, Tracer):
-        check_wide_enough(decay)
-        return Warmup(decay)  # pyright: ignore[reportArgumentType]
-    if isinstance(decay, (float, int)) and not isinstance(decay, bool):
-        return Warmup(float(decay))
-    if isinstance(decay, (jax.Array, np.ndarray, np.number)):
-        check_wide_enough(decay)
-        return Warmup(float(decay))
-    if callable(decay):
-        return Schedule(decay)
+    numbers = (float, int, jax.Array, np.ndarray, np.number)
+    if isinstance(decay, numbers) and type(decay) is not bool and np.ndim(decay) == 0:
+        number = cast(Scalar, decay)
+        check_decay(number, call)
+        return warmup(float(number) if is_known(number) else number)
+    if callable(decay) and decay not in MAKERS.values():
+        return schedule(decay)
     raise TypeError(
-        f"A decay is a number β in [0, 1), one of ema_optax's decays, or a callable "
-        f"step → β; got {decay!r}. ema_params(0.9999) is a usual choice."
+        f"{call} takes as a decay a number β in [0, 1), one of ema_optax's decays, or "
+        f"a callable step → β; got {_got(decay)}"
     )
 
 
-def width_from_exponent(exponent: float) -> float:
-    """Returns the width of the profile t^γ: its standard deviation over the run.
-
-    Args:
-        exponent: γ > −1.
-
-    Source: Karras et al. 2024, arXiv:2312.02696, section 3.1.
-
-    >>> round(width_from_exponent(6.94), 4)
-    0.1
-    """
-    if not -1 < exponent < math.inf:
-        raise ValueError(f"An exponent is above -1 and finite, got {exponent}.")
-    g = exponent
-    return math.sqrt((g + 1) / ((g + 2) ** 2 * (g + 3)))
-
-
-def exponent_from_width(width: float) -> float:
-    """Returns the exponent γ ≥ 0 whose profile t^γ has the given width.
-
-    Args:
-        width: Standard deviation over the run's length, in (0, 0.2886…].
-
-    Raises:
-        ValueError: If `width` is outside that interval.
-
-    Source: the largest real root of γ³ + 7γ² + (16−σ⁻²)γ + 12 − σ⁻²; Karras et al.
-    2024, arXiv:2312.02696, section 3.1.
-
-    >>> round(exponent_from_width(0.05), 2)
-    16.97
-    """
-    if not 0 < width <= _WIDEST:
-        raise ValueError(
-            f"A width is in (0, {_WIDEST:.4f}], got {width}: the widest average is the "
-            "plain mean, uniform(). For a fixed length in updates use half_life(steps)."
+def _got(given: object) -> str:
+    """Returns what was given in place of a decay, and the call that works."""
+    usual = "ema_params(0.9999) is a usual choice."
+    if isinstance(given, optax.GradientTransformation):
+        return (
+            "an optimizer. Chain the average after it: optax.chain(optimizer, "
+            "ema_optax.ema_params(0.9999))."
         )
-    inverse_square = width**-2
-    roots = np.roots([1, 7, 16 - inverse_square, 12 - inverse_square])
-    return max(float(np.max(roots.real)), 0.0)
+    if callable(given):
+        name = getattr(given, "__name__", "")
+        return f"{name} itself. Call it with its arguments, as in warmup(0.9999)."
+    if isinstance(given, (jax.Array, np.ndarray)):
+        return f"an array of shape {np.shape(given)}. {usual}"
+    if isinstance(given, (str, bool, type(None))):
+        return f"{given!r:.80}. {usual}"
+    return f"a {type(given).__name__}. {usual}"

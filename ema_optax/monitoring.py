@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ema_optax import shadows, trees
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 from ema_optax.states import EmaParamsState, record_of
 
 _BLOCK = 4096  # updates whose decays are looked at together

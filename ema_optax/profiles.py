@@ -54,7 +54,7 @@ def profile(decay: DecayLike, steps: int, every: int = 1) -> Profile:
             f"profile needs steps ≥ 1 and every ≥ 1, got {steps}, {every}."
         )
     folds = np.arange(every, steps + 1, every)
-    logs = as_decay(decay)._logs_on_host(folds, every)
+    logs = as_decay(decay, "profile").log_product(folds, every)
     # What later folds leave of this one: Σ of the logs after it.
     kept_log = np.append(np.cumsum(logs[::-1])[::-1], 0.0)
     weights = np.zeros(steps)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 
 from ema_optax import packing
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 from ema_optax.placement import Homes
 
 

@@ -15,6 +15,8 @@ BETAS = {
     "cosine": lambda t, b, n: 1 - (1 - b) * (1 + np.cos(np.pi * min(t, n) / n)) / 2,
     "half_life": lambda t, n: 0.5 ** (1 / n),
     "fraction": lambda t, f: 0.5 ** (1 / (f * t)),
+    "start_after": lambda t, inner, n: inner(t - n) if t > n else 0.0,
+    "scale_to_batch": lambda t, inner, factor: inner(t) ** factor,
 }
 
 

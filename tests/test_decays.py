@@ -1,19 +1,28 @@
 """Every decay against its formula in float64, its products, its JSON and its errors."""
 
+import copy
 import dataclasses
+import functools
 import json
 import math
+import pathlib
+import pickle
 import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ema_optax
+from ema_optax.cli import decay_text
+from ema_optax.decay import MAKERS, Decay
 from ema_optax.decays import as_decay
 from tests import reference
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
 
 EXPONENT = 6.93720393760180921  # of width 0.1, from mpmath's root of the cubic
 
@@ -32,12 +41,70 @@ CASES = {
     "cosine": ((0.996, 3000), ema_optax.cosine(0.996, 3000)),
     "half_life": ((700.0,), ema_optax.half_life(700)),
     "fraction": ((0.05,), ema_optax.fraction(0.05)),
+    "start_after": (
+        (functools.partial(reference.BETAS["ramp"], b=0.99, tau=2000.0), 100),
+        ema_optax.start_after(ema_optax.ramp(0.99), 100),
+    ),
+    "scale_to_batch": (
+        (functools.partial(reference.BETAS["cosine"], b=0.9, n=50), 4),
+        ema_optax.scale_to_batch(ema_optax.cosine(0.9, 50), 4),
+    ),
 }
-EVERY_KIND = [
-    *[decay for _, decay in CASES.values()],
-    ema_optax.start_after(ema_optax.ramp(0.99), 100),
-    ema_optax.scale_to_batch(ema_optax.cosine(0.9, 50), 4),
-]
+EVERY_KIND = [decay for _, decay in CASES.values()]
+
+
+def places_without(name):
+    """Returns the places beside its definition that a decay is missing from."""
+    rows = README.read_text() if README.exists() else f"| `{name}("
+    return [
+        place
+        for place, there in {
+            f"ema_optax/__init__.py does not import {name!r}": hasattr(ema_optax, name),
+            f"README's table of decays lacks {name!r}": f"\n| `{name}(" in f"\n{rows}",
+            f"tests/reference.py has no {name!r}": name in reference.BETAS,
+            f"CASES of tests/test_decays.py have no {name!r}": name in CASES,
+        }.items()
+        if not there
+    ]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_decay_is_where_it_belongs(name):
+    """All else follows from its definition; these places need a line each."""
+    assert places_without(name) == []
+    assert MAKERS[name] is getattr(ema_optax, name)
+
+
+def test_a_new_decay_is_one_class(monkeypatch):
+    """Its repr, JSON and spelling in a shell follow; the places it lacks are named."""
+    monkeypatch.setattr(Decay, "_kinds", dict(Decay._kinds))
+    before = dict(MAKERS)
+    try:
+
+        @dataclasses.dataclass(frozen=True, repr=False)
+        class halving(Decay):  # noqa: N801 as the others
+            factor: float
+            offset: float = 1
+
+            def _log(self, t, xp):
+                return xp.log(self.factor) + 0 * t
+
+        decay = halving(0.5)
+        assert repr(decay) == "halving(factor=0.5, offset=1)"
+        assert Decay.from_json(decay.to_json()) == decay
+        assert decay.newest_weight(9, every=3) == pytest.approx(1 - 0.5**3)
+        assert decay_text.form("halving") == "halving:FACTOR[,OFFSET]"
+        assert decay_text.parse("start_after:halving:0.5,7")[1](8) == 0.5
+        assert MAKERS["halving"] is halving
+        assert places_without("halving") == [
+            "ema_optax/__init__.py does not import 'halving'",
+            *["README's table of decays lacks 'halving'"] * README.exists(),
+            "tests/reference.py has no 'halving'",
+            "CASES of tests/test_decays.py have no 'halving'",
+        ]
+    finally:
+        MAKERS.clear()
+        MAKERS.update(before)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -166,6 +233,9 @@ def test_decays_are_frozen_comparable_and_json(decay):
     assert again == decay
     assert hash(again) == hash(decay)
     assert ema_optax.Decay.from_json(json.loads(text)) == decay
+    for copied in (pickle.loads(pickle.dumps(decay)), copy.deepcopy(decay)):
+        assert copied == decay
+        assert copied.to_json() == text
     with pytest.raises(dataclasses.FrozenInstanceError):
         decay.anything = 1
     assert decay != ema_optax.constant(0.123)
@@ -173,7 +243,7 @@ def test_decays_are_frozen_comparable_and_json(decay):
 
 def test_repr_is_the_call_that_makes_it():
     """The repr of a decay evaluates to it."""
-    for decay in EVERY_KIND[:-1]:
+    for decay in EVERY_KIND:
         assert eval(repr(decay), vars(ema_optax) | {}) == decay
 
 
@@ -184,6 +254,8 @@ def test_repr_is_the_call_that_makes_it():
         ("[1]", r"Not a decay: \[1\]\..*'kind' is one of"),
         ('{"kind": "constant"}', r'arguments of constant: \{"kind": "constant"\} \('),
         ('{"kind": "constant", "decay": 0.9, "x": 1}', "arguments of constant"),
+        ('{"kind": "power", "width": 0.1}', "arguments of power.*no 'width'"),
+        ('{"kind": "uniform"}', "'kind' is one of"),
         ('{"kind": "constant", "decay": "0.9"}', r"decay is no number\)"),
         ('{"kind": "constant", "decay": false}', r"decay is no number\)"),
         ('{"kind": "start_after", "decay": 0.9, "step": 1}', r"decay is no decay\)"),
@@ -372,3 +444,112 @@ def test_a_callable_may_answer_with_an_array():
     assert decay.newest_weight(3, every=2) == 0.75
     with pytest.raises(TypeError, match="would never move"):
         as_decay(lambda step: jnp.bfloat16(0.5))(3)
+
+
+SWEPT = {  # name: from β in (0, 1) to a decay; what it is in plain numbers
+    "constant": ema_optax.constant,
+    "warmup": ema_optax.warmup,
+    "warmup's offset": lambda b: ema_optax.warmup(0.9, 1 + 20 * b),
+    "debiased": ema_optax.debiased,
+    "power": lambda b: ema_optax.power(exponent=10 * b),
+    "inverse_power": lambda b: ema_optax.inverse_power(b, 1 + b, b, b / 2),
+    "ramp": lambda b: ema_optax.ramp(b, 30 * b),
+    "cosine": lambda b: ema_optax.cosine(b, 40 * b),
+    "half_life": lambda b: ema_optax.half_life(10 * b),
+    "fraction": ema_optax.fraction,
+    "start_after": lambda b: ema_optax.start_after(b, 2),
+    "start_after's step": lambda b: ema_optax.start_after(0.9, 10 * b),
+    "scale_to_batch": lambda b: ema_optax.scale_to_batch(ema_optax.ramp(0.9), 4 * b),
+    "of a warmup": lambda b: ema_optax.scale_to_batch(b, 4),
+    "both": lambda b: ema_optax.scale_to_batch(ema_optax.constant(b), b),
+}
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_arguments_may_be_traced(name):
+    """A sweep under vmap or jit folds as each of its decays alone, to float32.
+
+    5e-6 is far below what a step more, or the next argument of the sweep, changes.
+    """
+    make, betas = SWEPT[name], np.asarray([0.25, 0.5, 0.75], np.float32)
+
+    def average(beta):
+        transform = ema_optax.ema_params(make(beta), every=2)
+        params = {"w": jnp.zeros(2)}
+        state = transform.init(params)
+        for t in range(1, 7):
+            _, state = transform.update({"w": jnp.ones(2) * t}, state, params)
+        return state.shadow["w"][0]
+
+    alone = [average(float(beta)) for beta in betas]
+    np.testing.assert_allclose(jax.vmap(average)(betas), alone, rtol=5e-6)
+    np.testing.assert_allclose(jax.jit(average)(betas[0]), alone[0], rtol=5e-6)
+    for step in (5, jnp.int32(5)):  # of a step that is known, too
+        weight = jax.vmap(lambda b, t=step: make(b).newest_weight(t, 3))(betas)
+        expected = [make(float(b)).newest_weight(5, 3) for b in betas]
+        np.testing.assert_allclose(weight, expected, rtol=5e-6, atol=1e-7)
+
+
+def test_an_array_of_jax_is_not_written():
+    """As under jit, where its value is not known: the state stays of one type."""
+    decay = ema_optax.start_after(ema_optax.constant(jnp.float32(0.5)), 2)
+    assert not decay.is_json
+    with pytest.raises(TypeError, match=r"^start_after\(.* JSON: it has .* JAX array"):
+        decay.to_json()
+    step = jnp.int32(4)
+    assert jax.jit(decay.newest_weight)(step) == decay.newest_weight(4, 1) == 0.5
+
+
+def test_a_traced_argument_still_has_to_be_wide():
+    """A bfloat16 β is refused wherever it comes in."""
+    for make in (ema_optax.constant, ema_optax.debiased, ema_optax.ramp):
+        with pytest.raises(TypeError, match="would never move"):
+            jax.jit(lambda b, m=make: m(b).newest_weight(3))(jnp.bfloat16(0.5))
+
+
+def test_numbers_of_numpy_are_written():
+    """They compare and hash as Python's, and go to JSON as those."""
+    for decay in (
+        ema_optax.constant(np.float32(0.75)),
+        ema_optax.cosine(np.float64(0.9), np.int64(50)),
+    ):
+        again = Decay.from_json(decay.to_json())
+        assert again == decay
+        assert hash(again) == hash(decay)
+    assert ema_optax.cosine(0.9, np.int64(50)).to_json().endswith('"steps": 50}')
+
+
+@pytest.mark.parametrize(
+    ("call", "wrong"),
+    [
+        (lambda: ema_optax.ema_params(99.9), "ema_params needs a decay in [0, 1)"),
+        (lambda: ema_optax.ema_params({"a": 99.9}), "ema_params needs a decay"),
+        (lambda: ema_optax.start_after(99.9, 3), "start_after needs a decay"),
+        (lambda: ema_optax.scale_to_batch(99.9, 8), "scale_to_batch needs a decay"),
+        (lambda: ema_optax.scale_to_batch(0.9, 0), "scale_to_batch's factor must be"),
+        (lambda: ema_optax.profile(99.9, 3), "profile needs a decay"),
+        (
+            lambda: ema_optax.ema_params(optax.adam(1e-3)),
+            "ema_params takes as a decay .* got an optimizer. Chain .* optax.chain(",
+        ),
+        (
+            lambda: ema_optax.start_after(optax.sgd(0.1), 3),
+            "start_after takes as a decay .* got an optimizer",
+        ),
+        (
+            lambda: ema_optax.ema_params(ema_optax.warmup),
+            "got warmup itself. Call it with its arguments",
+        ),
+        (
+            lambda: ema_optax.profile(np.ones((2, 3)), 3),
+            "got an array of shape (2, 3). ema_params(0.9999)",
+        ),
+        (lambda: ema_optax.profile({"a": 0.9}, 3), "got a dict. ema_params(0.9999)"),
+    ],
+)
+def test_errors_name_the_call_that_was_written(call, wrong):
+    """And what it got, in one line."""
+    pattern = ".*".join(map(re.escape, wrong.split(" .* ")))
+    with pytest.raises((TypeError, ValueError), match=pattern) as caught:
+        call()
+    assert len(str(caught.value)) < 300

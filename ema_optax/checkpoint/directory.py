@@ -21,7 +21,7 @@ from ema_optax.checkpoint.processes import together
 from ema_optax.checkpoint.rescue import explained, verify_item
 from ema_optax.checkpoint.step import of_trees
 from ema_optax.checkpoint.steps import absolute, find_same_step, find_step
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from ema_optax.checkpoint.untrusted import (
     misplaced,
     nodes,
 )
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 from ema_optax.text import brief
 
 Json: TypeAlias = dict[str, "Json"] | list["Json"] | str | int | float | bool | None

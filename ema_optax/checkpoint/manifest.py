@@ -29,7 +29,7 @@ from ema_optax.checkpoint.untrusted import (
     is_object,
     is_whole,
 )
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 from ema_optax.text import brief
 
 FORMAT = 2  # the newest that is read, written where leaves are verified block by block

@@ -11,7 +11,7 @@ from ema_optax.checkpoint.manifest import Manifest, name_of, read_manifest
 from ema_optax.checkpoint.rescue import explained
 from ema_optax.checkpoint.sources import StoredTree
 from ema_optax.checkpoint.steps import absolute, all_steps
-from ema_optax.families import Power as power
+from ema_optax.decays import power
 from ema_optax.reconstruction import Snapshot
 
 
@@ -72,7 +72,7 @@ def snapshots(
             # A tree that is joined of groups is one average if all of them are.
             asked = not average.bema and (names is None or name_of(tree) in names)
             if asked and isinstance(decay, power):
-                taken = _snapshot(item, manifest, tree, decay.exponent, verify)
+                taken = _snapshot(item, manifest, tree, float(decay.exponent), verify)
             found += taken
             if not taken:
                 others.add(

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ema_optax import averages, trees
 from ema_optax.averages import Average, BemaMadeBy
+from ema_optax.checkpoint import checksums
 from ema_optax.checkpoint.entries import (
     AverageEntry,
     Count,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ema_optax.cli import parsing
-from ema_optax.decays import exponent_from_width, width_from_exponent
+from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 
 if TYPE_CHECKING:
     from ema_optax.reconstruction import Snapshot

@@ -2,29 +2,34 @@
 
 import argparse
 import difflib
-from collections.abc import Callable
+import inspect
 
-from ema_optax import decays
-from ema_optax.families import Decay
+from ema_optax.decay import MAKERS, Decay
+from ema_optax.decays import DecayLike
 
-FORMS = {
-    "constant": "constant:DECAY",
-    "warmup": "warmup:DECAY[,OFFSET]",
-    "debiased": "debiased:DECAY",
-    "uniform": "uniform",
-    "power": "power:WIDTH or power:exponent=EXPONENT",
-    "inverse_power": "inverse_power[:DECAY[,INV_GAMMA[,POWER[,MIN_DECAY]]]]",
-    "ramp": "ramp:DECAY[,TIME_CONSTANT]",
-    "cosine": "cosine:START,STEPS",
-    "half_life": "half_life:STEPS",
-    "fraction": "fraction:F",
-    "start_after": "start_after:INNER,STEP",
-    "scale_to_batch": "scale_to_batch:INNER,FACTOR",
-}
-_MAKERS: dict[str, Callable[..., Decay]] = {
-    name: getattr(decays, name) for name in FORMS
-}
-_AROUND_ANOTHER = ("start_after", "scale_to_batch")
+
+def form(name: str) -> str:
+    """Returns how a decay is written, from the arguments of its maker.
+
+    An argument whose default is None is one of several that may be given.
+
+    >>> form("warmup")
+    'warmup:DECAY[,OFFSET]'
+    """
+    values, optional, others = "", "", ""
+    for argument in inspect.signature(MAKERS[name]).parameters.values():
+        inner = argument.annotation == DecayLike
+        said = "INNER" if inner else argument.name.upper()
+        if argument.kind is argument.KEYWORD_ONLY:
+            others += f" or {name}:{argument.name}={said}"
+        elif argument.default in (None, argument.empty):
+            values += f"{',' if values else ':'}{said}"
+        else:
+            optional += f"[{',' if values or optional else ':'}{said}"
+    return f"{name}{values}{optional}{']' * optional.count('[')}{others}"
+
+
+FORMS = {name: form(name) for name in MAKERS}
 
 
 def parse(text: str) -> tuple[str, Decay]:
@@ -53,13 +58,13 @@ def _decay(text: str) -> Decay:
     name, colon, rest = text.partition(":")
     if not colon and _number(name) is not None:  # inside another
         name, rest = "warmup", name
-    if name not in _MAKERS:
+    if name not in MAKERS:
         raise argparse.ArgumentTypeError(_unknown(text, name))
     values: list[Decay | float] = []
-    if name in _AROUND_ANOTHER:  # the other ends at the last comma
+    if ":INNER" in form(name):  # it ends at the last comma
         inner, _, rest = rest.rpartition(",")
         if not inner:
-            raise argparse.ArgumentTypeError(f"got {text!r}; write {FORMS[name]}")
+            raise argparse.ArgumentTypeError(f"got {text!r}; write {form(name)}")
         values.append(_decay(inner))
     named: dict[str, float] = {}
     for part in rest.split(",") if rest else []:
@@ -67,16 +72,16 @@ def _decay(text: str) -> Decay:
         number = _number(value)
         if number is None or key in named or (named and not equals):
             raise argparse.ArgumentTypeError(
-                f"{part!r} is out of place in {text!r}; write {FORMS[name]}"
+                f"{part!r} is out of place in {text!r}; write {form(name)}"
             )
         if equals:
             named[key] = number
         else:
             values.append(number)
     try:
-        return _MAKERS[name](*values, **named)
+        return MAKERS[name](*values, **named)
     except TypeError:  # too few, too many, or of another name: all values are numbers
-        message = f"{text!r} has not the arguments of {name}; write {FORMS[name]}"
+        message = f"{text!r} has not the arguments of {name}; write {form(name)}"
     except (ValueError, OverflowError) as error:
         message = f"{text!r}: {str(error).rstrip('.')}"
     raise argparse.ArgumentTypeError(message)
@@ -95,10 +100,10 @@ def _number(text: str) -> float | None:
 
 def _unknown(text: str, name: str) -> str:
     called = name.partition("(")[0]  # as one would write it in Python
-    exact = [called] if called in _MAKERS else []
-    near = exact or difflib.get_close_matches(called, _MAKERS, n=2)
+    exact = [called] if called in MAKERS else []
+    near = exact or difflib.get_close_matches(called, MAKERS, n=2)
     if near:
-        rather = f"the nearest: {', '.join(FORMS[n] for n in near)}"
+        rather = f"the nearest: {', '.join(form(n) for n in near)}"
     else:
-        rather = f"write a number below 1, or one of {', '.join(FORMS)}"
+        rather = f"write a number below 1, or one of {', '.join(MAKERS)}"
     return f"{text!r} is no decay; {rather}"

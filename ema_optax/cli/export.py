@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from ema_optax.cli import parsing
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 
 _LONGEST = 2**24  # characters of a file of names
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ema_optax.cli import decay_text, parsing, sketch
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 from ema_optax.profiles import Profile, profile
 
 _LONGEST = 10_000_000  # updates: seconds and half a gigabyte of memory a decay

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from ema_optax.cli import average_files, averages, parsing
-from ema_optax.decays import exponent_from_width
+from ema_optax.power_profiles import exponent_from_width
 
 _TO_SHOW = (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
 _Part = Callable[[str], Callable[[int, int], None]]

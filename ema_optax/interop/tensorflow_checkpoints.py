@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ema_optax import checkpoint, trees
-from ema_optax.families import Decay
+from ema_optax.decay import Decay
 from ema_optax.interop.tensorflow_names import Variable, roles
 
 AVERAGE = "ExponentialMovingAverage"

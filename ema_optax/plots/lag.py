@@ -53,15 +53,16 @@ def lag(
     ['raw', 'half-life 50: lag 71.6']
     """
     raw = np.asarray(values, np.float64)
-    named = decays if isinstance(decays, Mapping) else {f"{as_decay(decays)}": decays}
+    if not isinstance(decays, Mapping):
+        decays = {f"{as_decay(decays, 'lag')}": decays}
     at = raw.size if at is None else at
-    _check(raw, len(named), at)
+    _check(raw, len(decays), at)
     ax = style.own_axes() if ax is None else ax
     updates = np.arange(1, raw.size + 1)
     marker = "." if raw.size <= style.FEW else None
     ax.plot(updates, raw, label="raw", marker=marker, color="0.45", linewidth=1.1)
     ends = []
-    for (name, decay), look in zip(named.items(), style.CURVES, strict=False):
+    for (name, decay), look in zip(decays.items(), style.CURVES, strict=False):
         late = profile(decay, raw.size, every).mean_age
         told = f"{late:,.1f}" if late < 100 else f"{late:,.0f}"
         shadow = _shadow(raw, decay, raw[0] if start is None else start, every)
@@ -132,7 +133,7 @@ def _check(raw: np.ndarray, decays: int, at: int) -> None:
 def _shadow(raw: np.ndarray, decay: DecayLike, start: float, every: int) -> np.ndarray:
     """Returns the shadow after each update, in float64."""
     folds = np.arange(every, raw.size + 1, every)
-    weights = as_decay(decay).newest_weight(folds, every)
+    weights = as_decay(decay, "lag").newest_weight(folds, every)
     shadow, after = float(start), np.empty(raw.size)
     after[: every - 1] = shadow
     for step, weight in zip(folds, weights, strict=True):

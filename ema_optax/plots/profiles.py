@@ -49,14 +49,15 @@ def profiles(
     >>> [line.get_label() for line in ax.get_lines()]
     ['short: mean age 721 (7.2%)', 'long: mean age 1,118 (11.2%)']
     """
-    named = decays if isinstance(decays, Mapping) else {f"{as_decay(decays)}": decays}
-    if not 1 <= len(named) <= len(style.CURVES):
+    if not isinstance(decays, Mapping):
+        decays = {f"{as_decay(decays, 'profiles')}": decays}
+    if not 1 <= len(decays) <= len(style.CURVES):
         raise ValueError(
             f"profiles draws one to {len(style.CURVES)} decays, which dashes and "
-            f"colours still tell apart, got {len(named)}. Draw them on several axes."
+            f"colours still tell apart, got {len(decays)}. Draw them on several axes."
         )
     ax = style.own_axes() if ax is None else ax
-    runs = {name: profile(decay, steps, every) for name, decay in named.items()}
+    runs = {name: profile(decay, steps, every) for name, decay in decays.items()}
     curves = {name: _density(run, every) for name, run in runs.items()}
     top = _top([float(density.max()) for _, density in curves.values()])
     for (name, run), look in zip(runs.items(), style.CURVES, strict=False):

@@ -112,7 +112,7 @@ def decay_coefficients(decay: DecayLike, steps: Sequence[int]) -> np.ndarray:
     whole = times.ndim == 1 and times.size and np.issubdtype(times.dtype, np.integer)
     if not whole or times[0] < 0 or np.any(np.diff(times) <= 0):
         raise ValueError(f"steps must be ascending whole numbers ≥ 0, got {steps}.")
-    chosen = as_decay(decay)
+    chosen = as_decay(decay, "decay_coefficients")
     weights = np.zeros(times.size)
     weights[0] = 1.0
     for i in range(1, times.size):

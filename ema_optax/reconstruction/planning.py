@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ema_optax import selection
-from ema_optax.decays import exponent_from_width
+from ema_optax.power_profiles import exponent_from_width
 from ema_optax.reconstruction import projection
 from ema_optax.reconstruction.widths import reachable
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ema_optax.decays import exponent_from_width, width_from_exponent
+from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.reconstruction import projection
 from ema_optax.reconstruction.slots import Slots
 from ema_optax.reconstruction.sums import Progress, Source, weighted_sums
