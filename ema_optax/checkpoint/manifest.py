@@ -13,21 +13,11 @@ from typing import TypeGuard, TypeVar, cast
 
 from etils import epath  # pyright: ignore[reportMissingTypeStubs]
 
-from ema_optax.checkpoint.entries import (
-    AverageEntry,
-    Json,
-    TreeEntry,
-    check_place,
-)
+from ema_optax.checkpoint.entries import AverageEntry, Json, TreeEntry, check_place
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.pieces import Piece, Sums, parse_sums
 from ema_optax.checkpoint.sealed import read_sealed, write_sealed
-from ema_optax.checkpoint.untrusted import (
-    DEPTH,
-    is_deep,
-    is_object,
-    is_whole,
-)
+from ema_optax.checkpoint.untrusted import DEPTH, is_deep, is_object, is_whole
 from ema_optax.families import Decay
 from ema_optax.text import brief
 
@@ -179,6 +169,7 @@ def read_manifest(item: epath.Path) -> Manifest:
     Raises:
         CorruptCheckpointError: If it is missing or damaged.
         ValueError: If a newer version of this library wrote it, or another one.
+        OSError: If it may be whole, and cannot be read.
     """
     if not (item / FOLDER).is_dir():
         raise ValueError(
@@ -201,6 +192,7 @@ def read_sums(item: epath.Path, manifest: Manifest) -> Sums:
 
     Raises:
         CorruptCheckpointError: If they are missing, damaged, or of other trees.
+        OSError: If they may be whole, and cannot be read.
     """
     merged: dict[str, dict[str, tuple[Piece, ...]]] = {t: {} for t in manifest.trees}
     for process in range(manifest.processes):

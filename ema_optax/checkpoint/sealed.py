@@ -7,7 +7,7 @@ import json
 import xxhash
 from etils import epath  # pyright: ignore[reportMissingTypeStubs]
 
-from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.errors import CorruptCheckpointError, as_cause
 from ema_optax.checkpoint.untrusted import LIMIT, read_text
 from ema_optax.text import one_line
 
@@ -34,13 +34,16 @@ def read_sealed(path: epath.Path) -> object:
 
     Raises:
         CorruptCheckpointError: If it is missing, damaged, or was edited.
+        OSError: If it may be whole, and cannot be read; see `as_cause`.
     """
     try:
         sealed = json.loads(read_text(path))
         content = sealed["content"]
         if seal(content) != sealed["xxh3"]:
             raise ValueError("its own checksum does not match")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise as_cause(error, f"{path} cannot be read") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(
             f"{path} cannot be trusted: {one_line(error)}."
         ) from error
