@@ -78,3 +78,7 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, number
     with pytest.raises(kind, match=r"m\.json cannot be read: .*denied|error") as caught:
         read_sealed(path)
     assert type(caught.value) is kind
+    with pytest.raises(
+        kind, match="cannot be read"
+    ):  # nor said to be another library's
+        manifest.read_manifest(epath.Path(tmp_path))

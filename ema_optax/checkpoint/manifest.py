@@ -171,12 +171,15 @@ def read_manifest(item: epath.Path) -> Manifest:
         ValueError: If a newer version of this library wrote it, or another one.
         OSError: If it may be whole, and cannot be read.
     """
-    if not (item / FOLDER).is_dir():
+    path = manifest_path(item)
+    try:
+        content = read_sealed(path)
+    except CorruptCheckpointError:
+        if (item / FOLDER).is_dir():
+            raise
         raise ValueError(
             f"{item} was not saved by ema_optax, or its folder '{FOLDER}' is gone."
-        )
-    path = manifest_path(item)
-    content = read_sealed(path)
+        ) from None
     try:
         return Manifest.parse(content)
     except CorruptCheckpointError as error:
