@@ -80,5 +80,5 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, number
     assert type(caught.value) is kind
     with pytest.raises(
         kind, match="cannot be read"
-    ):  # nor said to be another library's
+    ):  # nor called another's
         manifest.read_manifest(epath.Path(tmp_path))
