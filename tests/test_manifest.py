@@ -149,7 +149,7 @@ def test_files_come_back_as_they_were(tmp_path):
     sums = manifest.read_sums(item, written)
     assert sums == {"params": {"w": tuple(halves)}, "state": {}}
     manifest.checksums_path(item, 1).unlink()
-    with pytest.raises(CorruptCheckpointError, match=r"1\.json cannot be trusted"):
+    with pytest.raises(CorruptCheckpointError, match=r"1\.json cannot be read"):
         manifest.read_sums(item, written)
     manifest.write_sums(item, 1, {"shadow": {}})
     with pytest.raises(CorruptCheckpointError, match="of trees that the manifest has"):

@@ -1,5 +1,7 @@
 """Files that carry a checksum of their own: damage and edits are noticed."""
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -60,3 +62,23 @@ def test_a_manifest_names_its_file(tmp_path):
     words = r"0\.json holds no checksums: the pieces of 'w' are not bounds and a"
     with pytest.raises(CorruptCheckpointError, match=words):
         manifest.read_sums(item, manifest.read_manifest(ITEM))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EACCES, PermissionError), (errno.EIO, OSError)]
+)
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, number, kind):
+    path = epath.Path(tmp_path) / "m.json"
+    write_sealed(path, {})
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(kind, match=r"m\.json cannot be read: .*denied|error") as caught:
+        read_sealed(path)
+    assert type(caught.value) is kind
+    with pytest.raises(
+        kind, match="cannot be read"
+    ):  # nor called another's
+        manifest.read_manifest(epath.Path(tmp_path))

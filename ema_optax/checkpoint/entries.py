@@ -8,7 +8,6 @@ nothing is nested more deeply than the recursion that reads it.
 # pyright: strict
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -16,7 +15,6 @@ from collections.abc import Mapping
 from typing import TypeAlias, TypeGuard, cast
 
 import jax.numpy as jnp
-import numpy as np
 
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.untrusted import (
@@ -25,6 +23,7 @@ from ema_optax.checkpoint.untrusted import (
     is_list,
     is_object,
     is_whole,
+    itemsize,
     misplaced,
     nodes,
 )
@@ -35,12 +34,11 @@ Json: TypeAlias = dict[str, "Json"] | list["Json"] | str | int | float | bool | 
 Structure: TypeAlias = dict[str, "Structure"] | list["Structure"] | str | None
 Count: TypeAlias = int | list["Count"]  # lists where states were vmapped
 
-_NDIM = 64  # NumPy's own bound
 BYTES = 2**60  # of a leaf; the sums of many stay far from overflow in float64
+_NDIM = 64  # NumPy's own bound
 _INT = 2**63
 _KEY = "key:"
 _KIND = re.compile(rf"jax|numpy|bool|int|float|{_KEY}.{{1,64}}")
-_NUMBERS = "biufc"  # kinds of NumPy's dtypes; those of ml_dtypes are "V" with a name
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,13 +74,13 @@ class LeafEntry:
 
     @classmethod
     def parse(cls, content: object) -> "LeafEntry":
-        """Makes an entry of JSON, or raises `CorruptCheckpointError`, saying why."""
+        """Makes an entry of JSON, or raises `CorruptCheckpointError` that says why."""
         if not is_object(content) or not {"shape", "dtype", "kind"} <= set(content):
             raise CorruptCheckpointError("lacks shape, dtype or kind")
         shape, dtype, kind = content["shape"], content["dtype"], content["kind"]
         if not isinstance(kind, str) or not _KIND.fullmatch(kind):
             raise CorruptCheckpointError(f"is of the kind {brief(kind)}")
-        size = _itemsize(dtype) if isinstance(dtype, str) and len(dtype) < 64 else None
+        size = itemsize(dtype) if isinstance(dtype, str) else None
         if not isinstance(dtype, str) or size is None:
             raise CorruptCheckpointError(f"is of the dtype {brief(dtype)}")
         if not is_list(shape) or len(shape) > _NDIM or not _are_lengths(shape):
@@ -132,7 +130,7 @@ class AverageEntry:
 
     @classmethod
     def parse(cls, content: object) -> "AverageEntry":
-        """Makes an entry of JSON, or raises `CorruptCheckpointError`, saying why."""
+        """Makes an entry of JSON, or raises `CorruptCheckpointError` that says why."""
         if not is_object(content) or not {"decay", "every", "count"} <= set(content):
             raise CorruptCheckpointError("lacks decay, every or count")
         decay, every, count = content["decay"], content["every"], content["count"]
@@ -198,7 +196,7 @@ class TreeEntry:
 
     @classmethod
     def parse(cls, content: object, average: AverageEntry | None) -> "TreeEntry":
-        """Makes an entry of JSON, or raises `CorruptCheckpointError`, saying why."""
+        """Makes an entry of JSON, or raises `CorruptCheckpointError` that says why."""
         if not is_object(content) or not {"structure", "leaves"} <= set(content):
             raise CorruptCheckpointError("has no structure or no leaves")
         if not is_object(content["leaves"]):
@@ -247,17 +245,6 @@ def _check_structure(structure: object, leaves: set[str]) -> None:
         raise CorruptCheckpointError(
             f"has a leaf {brief(min(left))} that is not in its structure"
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _itemsize(dtype: str) -> int | None:
-    """Bytes of a dtype of numbers by its name; None of anything else."""
-    try:
-        found = jnp.dtype(dtype)
-    except (TypeError, ValueError, SyntaxError):
-        return None
-    number = found.kind in _NUMBERS or jnp.issubdtype(found, np.number)
-    return found.itemsize if number and found.name == dtype else None
 
 
 def _are_lengths(shape: list[object]) -> TypeGuard[list[int]]:

@@ -23,12 +23,7 @@ from ema_optax.checkpoint.entries import (
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.pieces import Piece, Sums, parse_sums
 from ema_optax.checkpoint.sealed import read_sealed, write_sealed
-from ema_optax.checkpoint.untrusted import (
-    DEPTH,
-    is_deep,
-    is_object,
-    is_whole,
-)
+from ema_optax.checkpoint.untrusted import DEPTH, is_deep, is_object, is_whole
 from ema_optax.decay import Decay
 from ema_optax.text import brief
 
@@ -187,13 +182,17 @@ def read_manifest(item: epath.Path) -> Manifest:
     Raises:
         CorruptCheckpointError: If it is missing or damaged.
         ValueError: If a newer version of this library wrote it, or another one.
+        OSError: If it may be whole, and cannot be read.
     """
-    if not (item / FOLDER).is_dir():
+    path = manifest_path(item)
+    try:
+        content = read_sealed(path)
+    except CorruptCheckpointError:
+        if (item / FOLDER).is_dir():
+            raise
         raise ValueError(
             f"{item} was not saved by ema_optax, or its folder '{FOLDER}' is gone."
-        )
-    path = manifest_path(item)
-    content = read_sealed(path)
+        ) from None
     try:
         return Manifest.parse(content)
     except CorruptCheckpointError as error:
@@ -209,6 +208,7 @@ def read_sums(item: epath.Path, manifest: Manifest) -> Sums:
 
     Raises:
         CorruptCheckpointError: If they are missing, damaged, or of other trees.
+        OSError: If they may be whole, and cannot be read.
     """
     merged: dict[str, dict[str, tuple[Piece, ...]]] = {t: {} for t in manifest.trees}
     for process in range(manifest.processes):

@@ -34,18 +34,19 @@ def read_sealed(path: epath.Path) -> object:
 
     Raises:
         CorruptCheckpointError: If it is missing, damaged, or was edited.
-        PermissionError, OSError: If something else keeps it from being read.
+        OSError: If it may be whole, and cannot be read; see `as_cause`.
     """
-    what = f"{path} cannot be trusted"
     try:
         sealed = json.loads(read_text(path))
         content = sealed["content"]
         if seal(content) != sealed["xxh3"]:
             raise ValueError("its own checksum does not match")
     except OSError as error:
-        raise as_cause(error, what) from error
+        raise as_cause(error, f"{path} cannot be read") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{what}: {one_line(error)}.") from error
+        raise CorruptCheckpointError(
+            f"{path} cannot be trusted: {one_line(error)}."
+        ) from error
     return content
 
 

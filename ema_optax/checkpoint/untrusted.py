@@ -1,18 +1,22 @@
-"""Bounds on what a stranger wrote: files, paths, and how deeply JSON is nested."""
+"""Bounds on what a stranger wrote: files, paths, dtypes, and how deep JSON is."""
 
 # pyright: strict
 
+import functools
 import os
 import stat
 from collections.abc import Iterator
 from typing import TypeGuard
 
+import jax.numpy as jnp
+import numpy as np
 from etils import epath  # pyright: ignore[reportMissingTypeStubs]
 
 LIMIT = 2**26  # bytes of a JSON file: some 300,000 leaves; Python makes 20 times of it
 DEPTH = 100  # of nested containers; each costs its reader a few frames
 
 _LONGEST = 4096  # characters of a path
+_NUMBERS = "biufc"  # kinds of NumPy's dtypes; those of ml_dtypes are "V" with a name
 # Bytes of leaves for each byte on disk. Arrays are stored as they are; only those below
 # 1 kB may lie compressed in OCDBT's nodes, beside 30 bytes of a checksum for each.
 _FACTOR = 64
@@ -117,6 +121,21 @@ def is_list(value: object) -> TypeGuard[list[object]]:
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether JSON is a whole number; true is none."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def itemsize(dtype: str) -> int | None:
+    """Bytes of a dtype of numbers by its name; None of anything else."""
+    return _itemsize(dtype) if len(dtype) < 64 else None
+
+
+@functools.lru_cache(maxsize=64)
+def _itemsize(dtype: str) -> int | None:
+    try:
+        known = jnp.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError):
+        return None
+    is_number = known.kind in _NUMBERS or jnp.issubdtype(known, np.number)
+    return known.itemsize if is_number and known.name == dtype else None
 
 
 def _is_remote(path: epath.Path) -> bool:
