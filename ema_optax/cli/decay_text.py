@@ -1,11 +1,11 @@
 """Decays in one word of a command line: `0.9999`, `power:0.05`, `half_life:2000`."""
 
 import argparse
-import difflib
 from collections.abc import Callable
 
 from ema_optax import decays
 from ema_optax.families import Decay
+from ema_optax.text import nearest_names
 
 FORMS = {
     "constant": "constant:DECAY",
@@ -96,7 +96,7 @@ def _number(text: str) -> float | None:
 def _unknown(text: str, name: str) -> str:
     called = name.partition("(")[0]  # as one would write it in Python
     exact = [called] if called in _MAKERS else []
-    near = exact or difflib.get_close_matches(called, _MAKERS, n=2)
+    near = exact or nearest_names(called, _MAKERS, count=2, cutoff=0.6)
     if near:
         rather = f"the nearest: {', '.join(FORMS[n] for n in near)}"
     else:

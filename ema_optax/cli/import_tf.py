@@ -2,13 +2,12 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-
-import jax
 
 from ema_optax.cli import decay_text, parsing
 
@@ -23,6 +22,8 @@ def add(commands: parsing.Commands) -> None:
         "import-tf",
         command=_run,
         extra="cli,tensorflow",
+        explain=parsing.explained,
+        on_cpu=True,
         summary="Turn a TensorFlow checkpoint with averages into one of ours.",
         details=(
             "CKPT is the prefix of a checkpoint, run/model.ckpt-300, or its folder:\n"
@@ -83,26 +84,15 @@ def _run(args: argparse.Namespace) -> int:
 
     from ema_optax import interop
 
-    if args.alone and "JAX_PLATFORMS" not in os.environ:
-        # Beside a training run an accelerator's memory is taken.
-        jax.config.update("jax_platforms", "cpu")
-    try:
-        done = interop.import_tensorflow(
-            args.source,
-            args.out,
-            step=args.step,
-            decay=args.decay[1] if args.decay else None,
-            average=args.average,
-        )
-    except (BrokenPipeError, ImportError):
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, (OSError, ValueError, TypeError)):
-            text = f"{type(error).__name__}: {text}"
-        return parsing.fail(f"ema-optax import-tf: error: {parsing.as_options(text)}")
+    done = interop.import_tensorflow(
+        args.source,
+        args.out,
+        step=args.step,
+        decay=args.decay[1] if args.decay else None,
+        average=args.average,
+    )
     if args.json:
-        print(_as_json(done), flush=True)
+        print(json.dumps(dataclasses.asdict(done), indent=2), flush=True)
     else:
         _print(done)
     return 0
@@ -151,17 +141,3 @@ def _print(done: "Imported") -> None:
         table.add_row(*map(parsing.printable, cells))
     if table.row_count:
         console.print(table)
-
-
-def _as_json(done: "Imported") -> str:
-    return json.dumps(
-        {
-            "source": done.source,
-            "path": done.path,
-            "step": done.step,
-            "averaged": done.averaged,
-            "raw": done.raw,
-            "left_out": dict(done.left_out),
-        },
-        indent=2,
-    )

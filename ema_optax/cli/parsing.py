@@ -1,4 +1,4 @@
-"""What all commands share: how arguments are read, and how errors are told."""
+"""Arguments and error lines that all commands share."""
 
 import argparse
 import re
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeAlias
+
+from ema_optax.text import one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,9 +17,6 @@ class Parser(argparse.ArgumentParser):
         """Ends with one line, where argparse would print the whole usage first."""
         self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help\n")
 
-
-# What to clean up where Ctrl-C ends the process at once.
-AT_INTERRUPT: list[Callable[[], None]] = []
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -31,8 +30,24 @@ def add_command(
     summary: str,
     details: str,
     examples: str,
+    explain: Callable[[Exception], str] | None = None,
+    on_cpu: bool = False,
 ) -> argparse.ArgumentParser:
-    """Adds a command that needs the optional packages of `extra`."""
+    """Adds a command.
+
+    Args:
+        commands: Those of the parser.
+        name: As it is typed.
+        command: What it does, from its arguments to the exit code.
+        extra: The extras of this library whose packages it needs.
+        summary: One line for `--help`.
+        details: More of them.
+        examples: Whole commands.
+        explain: From any error to the line that is printed. None lets errors through.
+        on_cpu: Whether it leaves accelerators alone.
+    """
+    if on_cpu:
+        details += "\n\nWorks on the CPU, unless JAX_PLATFORMS says otherwise."
     parser = commands.add_parser(
         name,
         help=summary,
@@ -40,8 +55,21 @@ def add_command(
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(command=command, name=name, extra=extra)
+    parser.set_defaults(
+        command=command, name=name, extra=extra, explain=explain, on_cpu=on_cpu
+    )
     return parser
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that choose a step of a run: DIR and `--step N`."""
+    parser.add_argument("directory", type=place, metavar="DIR")
+    parser.add_argument(
+        "--step",
+        type=at_least(0),
+        metavar="N",
+        help="number of the step (default: the newest)",
+    )
 
 
 def at_least(lowest: int, *, at_most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -78,6 +106,14 @@ def fail(line: str) -> int:
 def tell(line: str) -> None:
     """Prints one line on stderr."""
     print(printable(line), file=sys.stderr)
+
+
+def explained(error: Exception) -> str:
+    """Returns an error on one line, with options of a command for arguments."""
+    line = one_line(error, limit=None)
+    if not isinstance(error, (OSError, ValueError, TypeError, OverflowError)):
+        line = f"{type(error).__name__}: {line}"
+    return as_options(line)
 
 
 def as_options(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import jax
 
 from ema_optax.cli import average_files, averages, parsing
 from ema_optax.decays import exponent_from_width
+from ema_optax.text import one_line
 
 _TO_SHOW = (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
 _Part = Callable[[str], Callable[[int, int], None]]
@@ -24,6 +24,8 @@ def add(commands: parsing.Commands) -> None:
         "reconstruct",
         command=_run,
         extra="cli",
+        explain=_explained,
+        on_cpu=True,
         summary="Write averages of other widths than those tracked in a run.",
         details=(
             "RUN is a folder of steps with shadows of a power profile, written by\n"
@@ -40,9 +42,7 @@ def add(commands: parsing.Commands) -> None:
             "  profile error  distance of the weights from those wanted: above 5% is\n"
             "                 warned of, above 50% is refused\n"
             "  noise gain     what multiplies the rounding error of the snapshots:\n"
-            "                 3e-4 of each param in float16, 2e-3 in bfloat16\n"
-            "\n"
-            "Works on the CPU, unless JAX_PLATFORMS says otherwise."
+            "                 3e-4 of each param in float16, 2e-3 in bfloat16"
         ),
         examples=(
             "  ema-optax reconstruct run/snapshots --dry-run\n"
@@ -92,18 +92,15 @@ def _explained(error: Exception) -> str:
     """Returns one line that says what is wrong, and what to do about it here."""
     from ema_optax.checkpoint import CorruptCheckpointError
 
-    text = " ".join(str(error).split())
     if isinstance(error, CorruptCheckpointError):
         # Other commands can take an older step instead; here the others suffice.
-        cause = " ".join(str(error.__cause__ or error).split())
-        step, _, _ = text.partition(cause)
+        cause = one_line(error.__cause__ or error, limit=None)
+        step, _, _ = one_line(error, limit=None).partition(cause)
         return (
             f"{step}{cause} Remove that step: the averages are then made from the "
             "others."
         )
-    if not isinstance(error, (OSError, ValueError)):
-        text = f"{type(error).__name__}: {text}"
-    return text
+    return parsing.explained(error)
 
 
 def _width(text: str) -> float:
@@ -128,16 +125,8 @@ def _run(args: argparse.Namespace) -> int:
     missing = [name for name, value in given.items() if value is None]
     if missing and not args.dry_run:
         args.wrong(f"needs {' and '.join(missing)}, or --dry-run")
-    if args.alone and "JAX_PLATFORMS" not in os.environ:
-        # Beside a training run an accelerator's memory is taken.
-        jax.config.update("jax_platforms", "cpu")
-    try:
-        with jax.enable_x64(True), _warnings_as_lines():  # for runs that had it
-            return _do(args)
-    except (BrokenPipeError, ImportError):
-        raise
-    except Exception as error:
-        return parsing.fail(f"ema-optax reconstruct: error: {_explained(error)}")
+    with jax.enable_x64(True), _warnings_as_lines():  # for runs that had it
+        return _do(args)
 
 
 def _do(args: argparse.Namespace) -> int:
