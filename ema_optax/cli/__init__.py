@@ -15,6 +15,7 @@ from ema_optax.cli import (
     export,
     import_tf,
     inspect,
+    interrupts,
     parsing,
     profile,
     reconstruct,
@@ -40,11 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: After `--help` and `--version` with code 0; with code 2 where the
             arguments are wrong.
     """
-    try:
+    if argv is not None:
         return _run(argv)
+    try:
+        with interrupts.raised_for_sure():
+            return _run(None)
     except KeyboardInterrupt:
-        if argv is not None:
-            raise
         with contextlib.suppress(OSError):  # there may be no stderr to write to
             parsing.tell("ema-optax: interrupted")
         return _INTERRUPTED

@@ -5,15 +5,16 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from ema_optax import trees
-from ema_optax.cli.averages import Plan
+from ema_optax.cli.averages import Plan, Row
 from ema_optax.decays import power
+from ema_optax.progress import shown
 
 if TYPE_CHECKING:
     from ema_optax.reconstruction import Reconstruction, Snapshot
@@ -115,50 +116,53 @@ def check_room(plan: Plan, out: str, like: Any, dtype: str | None) -> None:
         )
 
 
-def write(
-    plan: Plan,
-    found: "Sequence[Reconstruction]",
-    progress: Callable[[int, int], None],
-) -> None:
-    """Writes each average as a checkpoint.
+def write(plan: Plan, found: "Sequence[Reconstruction]") -> None:
+    """Writes each average as a checkpoint, with a bar on a terminal.
 
     Raises:
         OSError: If one cannot be written; nothing of it is left, and those before it
             are whole.
     """
+    with shown(None, "writing", len(found)) as report:
+        for done, (row, average) in enumerate(zip(plan.rows, found, strict=True)):
+            report(done)
+            try:
+                _write(plan, row, average)
+            except Exception as error:
+                if not done:
+                    raise
+                before = ", ".join(f"{r.width:g}" for r in plan.rows[:done])
+                raise OSError(f"{error} Written before it: width {before}.") from error
+
+
+def _write(plan: Plan, row: Row, average: "Reconstruction") -> None:
     from ema_optax import checkpoint
     from ema_optax.checkpoint.steps import absolute
 
-    for done, (row, average) in enumerate(zip(plan.rows, found, strict=True)):
-        progress(done, len(found))
-        extra = {
-            "width": row.width,
-            "profile_error": average.profile_error,
-            "noise_gain": average.noise_gain,
-            "snapshots": len(plan.snapshots),
-            "tracked": plan.tracked,
-            "snapshot_dtypes": plan.dtypes,
-            "whole_model": plan.whole,
-        }
-        folder = absolute(row.directory)
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            with _no_tracebacks():
-                checkpoint.save_average(
-                    folder,
-                    average.tree,
-                    step=plan.step,
-                    decay=power(row.width),
-                    extra=extra,
-                )
-        except Exception as error:
-            for path in new:
-                with contextlib.suppress(OSError):  # it holds what is whole
-                    path.rmdir()
-            if not done:
-                raise
-            before = ", ".join(f"{r.width:g}" for r in plan.rows[:done])
-            raise OSError(f"{error} Written before it: width {before}.") from error
+    folder = absolute(row.directory)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with _no_tracebacks():
+            checkpoint.save_average(
+                folder,
+                average.tree,
+                step=plan.step,
+                decay=power(row.width),
+                extra={
+                    "width": row.width,
+                    "profile_error": average.profile_error,
+                    "noise_gain": average.noise_gain,
+                    "snapshots": len(plan.snapshots),
+                    "tracked": plan.tracked,
+                    "snapshot_dtypes": plan.dtypes,
+                    "whole_model": plan.whole,
+                },
+            )
+    except BaseException:  # Ctrl-C too
+        for path in new:
+            with contextlib.suppress(OSError):  # it holds what is whole
+                path.rmdir()
+        raise
 
 
 def _item_with_params(runs: Sequence[str], last: float) -> Any:

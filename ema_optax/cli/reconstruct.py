@@ -2,9 +2,8 @@
 
 import argparse
 import contextlib
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from ema_optax.decays import exponent_from_width
 from ema_optax.text import one_line
 
 _TO_SHOW = (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
-_Part = Callable[[str], Callable[[int, int], None]]
 
 
 def add(commands: parsing.Commands) -> None:
@@ -148,16 +146,15 @@ def _do(args: argparse.Namespace) -> int:
         if args.width:
             plan.check()
         return 0
-    with _progress() as part:
-        found = reconstruction.reconstruct(
-            snapshots,
-            width=[row.width for row in plan.rows],
-            step=args.step,
-            params=like,
-            dtype=args.dtype,
-            progress=part("averaging"),
-        )
-        average_files.write(plan, found, part("writing"))
+    found = reconstruction.reconstruct(
+        snapshots,
+        width=[row.width for row in plan.rows],
+        step=args.step,
+        params=like,
+        dtype=args.dtype,
+        progress=None,
+    )
+    average_files.write(plan, found)
     averages.show(plan, as_json=args.json)
     return 0
 
@@ -179,30 +176,3 @@ def _warnings_as_lines() -> Iterator[None]:
 
         warnings.showwarning = tell
         yield
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[_Part]:
-    """Gives functions that draw parts of the work, where stderr is a terminal."""
-    bar = _bar() if sys.stderr.isatty() else None
-    if bar is None:
-        yield lambda name: lambda done, total: None
-        return
-    with bar:
-
-        def part(name: str) -> Callable[[int, int], None]:
-            task = bar.add_task(name, total=None, visible=False)
-            return lambda done, total: bar.update(
-                task, completed=done, total=total, visible=True
-            )
-
-        yield part
-
-
-def _bar() -> Any:
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ModuleNotFoundError:
-        return None
-    return Progress(console=Console(stderr=True), transient=True)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ema_optax.decays import exponent_from_width, width_from_exponent
+from ema_optax.progress import Progress
 from ema_optax.reconstruction import projection
 from ema_optax.reconstruction.slots import Slots
-from ema_optax.reconstruction.sums import Progress, Source, weighted_sums
+from ema_optax.reconstruction.sums import Source, weighted_sums
 
 _DOUBTFUL, _WRONG = 0.05, 0.5  # profile errors that are warned of, and refused
 
@@ -118,8 +119,8 @@ def reconstruct(
             (`jax.eval_shape`) where all leaves are averaged.
         dtype: Of the result's floating leaves, instead of the params'. None without
             params is float32, or float64 where the snapshots are.
-        progress: True for a bar on the terminal, or a function that is called with the
-            work done and all of it.
+        progress: Whether to draw a bar on stderr; None does on a terminal. Or a
+            function that is called with the work done and all of it.
 
     Returns:
         A `Reconstruction`, or a list of them where several widths were asked for.
