@@ -53,7 +53,7 @@ HOUSE = {
         "version",
     },
     "interop": {"checkpoint", "families", "progress", "shadows", "trees", "version"},
-    "plots": {"decays", "profiles"},
+    "plots": {"decays", "profiles", "reconstruction"},
     "digits": {"averaging", "progress", "shadows"},
     "demo": {"checkpoint", "digits", "plots", "shadows"},
     "cli": {

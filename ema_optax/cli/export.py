@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
         overwrite=args.force,
     )
     if args.json:
-        print(json.dumps(dataclasses.asdict(done), indent=2, default=str), flush=True)
+        parsing.print_json(dataclasses.asdict(done))
         return 0
     lines = {"Tree": done.tree, "Step": done.step, "Tensors": f"{len(done.names):,}"}
     lines["Size"] = f"{done.bytes:,} bytes"

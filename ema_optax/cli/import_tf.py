@@ -1,15 +1,15 @@
-"""`ema-optax import-tf`: its arguments, and what it tells of what it brought."""
+"""`ema-optax import-tf`: its arguments, and what it prints of the import."""
 
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ema_optax.cli import decay_text, parsing
+from ema_optax.text import some
 
 if TYPE_CHECKING:
     from ema_optax.interop import Imported
@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
         average=args.average,
     )
     if args.json:
-        print(json.dumps(dataclasses.asdict(done), indent=2), flush=True)
+        parsing.print_json(dataclasses.asdict(done))
     else:
         _print(done)
     return 0
@@ -116,28 +116,21 @@ def _quiet() -> Iterator[None]:
 
 
 def _print(done: "Imported") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from ema_optax.cli import tables
 
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 100_000  # a file or a pipe has no width to wrap at
-    for what, value in (
-        ("From", done.source),
-        ("To", f"{done.path}, step {done.step}"),
-        ("Averaged", f"{len(done.averaged):,} params with a shadow"),
-    ):
-        console.out(f"{what + ':':<10}{parsing.printable(value)}", highlight=False)
-    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("not averaged", "what it is", "what became of it"):
-        table.add_column(column, overflow="fold")
+    console = tables.console()
+    lines = {
+        "From": done.source,
+        "To": f"{done.path}, step {done.step}",
+        "Averaged": f"{len(done.averaged):,} params with a shadow",
+    }
+    tables.print_lines(console, lines, 10)
+    table = tables.table(("not averaged", "what it is", "what became of it"))
     for path in done.raw:
         table.add_row(parsing.printable(path), "no shadow", "raw in both trees")
     for role in dict.fromkeys(done.left_out.values()):
         names = [name for name, what in done.left_out.items() if what == role]
-        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-        cells = (", ".join(names[:3]) + more, role, "left out")
+        cells = (some(names), role, "left out")
         table.add_row(*map(parsing.printable, cells))
     if table.row_count:
         console.print(table)

@@ -1,9 +1,10 @@
 """Arguments and error lines that all commands share."""
 
 import argparse
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -106,6 +107,11 @@ def fail(line: str) -> int:
 def tell(line: str) -> None:
     """Prints one line on stderr."""
     print(printable(line), file=sys.stderr)
+
+
+def print_json(figures: Mapping[str, object]) -> None:
+    """Prints JSON for programs, and paths as text."""
+    print(json.dumps(figures, indent=2, default=str), flush=True)
 
 
 def explained(error: Exception) -> str:

@@ -4,12 +4,14 @@ import argparse
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TextIO
 
 import jax
 
-from ema_optax.cli import average_files, averages, parsing
+from ema_optax.cli import averages, parsing
 from ema_optax.decays import exponent_from_width
+from ema_optax.reconstruction import ReconstructionWarning, reconstruct
+from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
 from ema_optax.text import one_line
 
 _TO_SHOW = (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
@@ -37,8 +39,9 @@ def add(commands: parsing.Commands) -> None:
             "\n"
             "  width          standard deviation of the weights over the run\n"
             "                 (sigma_rel)\n"
-            "  profile error  distance of the weights from those wanted: above 5% is\n"
-            "                 warned of, above 50% is refused\n"
+            "  profile error  distance of the weights from those wanted: above "
+            f"{DOUBTFUL:.0%} is\n"
+            f"                 warned of, above {WRONG:.0%} is refused\n"
             "  noise gain     what multiplies the rounding error of the snapshots:\n"
             "                 3e-4 of each param in float16, 2e-3 in bfloat16"
         ),
@@ -128,7 +131,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _do(args: argparse.Namespace) -> int:
-    from ema_optax import reconstruction
+    from ema_optax.cli import average_files
 
     snapshots = average_files.snapshots(args.runs)
     last = int(snapshots[-1].step) if args.step is None else args.step
@@ -146,7 +149,7 @@ def _do(args: argparse.Namespace) -> int:
         if args.width:
             plan.check()
         return 0
-    found = reconstruction.reconstruct(
+    found = reconstruct(
         snapshots,
         width=[row.width for row in plan.rows],
         step=args.step,
@@ -162,17 +165,22 @@ def _do(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
     """Has what the library warns of told in one line of stderr, as soon as it does."""
-    from ema_optax.reconstruction import ReconstructionWarning
-
     with warnings.catch_warnings():
         warnings.simplefilter("always", ReconstructionWarning)
         show = warnings.showwarning
 
-        def tell(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if issubclass(category, ReconstructionWarning):
                 parsing.tell(f"ema-optax reconstruct: warning: {message}")
             else:
-                show(message, category, *rest, **more)
+                show(message, category, filename, lineno, file, line)
 
         warnings.showwarning = tell
         yield

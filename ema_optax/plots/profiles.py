@@ -9,6 +9,7 @@ from matplotlib.ticker import StrMethodFormatter
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.plots import style
 from ema_optax.profiles import Profile, profile
+from ema_optax.text import percent
 
 _FINE = 1000  # parts of a run: more than a picture resolves
 _TOO_TALL = 20  # times a typical peak: it would flatten all the others
@@ -104,8 +105,8 @@ def _top(peaks: Sequence[float]) -> float:
 
 def _told(run: Profile) -> str:
     told = f"mean age {run.mean_age:,.0f} ({run.mean_age / len(run.weights):.1%})"
-    initial = f"{run.initial_weight:.1%}"
-    return told if initial == "0.0%" else f"{told}, {initial} on the initial params"
+    initial = percent(run.initial_weight)
+    return f"{told}, {initial} on the initial params" if initial else told
 
 
 def _density(run: Profile, every: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from matplotlib.ticker import (
 )
 
 from ema_optax.plots import style
+from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
 
 Accuracy: TypeAlias = float | Sequence[float] | np.ndarray  # of one run, or of several
 
@@ -22,7 +23,7 @@ _TRAINED = {"color": style.BLACK, "linestyle": "none", "marker": "s", "markersiz
 _GAIN = {"color": style.ORANGE, "linestyle": (0, (4, 1.5)), "linewidth": 1.4}
 _MANY = 30  # points, whose markers would run into each other
 _TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in each power of ten
-_LEVELS = {"warned of": 0.05, "refused": 0.5}  # by `reconstruct`, above these errors
+_LEVELS = {"warned of": DOUBTFUL, "refused": WRONG}
 _EXACT = 1e-5  # an error that float16 hides
 
 
@@ -166,7 +167,7 @@ def error_over_width(
         ylabel="Profile error",
     )
     low, high = float(values.min()), float(values.max())
-    ax.set_ylim(max(low / 2, _EXACT), max(high * 2, 2 * _LEVELS["warned of"]))
+    ax.set_ylim(max(low / 2, _EXACT), max(high * 2, 2 * DOUBTFUL))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     ax.yaxis.set_minor_locator(NullLocator())
     _width_axis(ax)

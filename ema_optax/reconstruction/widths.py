@@ -13,10 +13,9 @@ import numpy as np
 from ema_optax.decays import exponent_from_width, width_from_exponent
 from ema_optax.progress import Progress
 from ema_optax.reconstruction import projection
+from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
 from ema_optax.reconstruction.slots import Slots
 from ema_optax.reconstruction.sums import Source, weighted_sums
-
-_DOUBTFUL, _WRONG = 0.05, 0.5  # profile errors that are warned of, and refused
 
 
 class ReconstructionWarning(UserWarning):
@@ -192,7 +191,7 @@ def reachable(
     exponents: projection.Numbers,
     step: float,
     *,
-    error: float = _DOUBTFUL,
+    error: float = DOUBTFUL,
     ridge: float = 0.0,
 ) -> tuple[float, float] | None:
     """Returns the narrowest and the widest average that snapshots give well.
@@ -255,14 +254,14 @@ def _check_error(
     ridge: float,
 ) -> None:
     """Warns of an average that snapshots give badly; refuses one that is another."""
-    if error <= _DOUBTFUL:
+    if error <= DOUBTFUL:
         return
     text = (
         f"The average of width {width:g} at step {last:g} has a profile error of "
         f"{error:.0%} from these {len(steps)} snapshots. "
         f"{_advice(steps, exponents, last, ridge)}"
     )
-    if error > _WRONG:
+    if error > WRONG:
         raise ValueError(text)
     warnings.warn(text, ReconstructionWarning, stacklevel=3)
 
@@ -281,7 +280,7 @@ def _advice(
         return f"They were tracked at width {tracked}; two widths give many more."
     return (
         f"They were tracked at width {tracked} and give widths from {found[0]:.3g} to "
-        f"{found[1]:.3g} within {_DOUBTFUL:.0%}; snapshots at more steps give narrower "
+        f"{found[1]:.3g} within {DOUBTFUL:.0%}; snapshots at more steps give narrower "
         "ones, another tracked width wider ones."
     )
 
