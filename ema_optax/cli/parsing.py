@@ -12,7 +12,21 @@ from ema_optax.text import one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads the arguments of the command, and those of each of its commands."""
+    """Reads the arguments of the command, and those of each of its commands.
+
+    Attributes:
+        arguments: All that were added, `--help` too.
+    """
+
+    def __init__(self, **settings: object) -> None:
+        self.arguments: list[argparse.Action] = []
+        super().__init__(**settings)  # pyright: ignore[reportArgumentType] argparse's
+
+    def add_argument(self, *args: object, **settings: object) -> argparse.Action:
+        """Adds an argument, as argparse does."""
+        made = super().add_argument(*args, **settings)  # pyright: ignore[reportArgumentType] argparse's
+        self.arguments.append(made)
+        return made
 
     def error(self, message: str) -> NoReturn:
         """Ends with one line, where argparse would print the whole usage first."""
@@ -33,7 +47,7 @@ def add_command(
     examples: str,
     explain: Callable[[Exception], str] | None = None,
     on_cpu: bool = False,
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Adds a command.
 
     Args:

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import StrMethodFormatter
 
-from ema_optax.decays import DecayLike, as_decay
+from ema_optax.decays import DecayLike
 from ema_optax.plots import style
 from ema_optax.profiles import Profile, profile
 from ema_optax.text import percent
@@ -50,12 +49,7 @@ def profiles(
     >>> [line.get_label() for line in ax.get_lines()]
     ['short: mean age 721 (7.2%)', 'long: mean age 1,118 (11.2%)']
     """
-    named = decays if isinstance(decays, Mapping) else {f"{as_decay(decays)}": decays}
-    if not 1 <= len(named) <= len(style.CURVES):
-        raise ValueError(
-            f"profiles draws one to {len(style.CURVES)} decays, which dashes and "
-            f"colours still tell apart, got {len(named)}. Draw them on several axes."
-        )
+    named = style.named("profiles", decays)
     ax = style.own_axes() if ax is None else ax
     runs = {name: profile(decay, steps, every) for name, decay in named.items()}
     curves = {name: _density(run, every) for name, run in runs.items()}
@@ -84,9 +78,8 @@ def profiles(
         title="What the shadow averages over",
         xlabel="Optimizer updates (markers: mean age)",
         ylabel="Weight density (plain mean = 1)",
+        steps=steps,
     )
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ax.set_xlim(0, steps)
     ax.set_ylim(0, 1.08 * top)
     # Most averages are of late updates, and leave the left side free.
     early = max(

@@ -20,10 +20,13 @@ Accuracy: TypeAlias = float | Sequence[float] | np.ndarray  # of one run, or of 
 
 _CURVE = {**style.SHADOW, "marker": "o", "markersize": 4}
 _TRAINED = {"color": style.BLACK, "linestyle": "none", "marker": "s", "markersize": 8}
+_TRAINED |= {"markerfacecolor": "none", "markeredgewidth": 1.4}  # hollow
+_TRAINED |= {"elinewidth": 1.2, "capsize": 4}
 _GAIN = {"color": style.ORANGE, "linestyle": (0, (4, 1.5)), "linewidth": 1.4}
 _MANY = 30  # points, whose markers would run into each other
 _TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in each power of ten
 _LEVELS = {"warned of": DOUBTFUL, "refused": WRONG}
+_XLABEL = "Width of the average (σ_rel: share of the run, log scale)"
 _EXACT = 1e-5  # an error that float16 hides
 
 
@@ -74,18 +77,8 @@ def accuracy_over_width(
     if trained:
         tracked, values = list(trained), list(trained.values())
         mean, low, high = _of_runs("accuracy_over_width", tracked, values)
-        hollow = {"markerfacecolor": "none", "markeredgewidth": 1.4}
-        thin = {"elinewidth": 1.2, "capsize": 4}
         spread = [mean - low, high - mean] if np.any(high > low) else None
-        ax.errorbar(
-            tracked,
-            mean,
-            spread,
-            label="tracked in a run",
-            **_TRAINED,
-            **hollow,
-            **thin,
-        )
+        ax.errorbar(tracked, mean, spread, label="tracked in a run", **_TRAINED)
     if raw is not None:
         (level,), (low,), (high,) = _of_runs("accuracy_over_width", [1.0], [raw])
         ax.axhline(level, label=f"raw params: {level:.1%}", **style.RAW)
@@ -95,7 +88,7 @@ def accuracy_over_width(
     style.dress(
         ax,
         title="Test accuracy over the width of the average",
-        xlabel="Width of the average (σ_rel: share of the run, log scale)",
+        xlabel=_XLABEL,
         ylabel="Test accuracy",
     )
     ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
@@ -163,7 +156,7 @@ def error_over_width(
     style.dress(
         ax,
         title="What the snapshots give",
-        xlabel="Width of the average (σ_rel: share of the run, log scale)",
+        xlabel=_XLABEL,
         ylabel="Profile error",
     )
     low, high = float(values.min()), float(values.max())
