@@ -5,8 +5,9 @@
 """
 
 import importlib
-import typing
+import types
 
+from ema_optax import extras
 from ema_optax.averaging import ema_params, update_shadow
 from ema_optax.bema import bema_params
 from ema_optax.decay import Decay
@@ -34,19 +35,11 @@ from ema_optax.version import __version__ as __version__
 _ON_FIRST_USE = ("checkpoint", "interop", "plots", "reconstruction")
 
 
-def __getattr__(name: str) -> typing.Any:
+def __getattr__(name: str) -> types.ModuleType:
     if name not in _ON_FIRST_USE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with extras.needed_by(f"ema_optax.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("ema_optax"):
-            raise
-        raise ModuleNotFoundError(
-            f"ema_optax.{name} needs {error.name}, which is not installed: "
-            f"pip install 'ema-optax[{name}]'",
-            name=error.name,
-        ) from error
 
 
 __all__ = [

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from sklearn.datasets import load_digits
 
 from ema_optax.averaging import ema_params
+from ema_optax.progress import shown
 from ema_optax.shadows import shadow_params
 
 # Small batches of noisy pixels at a constant, high learning rate: the params keep
@@ -86,12 +85,10 @@ def train(
 
     interval = max(1, steps // _MEASUREMENTS)
     measured = []
-    with _progress() as progress:
-        task = progress.add_task("training", total=steps, accuracies="")
+    with shown(None, "training", steps) as report:
         for step in range(1, steps + 1):
             images, labels = _noisy_batch(rng, digits)
             params, opt_state = train_step(params, opt_state, images, labels)
-            progress.advance(task)
             if step % interval == 0 or step == steps:
                 shadow = shadow_params(opt_state, params)
                 raw, average = (
@@ -99,8 +96,9 @@ def train(
                     for tree in (params, shadow)
                 )
                 measured.append(Measured(step, raw, average))
-                text = f"raw {raw:.1%}, shadow {average:.1%}"
-                progress.update(task, accuracies=text)
+                report(step, f"raw {raw:.1%}, shadow {average:.1%}")
+            else:
+                report(step)
     return params, opt_state, measured
 
 
@@ -122,13 +120,3 @@ def logits(graph: Any, params: Any, images: jax.Array) -> jax.Array:
 def accuracy(logits: jax.Array, digits: Digits) -> float:
     """Returns the share of held-out images that the logits get right, in [0, 1]."""
     return float(np.mean(np.asarray(logits).argmax(axis=1) == digits.test_labels))
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracies]}"),
-        console=Console(stderr=True),
-    )

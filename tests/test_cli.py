@@ -128,6 +128,30 @@ def test_ctrl_c_while_training(tmp_path: Path):
     assert (process.returncode, out, err) == (130, "", "ema-optax: interrupted\n")
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+    reason="a job in the background ignores Ctrl-C, and so do its children",
+)
+def test_ctrl_c_in_a_destructor():
+    """From where Python cannot raise it: 130 and one line all the same."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from ema_optax import cli\n"
+        "class Lost:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
+        "def work(*args):\n"
+        "    lost = Lost(); del lost\n"
+        "    while True: time.sleep(0.01)\n"
+        "cli.profile.profile = work\n"
+        "sys.argv = ['ema-optax', 'profile', '--decay', '0.9', '--steps', '9']\n"
+        "sys.exit(cli.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, "ema-optax: interrupted\n")
+
+
 def test_a_missing_extra(tmp_path: Path):
     """Without one of the demo's packages: code 1, and the pip command, in one line."""
     script = (

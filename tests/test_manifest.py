@@ -17,7 +17,7 @@ from ema_optax.checkpoint.sealed import read_sealed
 from tests import format_1
 
 ITEM = epath.Path(format_1.FOLDER / "100" / "default")
-LEAF = LeafEntry((2, 3), "float32", "jax")
+LEAF = LeafEntry((2, 3), "float32")
 
 
 def content(step=100):

@@ -891,9 +891,9 @@ def test_progress_true_prints_a_bar(capsys, monkeypatch):
     """With rich; without it the extra is named that brings it."""
     found = reconstruct(_snapshots(), width=0.07, progress=True)
     assert found.width == 0.07
-    assert "100%" in capsys.readouterr().out
+    assert "100%" in capsys.readouterr().err
     reconstruct(_snapshots(), width=0.07)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'ema-optax\[cli\]'"):
         reconstruct(_snapshots(), width=0.07, progress=True)

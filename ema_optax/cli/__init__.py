@@ -2,19 +2,20 @@
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
+
+import jax
 
 import ema_optax
+from ema_optax import extras
 from ema_optax.cli import (
     completion,
     demo,
     export,
     import_tf,
     inspect,
+    interrupts,
     parsing,
     profile,
     reconstruct,
@@ -22,41 +23,56 @@ from ema_optax.cli import (
 
 __all__ = ["main"]
 
-_INTERRUPTED = 128 + signal.SIGINT
+_INTERRUPTED = 130  # 128 + SIGINT, as shells tell it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: The arguments after the command's name. None takes those of this process
-            and lets Ctrl-C end it.
+        argv: The arguments after the command's name. None takes those of this process,
+            which Ctrl-C then ends with one line.
 
     Returns:
-        The exit code: 0, or 1 where the command could not do its work.
+        The exit code: 0, or 1 where the command could not do its work, or 130 after
+        Ctrl-C.
 
     Raises:
         SystemExit: After `--help` and `--version` with code 0; with code 2 where the
             arguments are wrong.
     """
-    # A shell that starts a job in the background has it ignore Ctrl-C: let it.
-    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end_at_once)
+    if argv is not None:
+        return _run(argv)
+    try:
+        with interrupts.raised_for_sure():
+            return _run(None)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):  # there may be no stderr to write to
+            parsing.tell("ema-optax: interrupted")
+        return _INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
-    args.alone = argv is None  # in a process of its own
+    if argv is None and args.on_cpu and "JAX_PLATFORMS" not in os.environ:
+        # Beside a training run an accelerator's memory is taken.
+        jax.config.update("jax_platforms", "cpu")
     try:
         return args.command(args)
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.close()
         return 1
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("", "ema_optax"):
+        caller = f"'ema-optax {args.name}'"
+        advice = extras.advice(caller, error, extra=args.extra)
+        if advice is None:
             raise
-        return parsing.fail(
-            f"'ema-optax {args.name}' needs {missing}, which is not installed. "
-            f"Run: pip install 'ema-optax[{args.extra}]'"
-        )
+        return parsing.fail(advice)
+    except Exception as error:
+        if args.explain is None or isinstance(error, ImportError):
+            raise
+        return parsing.fail(f"ema-optax {args.name}: error: {args.explain(error)}")
 
 
 def _parser() -> parsing.Parser:
@@ -70,19 +86,3 @@ def _parser() -> parsing.Parser:
         command.add(commands)
     completion.add(commands, parser)
     return parser
-
-
-def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Ends the process at Ctrl-C with one line, wherever it was.
-
-    A KeyboardInterrupt would not do: raised within an import, a destructor or the join
-    of a saving thread it prints tracebacks, or is swallowed and the work goes on.
-    """
-    del number, frame
-    for clean_up in parsing.AT_INTERRUPT:
-        clean_up()
-    # A progress bar has hidden the cursor, and its line is still open.
-    restore = "\x1b[?25h\n" if os.isatty(2) else ""
-    with contextlib.suppress(OSError):  # there may be no stderr to write to
-        os.write(2, f"{restore}ema-optax: interrupted\n".encode())
-    os._exit(_INTERRUPTED)

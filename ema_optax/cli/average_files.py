@@ -1,46 +1,42 @@
-"""What a reconstruction reads from the folders of a run, and where its averages go."""
+"""The folders of a reconstruction: snapshots and params read, averages written."""
 
 import contextlib
 import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from etils import epath
 
-from ema_optax import trees
-from ema_optax.cli.averages import Plan
+from ema_optax import checkpoint, trees
+from ema_optax.checkpoint.steps import absolute, all_steps
+from ema_optax.cli.averages import Plan, Row
 from ema_optax.decays import power
+from ema_optax.progress import shown
+from ema_optax.reconstruction import Reconstruction, Snapshot
 
-if TYPE_CHECKING:
-    from ema_optax.reconstruction import Reconstruction, Snapshot
 
-
-def snapshots(runs: Sequence[str]) -> "list[Snapshot]":
+def snapshots(runs: Sequence[str]) -> list[Snapshot]:
     """Returns the snapshots in all folders, in order; of equal ones the finest."""
-    from ema_optax import checkpoint
-
-    found: dict[Any, Snapshot] = {}
-    for run in runs:
-        for snapshot in checkpoint.snapshots(run):
-            same = found.setdefault((snapshot.step, snapshot.exponent), snapshot)
-            if jnp.finfo(snapshot.dtype).eps < jnp.finfo(same.dtype).eps:
-                found[snapshot.step, snapshot.exponent] = snapshot
-    return [found[key] for key in sorted(found)]
+    found = [snapshot for run in runs for snapshot in checkpoint.snapshots(run)]
+    finest: dict[tuple[float, float], Snapshot] = {}
+    for snapshot in sorted(found, key=lambda s: float(jnp.finfo(s.dtype).eps)):
+        finest.setdefault((snapshot.step, snapshot.exponent), snapshot)
+    return [finest[key] for key in sorted(finest)]
 
 
 def model(
-    runs: Sequence[str], snapshots: "Sequence[Snapshot]", last: float
-) -> tuple[Any, bool]:
+    runs: Sequence[str], snapshots: Sequence[Snapshot], last: float
+) -> tuple[optax.Params, bool]:
     """Returns what the result is like, and whether that is the whole model.
 
     Leaves that are averaged are abstract; the others are those of the params.
     """
-    from ema_optax import checkpoint
-
     averaged = snapshots[0].tree.leaves
     item = _item_with_params(runs, last)
     if item is None:
@@ -69,8 +65,6 @@ def check_free(plan: Plan, out: str) -> None:
         OSError: If the folder cannot be made.
         ValueError: If the averages would lie among the steps of a run.
     """
-    from ema_optax.checkpoint.steps import absolute, all_steps
-
     with contextlib.suppress(FileNotFoundError, ValueError):
         if all_steps(absolute(out)):
             raise FileExistsError(
@@ -95,7 +89,7 @@ def check_free(plan: Plan, out: str) -> None:
         )
 
 
-def check_room(plan: Plan, out: str, like: Any, dtype: str | None) -> None:
+def check_room(plan: Plan, out: str, like: optax.Params, dtype: str | None) -> None:
     """Raises OSError if the disk has no room for the averages."""
     if "://" in out:
         return
@@ -115,57 +109,54 @@ def check_room(plan: Plan, out: str, like: Any, dtype: str | None) -> None:
         )
 
 
-def write(
-    plan: Plan,
-    found: "Sequence[Reconstruction]",
-    progress: Callable[[int, int], None],
-) -> None:
-    """Writes each average as a checkpoint.
+def write(plan: Plan, found: Sequence[Reconstruction]) -> None:
+    """Writes each average as a checkpoint, with a bar on a terminal.
 
     Raises:
         OSError: If one cannot be written; nothing of it is left, and those before it
             are whole.
     """
-    from ema_optax import checkpoint
-    from ema_optax.checkpoint.steps import absolute
-
-    for done, (row, average) in enumerate(zip(plan.rows, found, strict=True)):
-        progress(done, len(found))
-        extra = {
-            "width": row.width,
-            "profile_error": average.profile_error,
-            "noise_gain": average.noise_gain,
-            "snapshots": len(plan.snapshots),
-            "tracked": plan.tracked,
-            "snapshot_dtypes": plan.dtypes,
-            "whole_model": plan.whole,
-        }
-        folder = absolute(row.directory)
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            with _no_tracebacks():
-                checkpoint.save_average(
-                    folder,
-                    average.tree,
-                    step=plan.step,
-                    decay=power(row.width),
-                    extra=extra,
-                )
-        except Exception as error:
-            for path in new:
-                with contextlib.suppress(OSError):  # it holds what is whole
-                    path.rmdir()
-            if not done:
-                raise
-            before = ", ".join(f"{r.width:g}" for r in plan.rows[:done])
-            raise OSError(f"{error} Written before it: width {before}.") from error
+    with shown(None, "writing", len(found)) as report:
+        for done, (row, average) in enumerate(zip(plan.rows, found, strict=True)):
+            report(done)
+            try:
+                _write(plan, row, average)
+            except Exception as error:
+                if not done:
+                    raise
+                before = ", ".join(f"{r.width:g}" for r in plan.rows[:done])
+                raise OSError(f"{error} Written before it: width {before}.") from error
 
 
-def _item_with_params(runs: Sequence[str], last: float) -> Any:
+def _write(plan: Plan, row: Row, average: Reconstruction) -> None:
+    folder = absolute(row.directory)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with _no_tracebacks():
+            checkpoint.save_average(
+                folder,
+                average.tree,
+                step=plan.step,
+                decay=power(row.width),
+                extra={
+                    "width": row.width,
+                    "profile_error": average.profile_error,
+                    "noise_gain": average.noise_gain,
+                    "snapshots": len(plan.snapshots),
+                    "tracked": plan.tracked,
+                    "snapshot_dtypes": plan.dtypes,
+                    "whole_model": plan.whole,
+                },
+            )
+    except BaseException:  # Ctrl-C too
+        for path in new:
+            with contextlib.suppress(OSError):  # it holds what is whole
+                path.rmdir()
+        raise
+
+
+def _item_with_params(runs: Sequence[str], last: float) -> epath.Path | None:
     """Returns what holds the params of a step, by the updates that its shadows saw."""
-    from ema_optax import checkpoint
-    from ema_optax.checkpoint.steps import absolute, all_steps
-
     for run in runs:
         for item in reversed(all_steps(absolute(run))):
             held = checkpoint.describe(item).trees
@@ -174,7 +165,7 @@ def _item_with_params(runs: Sequence[str], last: float) -> Any:
     return None
 
 
-def _folded(tree: Any) -> int | None:
+def _folded(tree: checkpoint.Tree) -> int | None:
     """Returns the updates that a shadow had seen at its last fold."""
     if not isinstance(tree.count, int):
         return None
@@ -197,9 +188,7 @@ def _no_tracebacks() -> Iterator[None]:
         logger.removeFilter(drop)
 
 
-def _nearest(out: str) -> Any:
+def _nearest(out: str) -> epath.Path:
     """Returns a local folder, or the nearest above it that exists."""
-    from ema_optax.checkpoint.steps import absolute
-
     root = absolute(out)
     return next(path for path in (root, *root.parents) if path.exists())

@@ -1,20 +1,16 @@
-"""What snapshots give for the widths asked: figures, before and after, and a table."""
+"""The figures of averages that snapshots give, planned and printed."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 
+from ema_optax import reconstruction
 from ema_optax.cli import parsing
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
-
-if TYPE_CHECKING:
-    from ema_optax.reconstruction import Snapshot
-
-_REFUSED = 0.5  # profile error above which `reconstruct` raises, as it documents
+from ema_optax.reconstruction import Snapshot
+from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Plan:
     """
 
     step: int
-    snapshots: "Sequence[Snapshot]"
+    snapshots: Sequence[Snapshot]
     rows: list[Row]
     whole: bool = False
 
@@ -56,22 +52,18 @@ class Plan:
 
     def reachable(self) -> tuple[float, float] | None:
         """Returns the narrowest and widest average without a warning."""
-        from ema_optax import reconstruction
-
         steps, exponents, ridge = _numbers(self.snapshots)
         return reconstruction.reachable(steps, exponents, self.step, ridge=ridge)
 
     def check(self) -> None:
         """Raises ValueError for a width that `reconstruct` would refuse, as it does."""
-        from ema_optax import reconstruction
-
-        bad = [row.width for row in self.rows if row.profile_error > _REFUSED]
+        bad = [row.width for row in self.rows if row.profile_error > WRONG]
         if bad:
             reconstruction.reconstruct(self.snapshots, width=bad, step=self.step)
 
 
 def plan(
-    snapshots: "Sequence[Snapshot]",
+    snapshots: Sequence[Snapshot],
     step: int,
     widths: Sequence[float],
     out: str | None,
@@ -81,8 +73,6 @@ def plan(
     Raises:
         ValueError: If the step is outside what the snapshots give.
     """
-    from ema_optax import reconstruction
-
     used = [s for s in snapshots if s.step <= step]
     if not used or step > snapshots[-1].step:
         reconstruction.reconstruct(snapshots, width=widths, step=step)  # raises why
@@ -108,7 +98,7 @@ def show(plan: Plan, *, as_json: bool, reach: bool = False) -> None:
     widths = plan.reachable() if reach else None
     steps = sorted({snapshot.step for snapshot in plan.snapshots})
     if as_json:
-        told = {
+        figures = {
             "step": plan.step,
             "snapshots": len(plan.snapshots),
             "snapshot_steps": steps,
@@ -118,8 +108,8 @@ def show(plan: Plan, *, as_json: bool, reach: bool = False) -> None:
             "averages": [dataclasses.asdict(row) for row in plan.rows],
         }
         if reach:
-            told["reachable"] = widths
-        print(json.dumps(told, indent=2), flush=True)
+            figures["reachable"] = widths
+        parsing.print_json(figures)
         return
     tracked = ", ".join(f"{width:g}" for width in plan.tracked)
     print(
@@ -133,7 +123,7 @@ def show(plan: Plan, *, as_json: bool, reach: bool = False) -> None:
             if widths is None
             else "Widths from {:.3g} to {:.3g} have".format(*widths)
         )
-        print(f"{have} a profile error of at most 5%.")
+        print(f"{have} a profile error of at most {DOUBTFUL:.0%}.")
     print()
     head = f"{'width':>8}{'profile error':>15}{'noise gain':>12}"
     print(head + "  folder" if plan.rows[0].directory else head)
@@ -152,10 +142,9 @@ def show(plan: Plan, *, as_json: bool, reach: bool = False) -> None:
 
 
 def _numbers(
-    snapshots: "Sequence[Snapshot]",
+    snapshots: Sequence[Snapshot],
 ) -> tuple[list[float], list[float], float]:
-    from ema_optax import reconstruction
-
+    """Returns steps, exponents and ridge, as `coefficients` takes them."""
     steps = [s.step for s in snapshots]
     ridge = max(reconstruction.rounding_variance(s.dtype) for s in snapshots)
     return steps, [s.exponent for s in snapshots], ridge

@@ -1,7 +1,6 @@
 """`ema-optax completion`: its arguments, and what it does with them."""
 
 import argparse
-from typing import Any
 
 from ema_optax.cli import parsing
 
@@ -9,12 +8,12 @@ _SHELLS = ("bash", "zsh", "tcsh")
 _FOLDERS, _FILES = ("DIR", "RUN"), ("FILE", "CKPT")  # what arguments are called
 
 
-def add(commands: parsing.Commands, root: argparse.ArgumentParser) -> None:
+def add(commands: parsing.Commands, root: parsing.Parser) -> None:
     """Adds the command, which completes those of `root`."""
     parser = parsing.add_command(
         commands,
         "completion",
-        command=lambda args: _run(args, root),
+        command=lambda args: _run(args, root, commands),
         extra="cli",
         summary="Print a script by which a shell completes these commands.",
         details=(
@@ -31,24 +30,15 @@ def add(commands: parsing.Commands, root: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=_SHELLS)
 
 
-def _run(args: argparse.Namespace, root: argparse.ArgumentParser) -> int:
+def _run(
+    args: argparse.Namespace, root: parsing.Parser, commands: parsing.Commands
+) -> int:
     import shtab
 
-    for action in _actions(root):
-        if action.metavar in _FOLDERS:
-            action.complete = shtab.DIRECTORY
-        elif action.metavar in _FILES:
-            action.complete = shtab.FILE
+    kinds = dict.fromkeys(_FOLDERS, shtab.DIRECTORY) | dict.fromkeys(_FILES, shtab.FILE)
+    for parser in commands.choices.values():
+        for argument in parser.arguments:
+            if argument.metavar in kinds:
+                vars(argument)["complete"] = kinds[argument.metavar]
     print(shtab.complete(root, shell=args.shell))
     return 0
-
-
-def _actions(parser: argparse.ArgumentParser) -> list[Any]:
-    """Returns the arguments of a parser and of its commands."""
-    found: list[Any] = []
-    for action in parser._actions:
-        found.append(action)
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                found += _actions(command)
-    return found

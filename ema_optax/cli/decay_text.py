@@ -1,11 +1,11 @@
 """Decays in one word of a command line: `0.9999`, `power:0.05`, `half_life:2000`."""
 
 import argparse
-import difflib
 import inspect
 
 from ema_optax.decay import MAKERS, Decay
 from ema_optax.decays import DecayLike
+from ema_optax.text import nearest_names
 
 
 def form(name: str) -> str:
@@ -101,7 +101,7 @@ def _number(text: str) -> float | None:
 def _unknown(text: str, name: str) -> str:
     called = name.partition("(")[0]  # as one would write it in Python
     exact = [called] if called in MAKERS else []
-    near = exact or difflib.get_close_matches(called, MAKERS, n=2)
+    near = exact or nearest_names(called, MAKERS, count=2, cutoff=0.6)
     if near:
         rather = f"the nearest: {', '.join(form(n) for n in near)}"
     else:

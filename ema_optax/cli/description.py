@@ -19,31 +19,24 @@ def print_tables(found: Description, *, leaves: bool = False) -> None:
         found: What `checkpoint.describe` returned.
         leaves: Whether to print a table of all leaves too.
     """
-    from rich import box
-    from rich.console import Console
     from rich.filesize import decimal
-    from rich.table import Table
 
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 100_000  # a file or a pipe has no width to wrap at
+    from ema_optax.cli import tables
+
+    console = tables.console()
     between = "\n" if console.is_terminal else ", "
     number = "not in the path" if found.step is None else found.step
-    for what, value in (
-        ("Step", f"{number}"),
-        ("Path", found.path),
-        ("Written by", f"ema_optax {found.version}, format {found.format}"),
-        ("Extra", "" if found.extra is None else json.dumps(found.extra)),
-    ):
-        if value:
-            console.out(f"{what + ':':<11} {printable(value)}", highlight=False)
-
-    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("tree", "leaves", "size", "dtypes", "decay", "every", "count"):
-        is_number = column in ("leaves", "size", "every", "count")
-        table.add_column(
-            column, justify="right" if is_number else "left", overflow="fold"
-        )
+    lines = {
+        "Step": f"{number}",
+        "Path": found.path,
+        "Written by": f"ema_optax {found.version}, format {found.format}",
+        "Extra": "" if found.extra is None else json.dumps(found.extra),
+    }
+    tables.print_lines(console, lines, 12)
+    table = tables.table(
+        ("tree", "leaves", "size", "dtypes", "decay", "every", "count"),
+        right=("leaves", "size", "every", "count"),
+    )
     for name, tree in _trees(found).items():
         table.add_row(
             printable(name),
@@ -55,9 +48,7 @@ def print_tables(found: Description, *, leaves: bool = False) -> None:
     console.print(table)
     if not leaves:
         return
-    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("tree", "path", "shape", "dtype"):
-        table.add_column(column, overflow="fold")
+    table = tables.table(("tree", "path", "shape", "dtype"))
     for name, tree in _trees(found).items():
         for path, leaf in tree.leaves.items():
             cells = (name, path, f"{leaf.shape}", leaf.dtype)

@@ -2,13 +2,9 @@
 
 import argparse
 import collections
+import dataclasses
 import json
-import os
-import shutil
-from pathlib import Path
 from typing import Any
-
-import jax
 
 from ema_optax.cli import parsing
 from ema_optax.decay import Decay
@@ -23,6 +19,8 @@ def add(commands: parsing.Commands) -> None:
         "export",
         command=_run,
         extra="safetensors",
+        explain=parsing.explained,
+        on_cpu=True,
         summary="Write one tree of a checkpoint as a safetensors file.",
         details=(
             "DIR is the folder of a CheckpointManager or of checkpoint.save, or one\n"
@@ -36,9 +34,7 @@ def add(commands: parsing.Commands) -> None:
             "\n"
             '  {"": "model", "encoder": "model.enc", "dropout/key": null}\n'
             "\n"
-            "The file's metadata tell tree, step, decay, every and count.\n"
-            "\n"
-            "Works on the CPU, unless JAX_PLATFORMS says otherwise."
+            "The file's metadata tell tree, step, decay, every and count."
         ),
         examples=(
             "  ema-optax export run/checkpoints --out model.safetensors\n"
@@ -47,7 +43,7 @@ def add(commands: parsing.Commands) -> None:
             "  ema-optax export run/checkpoints --rename names.json --out m.safetensors"
         ),
     )
-    parser.add_argument("directory", type=parsing.place, metavar="DIR")
+    parsing.add_checkpoint(parser)
     parser.add_argument(
         "--tree",
         type=parsing.place,
@@ -57,12 +53,6 @@ def add(commands: parsing.Commands) -> None:
     )
     parser.add_argument(
         "--out", type=parsing.path, required=True, metavar="FILE", help="what to write"
-    )
-    parser.add_argument(
-        "--step",
-        type=parsing.at_least(0),
-        metavar="N",
-        help="number of the step (default: the newest)",
     )
     parser.add_argument(
         "--dtype",
@@ -106,31 +96,18 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _run(args: argparse.Namespace) -> int:
     from ema_optax import interop
-    from ema_optax.interop import safetensors_files
 
-    if args.alone and "JAX_PLATFORMS" not in os.environ:
-        # Beside a training run an accelerator's memory is taken.
-        jax.config.update("jax_platforms", "cpu")
-    half = safetensors_files.unfinished(args.out)
-    parsing.AT_INTERRUPT.append(lambda: shutil.rmtree(half, ignore_errors=True))
-    try:
-        done = interop.export_safetensors(
-            args.directory,
-            args.out,
-            tree=args.tree,
-            step=args.step,
-            dtype=args.dtype,
-            rename=args.rename,
-            overwrite=args.force,
-        )
-    except (BrokenPipeError, ImportError):
-        raise
-    except Exception as error:
-        return parsing.fail(f"ema-optax export: error: {_explained(error)}")
-    finally:
-        parsing.AT_INTERRUPT.clear()
+    done = interop.export_safetensors(
+        args.directory,
+        args.out,
+        tree=args.tree,
+        step=args.step,
+        dtype=args.dtype,
+        rename=args.rename,
+        overwrite=args.force,
+    )
     if args.json:
-        print(_as_json(done), flush=True)
+        parsing.print_json(dataclasses.asdict(done))
         return 0
     lines = {"Tree": done.tree, "Step": done.step, "Tensors": f"{len(done.names):,}"}
     lines["Size"] = f"{done.bytes:,} bytes"
@@ -143,25 +120,3 @@ def _run(args: argparse.Namespace) -> int:
         if value is not None:
             print(f"{name + ':':<9}{parsing.printable(str(value))}")
     return 0
-
-
-def _explained(error: Exception) -> str:
-    """Returns one line, with the options of this command for those of the function."""
-    text = " ".join(str(error).split())
-    if not isinstance(error, (OSError, ValueError, TypeError, OverflowError)):
-        text = f"{type(error).__name__}: {text}"
-    return parsing.as_options(text)
-
-
-def _as_json(done: Any) -> str:
-    return json.dumps(
-        {
-            "path": str(Path(done.path)),
-            "step": done.step,
-            "tree": done.tree,
-            "bytes": done.bytes,
-            "names": done.names,
-            "metadata": done.metadata,
-        },
-        indent=2,
-    )

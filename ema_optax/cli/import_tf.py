@@ -1,16 +1,15 @@
-"""`ema-optax import-tf`: its arguments, and what it tells of what it brought."""
+"""`ema-optax import-tf`: its arguments, and what it prints of the import."""
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import jax
-
 from ema_optax.cli import decay_text, parsing
+from ema_optax.text import some
 
 if TYPE_CHECKING:
     from ema_optax.interop import Imported
@@ -23,6 +22,8 @@ def add(commands: parsing.Commands) -> None:
         "import-tf",
         command=_run,
         extra="cli,tensorflow",
+        explain=parsing.explained,
+        on_cpu=True,
         summary="Turn a TensorFlow checkpoint with averages into one of ours.",
         details=(
             "CKPT is the prefix of a checkpoint, run/model.ckpt-300, or its folder:\n"
@@ -83,26 +84,15 @@ def _run(args: argparse.Namespace) -> int:
 
     from ema_optax import interop
 
-    if args.alone and "JAX_PLATFORMS" not in os.environ:
-        # Beside a training run an accelerator's memory is taken.
-        jax.config.update("jax_platforms", "cpu")
-    try:
-        done = interop.import_tensorflow(
-            args.source,
-            args.out,
-            step=args.step,
-            decay=args.decay[1] if args.decay else None,
-            average=args.average,
-        )
-    except (BrokenPipeError, ImportError):
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, (OSError, ValueError, TypeError)):
-            text = f"{type(error).__name__}: {text}"
-        return parsing.fail(f"ema-optax import-tf: error: {parsing.as_options(text)}")
+    done = interop.import_tensorflow(
+        args.source,
+        args.out,
+        step=args.step,
+        decay=args.decay[1] if args.decay else None,
+        average=args.average,
+    )
     if args.json:
-        print(_as_json(done), flush=True)
+        parsing.print_json(dataclasses.asdict(done))
     else:
         _print(done)
     return 0
@@ -126,42 +116,21 @@ def _quiet() -> Iterator[None]:
 
 
 def _print(done: "Imported") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from ema_optax.cli import tables
 
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 100_000  # a file or a pipe has no width to wrap at
-    for what, value in (
-        ("From", done.source),
-        ("To", f"{done.path}, step {done.step}"),
-        ("Averaged", f"{len(done.averaged):,} params with a shadow"),
-    ):
-        console.out(f"{what + ':':<10}{parsing.printable(value)}", highlight=False)
-    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("not averaged", "what it is", "what became of it"):
-        table.add_column(column, overflow="fold")
+    console = tables.console()
+    lines = {
+        "From": done.source,
+        "To": f"{done.path}, step {done.step}",
+        "Averaged": f"{len(done.averaged):,} params with a shadow",
+    }
+    tables.print_lines(console, lines, 10)
+    table = tables.table(("not averaged", "what it is", "what became of it"))
     for path in done.raw:
         table.add_row(parsing.printable(path), "no shadow", "raw in both trees")
     for role in dict.fromkeys(done.left_out.values()):
         names = [name for name, what in done.left_out.items() if what == role]
-        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-        cells = (", ".join(names[:3]) + more, role, "left out")
+        cells = (some(names), role, "left out")
         table.add_row(*map(parsing.printable, cells))
     if table.row_count:
         console.print(table)
-
-
-def _as_json(done: "Imported") -> str:
-    return json.dumps(
-        {
-            "source": done.source,
-            "path": done.path,
-            "step": done.step,
-            "averaged": done.averaged,
-            "raw": done.raw,
-            "left_out": dict(done.left_out),
-        },
-        indent=2,
-    )

@@ -3,6 +3,7 @@
 import argparse
 
 from ema_optax.cli import parsing
+from ema_optax.text import one_line
 
 
 def add(commands: parsing.Commands) -> None:
@@ -25,13 +26,7 @@ def add(commands: parsing.Commands) -> None:
             "  ema-optax inspect run/checkpoints --json | jq .trees.shadow.count"
         ),
     )
-    parser.add_argument("directory", type=parsing.place, metavar="DIR")
-    parser.add_argument(
-        "--step",
-        type=parsing.at_least(0),
-        metavar="N",
-        help="number of the step (default: the newest)",
-    )
+    parsing.add_checkpoint(parser)
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -52,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     from ema_optax.cli import description
 
     def fail(error: Exception) -> int:
-        text = " ".join(str(error).split())
+        text = one_line(error, limit=None)
         if not isinstance(error, (OSError, ValueError)):
             # A manifest is anybody's JSON, and its seal is no signature.
             text = (

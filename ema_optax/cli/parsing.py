@@ -1,23 +1,37 @@
-"""What all commands share: how arguments are read, and how errors are told."""
+"""Arguments and error lines that all commands share."""
 
 import argparse
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
+from ema_optax.text import one_line
+
 
 class Parser(argparse.ArgumentParser):
-    """Reads the arguments of the command, and those of each of its commands."""
+    """Reads the arguments of the command, and those of each of its commands.
+
+    Attributes:
+        arguments: All that were added, `--help` too.
+    """
+
+    def __init__(self, **settings: object) -> None:
+        self.arguments: list[argparse.Action] = []
+        super().__init__(**settings)  # pyright: ignore[reportArgumentType] argparse's
+
+    def add_argument(self, *args: object, **settings: object) -> argparse.Action:
+        """Adds an argument, as argparse does."""
+        made = super().add_argument(*args, **settings)  # pyright: ignore[reportArgumentType] argparse's
+        self.arguments.append(made)
+        return made
 
     def error(self, message: str) -> NoReturn:
         """Ends with one line, where argparse would print the whole usage first."""
         self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help\n")
 
-
-# What to clean up where Ctrl-C ends the process at once.
-AT_INTERRUPT: list[Callable[[], None]] = []
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -31,8 +45,24 @@ def add_command(
     summary: str,
     details: str,
     examples: str,
-) -> argparse.ArgumentParser:
-    """Adds a command that needs the optional packages of `extra`."""
+    explain: Callable[[Exception], str] | None = None,
+    on_cpu: bool = False,
+) -> Parser:
+    """Adds a command.
+
+    Args:
+        commands: Those of the parser.
+        name: As it is typed.
+        command: What it does, from its arguments to the exit code.
+        extra: The extras of this library whose packages it needs.
+        summary: One line for `--help`.
+        details: More of them.
+        examples: Whole commands.
+        explain: From any error to the line that is printed. None lets errors through.
+        on_cpu: Whether it leaves accelerators alone.
+    """
+    if on_cpu:
+        details += "\n\nWorks on the CPU, unless JAX_PLATFORMS says otherwise."
     parser = commands.add_parser(
         name,
         help=summary,
@@ -40,8 +70,21 @@ def add_command(
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(command=command, name=name, extra=extra)
+    parser.set_defaults(
+        command=command, name=name, extra=extra, explain=explain, on_cpu=on_cpu
+    )
     return parser
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that choose a step of a run: DIR and `--step N`."""
+    parser.add_argument("directory", type=place, metavar="DIR")
+    parser.add_argument(
+        "--step",
+        type=at_least(0),
+        metavar="N",
+        help="number of the step (default: the newest)",
+    )
 
 
 def at_least(lowest: int, *, at_most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -78,6 +121,19 @@ def fail(line: str) -> int:
 def tell(line: str) -> None:
     """Prints one line on stderr."""
     print(printable(line), file=sys.stderr)
+
+
+def print_json(figures: Mapping[str, object]) -> None:
+    """Prints JSON for programs, and paths as text."""
+    print(json.dumps(figures, indent=2, default=str), flush=True)
+
+
+def explained(error: Exception) -> str:
+    """Returns an error on one line, with options of a command for arguments."""
+    line = one_line(error, limit=None)
+    if not isinstance(error, (OSError, ValueError, TypeError, OverflowError)):
+        line = f"{type(error).__name__}: {line}"
+    return as_options(line)
 
 
 def as_options(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ema_optax.cli import decay_text, parsing, sketch
 from ema_optax.decay import Decay
 from ema_optax.profiles import Profile, profile
+from ema_optax.text import percent
 
 _LONGEST = 10_000_000  # updates: seconds and half a gigabyte of memory a decay
 _PICTURES = (".png", ".svg", ".pdf")
@@ -102,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
         name: profile(decay, args.steps, args.every) for name, decay in decays.items()
     }
     if args.json:
-        print(_as_json(args, decays, runs), flush=True)
+        parsing.print_json(_figures(args, decays, runs))
         return 0
     print("\n".join(_table(runs)))
     if args.every > args.steps:
@@ -138,31 +139,23 @@ def _draw(runs: Mapping[str, Profile], every: int) -> None:
     using = sketch.characters(sys.stdout.encoding)
     for name, run in runs.items():
         print("", name, *sketch.lines(run, every, using), sep="\n")
-        initial = f"{run.initial_weight:.1%}"
-        if initial != "0.0%":
+        if initial := percent(run.initial_weight):
             print(f"        Not drawn: {initial} still on the initial params.")
     steps = len(next(iter(runs.values())).weights)
     part = "one update" if steps <= sketch.COLUMNS else f"1/{sketch.COLUMNS} of the run"
     print(f"\nA bar holds {part}. {using.mark} is the mean age.")
 
 
-def _as_json(
+def _figures(
     args: argparse.Namespace, decays: Mapping[str, Decay], runs: Mapping[str, Profile]
-) -> str:
-    return json.dumps(
-        {
-            "steps": args.steps,
-            "every": args.every,
-            "profiles": {
-                name: {
-                    "decay": json.loads(decays[name].to_json()),
-                    "width": run.width,
-                    "mean_age": run.mean_age,
-                    "initial_weight": run.initial_weight,
-                    "effective_size": run.effective_size,
-                }
-                for name, run in runs.items()
-            },
+) -> dict[str, object]:
+    names = ("width", "mean_age", "initial_weight", "effective_size")
+    return {
+        "steps": args.steps,
+        "every": args.every,
+        "profiles": {
+            name: {"decay": json.loads(decays[name].to_json())}
+            | {figure: getattr(run, figure) for figure in names}
+            for name, run in runs.items()
         },
-        indent=2,
-    )
+    }

@@ -2,19 +2,19 @@
 
 import argparse
 import contextlib
-import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import TextIO
 
 import jax
 
-from ema_optax.cli import average_files, averages, parsing
+from ema_optax.cli import averages, parsing
 from ema_optax.power_profiles import exponent_from_width
+from ema_optax.reconstruction import ReconstructionWarning, reconstruct
+from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
+from ema_optax.text import one_line
 
 _TO_SHOW = (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
-_Part = Callable[[str], Callable[[int, int], None]]
 
 
 def add(commands: parsing.Commands) -> None:
@@ -24,6 +24,8 @@ def add(commands: parsing.Commands) -> None:
         "reconstruct",
         command=_run,
         extra="cli",
+        explain=_explained,
+        on_cpu=True,
         summary="Write averages of other widths than those tracked in a run.",
         details=(
             "RUN is a folder of steps with shadows of a power profile, written by\n"
@@ -37,12 +39,11 @@ def add(commands: parsing.Commands) -> None:
             "\n"
             "  width          standard deviation of the weights over the run\n"
             "                 (sigma_rel)\n"
-            "  profile error  distance of the weights from those wanted: above 5% is\n"
-            "                 warned of, above 50% is refused\n"
+            "  profile error  distance of the weights from those wanted: above "
+            f"{DOUBTFUL:.0%} is\n"
+            f"                 warned of, above {WRONG:.0%} is refused\n"
             "  noise gain     what multiplies the rounding error of the snapshots:\n"
-            "                 3e-4 of each param in float16, 2e-3 in bfloat16\n"
-            "\n"
-            "Works on the CPU, unless JAX_PLATFORMS says otherwise."
+            "                 3e-4 of each param in float16, 2e-3 in bfloat16"
         ),
         examples=(
             "  ema-optax reconstruct run/snapshots --dry-run\n"
@@ -92,18 +93,15 @@ def _explained(error: Exception) -> str:
     """Returns one line that says what is wrong, and what to do about it here."""
     from ema_optax.checkpoint import CorruptCheckpointError
 
-    text = " ".join(str(error).split())
     if isinstance(error, CorruptCheckpointError):
         # Other commands can take an older step instead; here the others suffice.
-        cause = " ".join(str(error.__cause__ or error).split())
-        step, _, _ = text.partition(cause)
+        cause = one_line(error.__cause__ or error, limit=None)
+        step, _, _ = one_line(error, limit=None).partition(cause)
         return (
             f"{step}{cause} Remove that step: the averages are then made from the "
             "others."
         )
-    if not isinstance(error, (OSError, ValueError)):
-        text = f"{type(error).__name__}: {text}"
-    return text
+    return parsing.explained(error)
 
 
 def _width(text: str) -> float:
@@ -128,20 +126,12 @@ def _run(args: argparse.Namespace) -> int:
     missing = [name for name, value in given.items() if value is None]
     if missing and not args.dry_run:
         args.wrong(f"needs {' and '.join(missing)}, or --dry-run")
-    if args.alone and "JAX_PLATFORMS" not in os.environ:
-        # Beside a training run an accelerator's memory is taken.
-        jax.config.update("jax_platforms", "cpu")
-    try:
-        with jax.enable_x64(True), _warnings_as_lines():  # for runs that had it
-            return _do(args)
-    except (BrokenPipeError, ImportError):
-        raise
-    except Exception as error:
-        return parsing.fail(f"ema-optax reconstruct: error: {_explained(error)}")
+    with jax.enable_x64(True), _warnings_as_lines():  # for runs that had it
+        return _do(args)
 
 
 def _do(args: argparse.Namespace) -> int:
-    from ema_optax import reconstruction
+    from ema_optax.cli import average_files
 
     snapshots = average_files.snapshots(args.runs)
     last = int(snapshots[-1].step) if args.step is None else args.step
@@ -159,16 +149,15 @@ def _do(args: argparse.Namespace) -> int:
         if args.width:
             plan.check()
         return 0
-    with _progress() as part:
-        found = reconstruction.reconstruct(
-            snapshots,
-            width=[row.width for row in plan.rows],
-            step=args.step,
-            params=like,
-            dtype=args.dtype,
-            progress=part("averaging"),
-        )
-        average_files.write(plan, found, part("writing"))
+    found = reconstruct(
+        snapshots,
+        width=[row.width for row in plan.rows],
+        step=args.step,
+        params=like,
+        dtype=args.dtype,
+        progress=None,
+    )
+    average_files.write(plan, found)
     averages.show(plan, as_json=args.json)
     return 0
 
@@ -176,44 +165,22 @@ def _do(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
     """Has what the library warns of told in one line of stderr, as soon as it does."""
-    from ema_optax.reconstruction import ReconstructionWarning
-
     with warnings.catch_warnings():
         warnings.simplefilter("always", ReconstructionWarning)
         show = warnings.showwarning
 
-        def tell(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if issubclass(category, ReconstructionWarning):
                 parsing.tell(f"ema-optax reconstruct: warning: {message}")
             else:
-                show(message, category, *rest, **more)
+                show(message, category, filename, lineno, file, line)
 
         warnings.showwarning = tell
         yield
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[_Part]:
-    """Gives functions that draw parts of the work, where stderr is a terminal."""
-    bar = _bar() if sys.stderr.isatty() else None
-    if bar is None:
-        yield lambda name: lambda done, total: None
-        return
-    with bar:
-
-        def part(name: str) -> Callable[[int, int], None]:
-            task = bar.add_task(name, total=None, visible=False)
-            return lambda done, total: bar.update(
-                task, completed=done, total=total, visible=True
-            )
-
-        yield part
-
-
-def _bar() -> Any:
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ModuleNotFoundError:
-        return None
-    return Progress(console=Console(stderr=True), transient=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ema_optax import trees
-from ema_optax.interop.progress import tracked
+from ema_optax.progress import Progress, tracked
 
 _COLLECTION = "batch_stats"
 _FAR = 2.0**30  # beside a probe so large, float32 does not see a batch's statistics
@@ -22,7 +22,7 @@ def refresh_batch_stats(
     variables: Mapping[str, Any],
     batches: Iterable[Any],
     *,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> Any:
     """Recompute the BatchNorm statistics of a Linen model for the params it has.
 
@@ -43,7 +43,8 @@ def refresh_batch_stats(
             `{"params": shadow_params(opt_state, params), "batch_stats": …}`.
         batches: Inputs as arrays or trees of them, of one size: each batch counts the
             same. A few dozen are enough. Cut endless ones, with `itertools.islice`.
-        progress: Whether to draw a progress bar on stderr; None does on a terminal.
+        progress: Whether to draw a bar on stderr; None does on a terminal. Or a
+            function that is called with the batches done and all of them.
 
     Returns:
         The variables with new `batch_stats`, of the same structure and dtypes.
@@ -104,7 +105,7 @@ def averaged_stats(
     rest: Any,
     stats: Any,
     batches: Iterable[Any],
-    progress: bool | None,
+    progress: Progress,
 ) -> Any:
     """Returns the plain mean of each batch's statistics, in the dtypes of `stats`.
 

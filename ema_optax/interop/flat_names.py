@@ -1,8 +1,9 @@
 """Flat names of leaves from their paths, renamed by whole leaves or by beginnings."""
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+
+from ema_optax.text import brief, nearest
 
 _LONGEST = 4096  # characters of a name
 SEPARATOR = "."  # of PyTorch's state dicts, and of Flax models among safetensors
@@ -31,8 +32,8 @@ def flat_names(paths: Collection[str], rename: Any = None) -> dict[str, str]:
         key = min(unused)
         some = {part for path in list(paths)[:1000] for part in _beginnings(path)}
         raise ValueError(
-            f"rename has '{_brief(key)}', and no leaf has this path or begins with it. "
-            f"{_nearest(key, sorted(some - {''}))}"
+            f"rename has {brief(key, 200)}, and no leaf has this path or begins with "
+            f"it. {nearest(key, sorted(some - {''}))}"
         )
     names: dict[str, str] = {}
     owners: dict[str, str] = {}
@@ -62,7 +63,7 @@ def _checked(rename: Any) -> Mapping[str, str | None]:
         if not isinstance(key, str) or not (value is None or isinstance(value, str)):
             raise TypeError(
                 f"rename maps stored paths to names, both text, or to None to leave "
-                f"out; got {_brief(repr(key))}: {_brief(repr(value))}."
+                f"out; got {brief(key)}: {brief(value)}."
             )
     return rename
 
@@ -92,20 +93,11 @@ def _check(name: str, path: str) -> None:
     elif name == "__metadata__":
         wrong = "the name '__metadata__', which the format keeps for itself"
     elif not name.isprintable():
-        wrong = f"the name {_brief(repr(name))}, with characters that cannot be printed"
+        wrong = f"the name {brief(name)}, with characters that cannot be printed"
     elif len(name) > _LONGEST:
-        wrong = f"the name '{_brief(name)}', of {len(name):,} characters"
+        wrong = f"the name {brief(name)}, of {len(name):,} characters"
     if wrong:
         raise ValueError(
             f"'{path}' would get {wrong}. Give it another: "
             f'rename={{"{path}": "weights"}}.'
         )
-
-
-def _nearest(key: str, there: list[str]) -> str:
-    near = difflib.get_close_matches(key[:200], there, n=3, cutoff=0.3) or there[:3]
-    return f"The nearest are {', '.join(repr(name) for name in near)}."
-
-
-def _brief(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}…"

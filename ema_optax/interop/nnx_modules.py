@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ema_optax.interop.batch_stats import averaged_stats
+from ema_optax.progress import Progress
 from ema_optax.shadows import shadow_params
 
 
@@ -219,7 +220,7 @@ def refresh_nnx_batch_stats(
     batches: Iterable[Any],
     *,
     call: Callable[[Any, Any], Any] | None = None,
-    progress: bool | None = None,
+    progress: Progress = None,
 ) -> None:
     """Recompute the BatchNorm statistics of an NNX module for the params it has.
 
@@ -239,7 +240,8 @@ def refresh_nnx_batch_stats(
         call: How to run the module on a batch. None is `model(batch)`; for other
             batches, or modes that are arguments,
             `lambda model, batch: model(batch["image"], train=True)`.
-        progress: Whether to draw a progress bar on stderr; None does on a terminal.
+        progress: Whether to draw a bar on stderr; None does on a terminal. Or a
+            function that is called with the batches done and all of them.
 
     Raises:
         TypeError: If it is no module.

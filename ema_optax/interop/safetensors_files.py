@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ema_optax import checkpoint
+from ema_optax import checkpoint, extras
 from ema_optax.interop.flat_names import flat_names
 from ema_optax.version import __version__
 
@@ -91,7 +91,8 @@ def export_safetensors(
     ...     safetensors.numpy.load_file(out)
     {'fc.kernel': array([1., 1.], dtype=float32)}
     """
-    save_file = _save_file()
+    with extras.needed_by("export_safetensors"):
+        from safetensors.numpy import save_file
     path = Path(out).expanduser().absolute()
     _check_free(path, overwrite)
     cast = _dtype(dtype)
@@ -118,29 +119,6 @@ def export_safetensors(
     _write(save_file, tensors, path, metadata)
     size = sum(array.nbytes for array in tensors.values())
     return Exported(path, found.step, tree, names, size, metadata)
-
-
-def unfinished(out: str | os.PathLike[str]) -> Path:
-    """Returns the folder beside a file in which this process writes it.
-
-    For whoever ends a process in the middle of an export.
-    """
-    path = Path(out).expanduser().absolute()
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _save_file() -> Any:
-    try:
-        from safetensors.numpy import save_file
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "safetensors":
-            raise
-        raise ModuleNotFoundError(
-            "export_safetensors needs safetensors, which is not installed: "
-            "pip install 'ema-optax[safetensors]'",
-            name="safetensors",
-        ) from error
-    return save_file
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -255,7 +233,7 @@ def _write(
     save_file: Any, tensors: dict[str, Any], path: Path, metadata: dict[str, str]
 ) -> None:
     """Writes the file beside its place, and puts it there when it is whole."""
-    folder = unfinished(path)
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     folder.mkdir(exist_ok=True)  # a killed process may have had this one's number
     try:
         whole = folder / path.name

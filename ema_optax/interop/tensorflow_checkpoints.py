@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ema_optax import checkpoint, trees
+from ema_optax import checkpoint, extras, text, trees
 from ema_optax.decay import Decay
 from ema_optax.interop.tensorflow_names import Variable, roles
 
@@ -107,16 +107,8 @@ def import_tensorflow(
 
 
 def _tensorflow() -> Any:
-    try:
+    with extras.needed_by("import_tensorflow"):
         import tensorflow as tf  # pyright: ignore[reportMissingModuleSource] an extra
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "tensorflow":
-            raise
-        raise ModuleNotFoundError(
-            "import_tensorflow needs tensorflow, which is not installed: "
-            "pip install 'ema-optax[tensorflow]'",
-            name="tensorflow",
-        ) from error
     return tf
 
 
@@ -229,10 +221,9 @@ class _Reader:
         try:
             return function(argument)
         except self._tf.errors.OpError as error:
-            text = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"TensorFlow cannot read {self._prefix}: {text}. The checkpoint is "
-                "damaged or incomplete; pass another one of the run."
+                f"TensorFlow cannot read {self._prefix}: {text.one_line(error)}. The "
+                "checkpoint is damaged or incomplete; pass another one of the run."
             ) from error
 
 

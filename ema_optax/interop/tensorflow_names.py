@@ -8,6 +8,8 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
+from ema_optax.text import some
+
 _COUNTERS = re.compile(r"beta[12]_power(_\d+)?")
 _NOT_NUMBERS = {"string": "text", "resource": "no numbers", "variant": "no numbers"}
 
@@ -136,14 +138,18 @@ def _without_shadow(
     average: str,
     where: str,
 ) -> str:
-    held = f"{len(params)} variables, such as {_some(params)}" if params else "none"
+    held = (
+        f"{len(params)} variables, such as {some(map(repr, params))}"
+        if params
+        else "none"
+    )
     slots = sorted({role for role in left_out.values() if role.startswith("slot ")})
-    beside = f", and beside them {_some(slots, '')}" if slots else ""
+    beside = f", and beside them {some(slots)}" if slots else ""
     orphans = [name for name in left_out if name.rpartition("/")[2] == average]
     if orphans:
         return (
-            f"{where} holds averages, such as {_some(orphans)}, and none of the "
-            f"variables that they are of; it holds {held}. Pass a checkpoint with "
+            f"{where} holds averages, such as {some(map(repr, orphans))}, and none of "
+            f"the variables that they are of; it holds {held}. Pass a checkpoint with "
             "both, as tf.compat.v1.train.Saver() writes it."
         )
     return (
@@ -151,9 +157,3 @@ def _without_shadow(
         f"{beside}. If the average has another name, pass average=…; a checkpoint "
         "without one has nothing to bring here."
     )
-
-
-def _some(names: Iterable[str], quote: str = "'") -> str:
-    listed = list(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(f"{quote}{name}{quote}" for name in listed[:3]) + more

@@ -1,10 +1,9 @@
-"""Pictures of how far shadows trail behind what they average."""
+"""`lag`: how far shadows trail behind what they average, drawn."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import StrMethodFormatter
 
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.plots import style
@@ -53,10 +52,9 @@ def lag(
     ['raw', 'half-life 50: lag 71.6']
     """
     raw = np.asarray(values, np.float64)
-    if not isinstance(decays, Mapping):
-        decays = {f"{as_decay(decays, 'lag')}": decays}
+    named = style.named("lag", decays)
     at = raw.size if at is None else at
-    _check(raw, len(decays), at)
+    _check(raw, at)
     ax = style.own_axes() if ax is None else ax
     updates = np.arange(1, raw.size + 1)
     marker = "." if raw.size <= style.FEW else None
@@ -76,9 +74,8 @@ def lag(
         title="The shadow trails behind what it averages",
         xlabel="Optimizer updates (arrows: the lag, β/(1−β) at a constant β)",
         ylabel="Value",
+        steps=raw.size,
     )
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ax.set_xlim(0, raw.size)
     ax.margins(y=0.08)
     _draw_lags(ax, at, ends)
     ax.legend(loc="best", edgecolor="none", handlelength=4, fontsize="small")
@@ -110,18 +107,13 @@ def _draw_lags(ax: Axes, at: int, ends: list[tuple[float, float, str, str]]) -> 
         free = max(height, free) + _LINE * (high - low)
 
 
-def _check(raw: np.ndarray, decays: int, at: int) -> None:
+def _check(raw: np.ndarray, at: int) -> None:
     if raw.ndim != 1 or raw.size == 0 or not np.all(np.isfinite(raw)):
         bad = int(np.sum(~np.isfinite(raw)))
         raise ValueError(
             "lag needs one finite value for each update, at least one, got an array of "
             f"shape {raw.shape} with {bad} that are not finite. Follow one number, "
             "such as an element of a weight, or its norm."
-        )
-    if not 1 <= decays <= len(style.CURVES):
-        raise ValueError(
-            f"lag draws one to {len(style.CURVES)} decays, which dashes and colours "
-            f"still tell apart, got {decays}. Draw them on several axes."
         )
     if not 1 <= at <= raw.size:
         raise ValueError(

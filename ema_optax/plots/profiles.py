@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import StrMethodFormatter
 
-from ema_optax.decays import DecayLike, as_decay
+from ema_optax.decays import DecayLike
 from ema_optax.plots import style
 from ema_optax.profiles import Profile, profile
+from ema_optax.text import percent
 
 _FINE = 1000  # parts of a run: more than a picture resolves
 _TOO_TALL = 20  # times a typical peak: it would flatten all the others
@@ -49,15 +49,9 @@ def profiles(
     >>> [line.get_label() for line in ax.get_lines()]
     ['short: mean age 721 (7.2%)', 'long: mean age 1,118 (11.2%)']
     """
-    if not isinstance(decays, Mapping):
-        decays = {f"{as_decay(decays, 'profiles')}": decays}
-    if not 1 <= len(decays) <= len(style.CURVES):
-        raise ValueError(
-            f"profiles draws one to {len(style.CURVES)} decays, which dashes and "
-            f"colours still tell apart, got {len(decays)}. Draw them on several axes."
-        )
+    named = style.named("profiles", decays)
     ax = style.own_axes() if ax is None else ax
-    runs = {name: profile(decay, steps, every) for name, decay in decays.items()}
+    runs = {name: profile(decay, steps, every) for name, decay in named.items()}
     curves = {name: _density(run, every) for name, run in runs.items()}
     top = _top([float(density.max()) for _, density in curves.values()])
     for (name, run), look in zip(runs.items(), style.CURVES, strict=False):
@@ -84,9 +78,8 @@ def profiles(
         title="What the shadow averages over",
         xlabel="Optimizer updates (markers: mean age)",
         ylabel="Weight density (plain mean = 1)",
+        steps=steps,
     )
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ax.set_xlim(0, steps)
     ax.set_ylim(0, 1.08 * top)
     # Most averages are of late updates, and leave the left side free.
     early = max(
@@ -105,8 +98,8 @@ def _top(peaks: Sequence[float]) -> float:
 
 def _told(run: Profile) -> str:
     told = f"mean age {run.mean_age:,.0f} ({run.mean_age / len(run.weights):.1%})"
-    initial = f"{run.initial_weight:.1%}"
-    return told if initial == "0.0%" else f"{told}, {initial} on the initial params"
+    initial = percent(run.initial_weight)
+    return f"{told}, {initial} on the initial params" if initial else told
 
 
 def _density(run: Profile, every: int) -> tuple[np.ndarray, np.ndarray]:

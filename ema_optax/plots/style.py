@@ -1,7 +1,15 @@
 """Colours, dashes and axes that all pictures share."""
 
+from collections.abc import Mapping
+from typing import TypeAlias
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+from ema_optax.decays import DecayLike, as_decay
+
+Named: TypeAlias = Mapping[str, DecayLike]
 
 # From the palette of Okabe and Ito, which colour-blind readers can tell apart. They
 # differ in lightness too, and the lines in dashes and width: a grey print still reads.
@@ -19,16 +27,44 @@ CURVES = (
 FEW = 12  # points; so few are marked, because one alone draws no line
 
 
+def named(caller: str, decays: DecayLike | Named) -> Named:
+    """Returns decays by their labels.
+
+    Raises:
+        ValueError: If there is none, or more than curves can be told apart.
+    """
+    found = decays if isinstance(decays, Mapping) else {f"{as_decay(decays, caller)}": decays}
+    if not 1 <= len(found) <= len(CURVES):
+        raise ValueError(
+            f"{caller} draws one to {len(CURVES)} decays, which dashes and colours "
+            f"still tell apart, got {len(found)}. Draw them on several axes."
+        )
+    return found
+
+
 def own_axes() -> Axes:
     """Returns axes in a figure of their own, without pyplot."""
     return Figure(figsize=(8, 4.5), dpi=150, layout="constrained").add_subplot()
 
 
-def dress(ax: Axes, *, title: str, xlabel: str, ylabel: str) -> None:
-    """Gives axes their title and labels, and takes the frame away."""
+def dress(
+    ax: Axes, *, title: str, xlabel: str, ylabel: str, steps: int | None = None
+) -> None:
+    """Gives axes their title and labels, and takes the frame away.
+
+    Args:
+        ax: The axes.
+        title: Above them.
+        xlabel: Below them.
+        ylabel: Beside them.
+        steps: Length of the run, where the x axis is of its updates.
+    """
     ax.set_title(title, loc="left", fontweight="bold")
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
     ax.grid(axis="y", color="0.9")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+    if steps is not None:
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        ax.set_xlim(0, steps)

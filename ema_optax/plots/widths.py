@@ -14,15 +14,19 @@ from matplotlib.ticker import (
 )
 
 from ema_optax.plots import style
+from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
 
 Accuracy: TypeAlias = float | Sequence[float] | np.ndarray  # of one run, or of several
 
 _CURVE = {**style.SHADOW, "marker": "o", "markersize": 4}
 _TRAINED = {"color": style.BLACK, "linestyle": "none", "marker": "s", "markersize": 8}
+_TRAINED |= {"markerfacecolor": "none", "markeredgewidth": 1.4}  # hollow
+_TRAINED |= {"elinewidth": 1.2, "capsize": 4}
 _GAIN = {"color": style.ORANGE, "linestyle": (0, (4, 1.5)), "linewidth": 1.4}
 _MANY = 30  # points, whose markers would run into each other
 _TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in each power of ten
-_LEVELS = {"warned of": 0.05, "refused": 0.5}  # by `reconstruct`, above these errors
+_LEVELS = {"warned of": DOUBTFUL, "refused": WRONG}
+_XLABEL = "Width of the average (σ_rel: share of the run, log scale)"
 _EXACT = 1e-5  # an error that float16 hides
 
 
@@ -73,18 +77,8 @@ def accuracy_over_width(
     if trained:
         tracked, values = list(trained), list(trained.values())
         mean, low, high = _of_runs("accuracy_over_width", tracked, values)
-        hollow = {"markerfacecolor": "none", "markeredgewidth": 1.4}
-        thin = {"elinewidth": 1.2, "capsize": 4}
         spread = [mean - low, high - mean] if np.any(high > low) else None
-        ax.errorbar(
-            tracked,
-            mean,
-            spread,
-            label="tracked in a run",
-            **_TRAINED,
-            **hollow,
-            **thin,
-        )
+        ax.errorbar(tracked, mean, spread, label="tracked in a run", **_TRAINED)
     if raw is not None:
         (level,), (low,), (high,) = _of_runs("accuracy_over_width", [1.0], [raw])
         ax.axhline(level, label=f"raw params: {level:.1%}", **style.RAW)
@@ -94,7 +88,7 @@ def accuracy_over_width(
     style.dress(
         ax,
         title="Test accuracy over the width of the average",
-        xlabel="Width of the average (σ_rel: share of the run, log scale)",
+        xlabel=_XLABEL,
         ylabel="Test accuracy",
     )
     ax.yaxis.set_major_formatter(PercentFormatter(xmax=1))
@@ -162,11 +156,11 @@ def error_over_width(
     style.dress(
         ax,
         title="What the snapshots give",
-        xlabel="Width of the average (σ_rel: share of the run, log scale)",
+        xlabel=_XLABEL,
         ylabel="Profile error",
     )
     low, high = float(values.min()), float(values.max())
-    ax.set_ylim(max(low / 2, _EXACT), max(high * 2, 2 * _LEVELS["warned of"]))
+    ax.set_ylim(max(low / 2, _EXACT), max(high * 2, 2 * DOUBTFUL))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     ax.yaxis.set_minor_locator(NullLocator())
     _width_axis(ax)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ema_optax.decays import DecayLike, as_decay
+from ema_optax.progress import Progress
 from ema_optax.reconstruction.slots import Slots
-from ema_optax.reconstruction.sums import Progress, weighted_sums
+from ema_optax.reconstruction.sums import weighted_sums
 
 
 def merge(
@@ -36,8 +37,8 @@ def merge(
             last of the trees, in float32 or wider, with its leaves that are not
             averaged.
         dtype: Of the result's floating leaves, instead of the params'.
-        progress: True for a bar on the terminal, or a function that is called with the
-            work done and all of it.
+        progress: Whether to draw a bar on stderr; None does on a terminal. Or a
+            function that is called with the work done and all of it.
 
     Returns:
         A tree, or a list of them for several results.

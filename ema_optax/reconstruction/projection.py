@@ -20,6 +20,9 @@ import numpy as np
 
 Numbers: TypeAlias = Sequence[float] | np.ndarray
 
+# Profile errors above which `reconstruct` warns of an average, and refuses it.
+DOUBTFUL, WRONG = 0.05, 0.5
+
 
 def coefficients(
     steps: Numbers,

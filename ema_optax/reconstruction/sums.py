@@ -5,10 +5,9 @@ once, in float64; the next parts are read meanwhile. Every byte is read once.
 """
 
 import abc
-import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ema_optax import selection, trees
+from ema_optax.progress import Progress, shown
 
 Index: TypeAlias = tuple[slice, ...]
-Progress: TypeAlias = bool | Callable[[int, int], None]
 
 _BLOCK = 2**14  # elements; so many of 64 trees in float64 stay in a cache of 8 MB
 # Multiplications in a product of matrices that BLAS leaves on one thread. On cores that
@@ -91,8 +90,8 @@ def weighted_sums(
         sources: Trees that all have the leaves of `targets`.
         weights: float64[sources, sums].
         targets: The leaves to sum, by path.
-        progress: True for a bar on the terminal, or a function that is called with the
-            work done and all of it.
+        progress: Whether to draw a bar on stderr; None does on a terminal. Or a
+            function that is called with the work done and all of it.
     """
     items = list(_items(sources, targets))
     wide = _partial_dtypes(sources[0].leaves, targets, weights.shape[1])
@@ -100,7 +99,7 @@ def weighted_sums(
     shards: list[list[jax.Array]] = [[] for _ in found]
     parts: list[np.ndarray] = []
     with (
-        _reporting(progress, len(items)) as report,
+        shown(progress, "averaging", len(items)) as report,
         _Reader(sources) as reader,
         ThreadPoolExecutor(_ADDERS, thread_name_prefix="ema_optax_add") as adders,
     ):
@@ -123,7 +122,7 @@ def weighted_sums(
                         shape, target.sharding, of_leaf
                     )
                     of_leaf.clear()
-            report(done + 1, len(items))
+            report(done + 1)
     return found
 
 
@@ -300,23 +299,3 @@ def _parts(
 def _same(a: Index, b: Index, shape: tuple[int, ...]) -> bool:
     pairs = zip(a, b, shape, strict=True)
     return all(x.indices(n) == y.indices(n) for x, y, n in pairs)
-
-
-@contextlib.contextmanager
-def _reporting(progress: Progress, total: int) -> Iterator[Callable[[int, int], None]]:
-    if callable(progress):
-        yield progress
-    elif not progress:
-        yield lambda done, total: None
-    else:
-        try:
-            from rich.progress import Progress as Bar
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "progress=True needs rich, which is not installed: "
-                "pip install 'ema-optax[cli]', or pass a function of (done, total).",
-                name=error.name,
-            ) from error
-        with Bar() as bar:
-            task = bar.add_task("averaging", total=total)
-            yield lambda done, total: bar.update(task, completed=done)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
+from ema_optax.progress import Progress
 from ema_optax.reconstruction import projection
+from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
 from ema_optax.reconstruction.slots import Slots
-from ema_optax.reconstruction.sums import Progress, Source, weighted_sums
-
-_DOUBTFUL, _WRONG = 0.05, 0.5  # profile errors that are warned of, and refused
+from ema_optax.reconstruction.sums import Source, weighted_sums
 
 
 class ReconstructionWarning(UserWarning):
@@ -118,8 +118,8 @@ def reconstruct(
             (`jax.eval_shape`) where all leaves are averaged.
         dtype: Of the result's floating leaves, instead of the params'. None without
             params is float32, or float64 where the snapshots are.
-        progress: True for a bar on the terminal, or a function that is called with the
-            work done and all of it.
+        progress: Whether to draw a bar on stderr; None does on a terminal. Or a
+            function that is called with the work done and all of it.
 
     Returns:
         A `Reconstruction`, or a list of them where several widths were asked for.
@@ -191,7 +191,7 @@ def reachable(
     exponents: projection.Numbers,
     step: float,
     *,
-    error: float = _DOUBTFUL,
+    error: float = DOUBTFUL,
     ridge: float = 0.0,
 ) -> tuple[float, float] | None:
     """Returns the narrowest and the widest average that snapshots give well.
@@ -254,14 +254,14 @@ def _check_error(
     ridge: float,
 ) -> None:
     """Warns of an average that snapshots give badly; refuses one that is another."""
-    if error <= _DOUBTFUL:
+    if error <= DOUBTFUL:
         return
     text = (
         f"The average of width {width:g} at step {last:g} has a profile error of "
         f"{error:.0%} from these {len(steps)} snapshots. "
         f"{_advice(steps, exponents, last, ridge)}"
     )
-    if error > _WRONG:
+    if error > WRONG:
         raise ValueError(text)
     warnings.warn(text, ReconstructionWarning, stacklevel=3)
 
@@ -280,7 +280,7 @@ def _advice(
         return f"They were tracked at width {tracked}; two widths give many more."
     return (
         f"They were tracked at width {tracked} and give widths from {found[0]:.3g} to "
-        f"{found[1]:.3g} within {_DOUBTFUL:.0%}; snapshots at more steps give narrower "
+        f"{found[1]:.3g} within {DOUBTFUL:.0%}; snapshots at more steps give narrower "
         "ones, another tracked width wider ones."
     )
 
