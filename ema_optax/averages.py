@@ -1,121 +1,250 @@
-"""TEMPORARY shim."""
+"""Finds all averages of an optimizer state in one search, and puts them back."""
 
-import dataclasses
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
-import ema_optax.states as _s
-from ema_optax import bema, trees
+from ema_optax import bema, packing, placement, trees
+from ema_optax.average import Average
+from ema_optax.decay import Decay
 from ema_optax.states import (
     BemaParamsState,
+    EmaMadeBy,
     EmaParamsState,
     NamedShadowsState,
-    record_of,
-)
-from ema_optax.states import (
-    BemaRecord as BemaMadeBy,
 )
 
-_s.BemaMadeBy = BemaMadeBy
+
+class EmaAverage(Average):
+    """One shadow of an `EmaParamsState`."""
+
+    made_by: EmaMadeBy | None
+
+    @property
+    def decay(self) -> Decay | None:
+        """The decay, where it can be written down."""
+        return self.made_by.decay(self.name) if self.made_by else None
+
+    def read(self, params: optax.Params | None) -> optax.Params:
+        """Returns the shadow; where there are params, where those live."""
+        homes = self.made_by.homes if self.made_by else None
+        if homes is None or params is None:
+            return self.tree
+        leaves, structure = jax.tree.flatten(self.tree, is_leaf=trees.is_placeholder)
+        pairs = zip(leaves, homes, strict=True)
+        return jax.tree.unflatten(
+            structure, [placement.brought(leaf, home) for leaf, home in pairs]
+        )
+
+    def decay_at(self, count: jax.Array) -> jax.Array | None:
+        """Returns β at an update; None where the decay is unknown."""
+        return self.decay(jnp.maximum(count, 1)) if self.decay else None
+
+    def weight_of_fold(self, count: jax.Array) -> jax.Array | None:
+        """Returns 1 − Πβ of the fold at `count`; None where the decay is unknown."""
+        if self.decay is None or self.every is None:
+            return None
+        return self.decay.newest_weight(jnp.maximum(count, self.every), self.every)
+
+    def log_kept(self, steps: jax.Array) -> jax.Array:
+        """Returns log β at each of the steps."""
+        assert self.decay is not None
+        return jnp.log1p(-self.decay.newest_weight(steps))
+
+    def is_rounded_by_chance(self, dtype: np.dtype) -> bool:
+        """Returns whether a shadow of a dtype is rounded stochastically."""
+        asked = self.made_by is not None and self.made_by.rounding == "stochastic"
+        return super().is_rounded_by_chance(dtype) or (
+            asked and dtype.name == "float32"
+        )
 
 
-@dataclasses.dataclass(frozen=True)
-class Average:
-    path: str
-    name: str
-    count: Any
-    made_by: Any
-    tree: Any
-    is_computed: bool
-    decay: Any
-    every: Any
-    state: Any
+class Kind(NamedTuple):
+    """What a kind of state does with its averages; a new kind is a row of `KINDS`.
 
-    def read(self, params):
-        if self.is_computed:
-            return bema.corrected(
-                self.state, trees.arranged(params, self.state.average)
-            )
-        return self.tree
+    Attributes:
+        averages: From the path of a state and the state to its averages.
+        without: From a state to the part that is stored as optimizer state.
+        put_back: From that part, the state as it was, and the tree of each average to
+            the state.
+    """
+
+    averages: Callable[[str, Any], list[Average]]
+    without: Callable[[Any], Any]
+    put_back: Callable[[Any, Any, Sequence[optax.Params]], Any]
+
+
+def _shadows_of(path: str, state: EmaParamsState) -> list[Average]:
+    shadow = packing.unpacked(state.shadow)
+    by_name = shadow if isinstance(state, NamedShadowsState) else {"": shadow}
+    return [
+        EmaAverage(path, name, state.count, state.made_by, tree)
+        for name, tree in by_name.items()
+    ]
+
+
+def _put_shadows_back(
+    rest: EmaParamsState, old: EmaParamsState, found: Sequence[optax.Params]
+) -> EmaParamsState:
+    named = isinstance(old, NamedShadowsState)
+    shadow = dict(zip(old.shadow, found, strict=True)) if named else found[0]
+    shadow = packing.packed_like(shadow, old.shadow)
+    return old._replace(count=rest.count, shadow=shadow)
+
+
+KINDS: Mapping[type, Kind] = {
+    EmaParamsState: Kind(
+        _shadows_of,
+        lambda state: state._replace(shadow=None, made_by=None),
+        _put_shadows_back,
+    ),
+    # What the shadow is computed from stays part of the optimizer state.
+    BemaParamsState: Kind(
+        lambda path, state: [bema.average_of(path, state)],
+        lambda state: state._replace(made_by=None),
+        lambda rest, old, _: rest._replace(made_by=old.made_by),
+    ),
+}
 
 
 class Averages:
-    def __init__(self, opt_state):
-        isl = lambda n: isinstance(n, (EmaParamsState, BemaParamsState))
-        self.state = opt_state
-        self.isl = isl
-        self.list = []
-        for path, node in jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=isl)[
-            0
-        ]:
-            if isinstance(node, BemaParamsState):
-                r = _s.bema_record_of(node)
-                self.list.append(
-                    Average(
-                        trees.path_name(path) + " (bema_params)",
-                        "",
-                        node.count,
-                        r,
-                        node.average,
-                        True,
-                        None,
-                        r.every,
-                        node,
-                    )
-                )
-            elif isinstance(node, EmaParamsState):
-                r = record_of(node)
-                named = (
-                    node.shadow
-                    if isinstance(node, NamedShadowsState)
-                    else {"": node.shadow}
-                )
-                for n, t in named.items():
-                    self.list.append(
-                        Average(
-                            trees.path_name(path),
-                            n,
-                            node.count,
-                            r,
-                            t,
-                            False,
-                            r.decays.get(n) if r else None,
-                            r.every if r else None,
-                            node,
-                        )
-                    )
+    """All averages of an optimizer state, in the order of their places."""
 
-    def __iter__(self):
-        return iter(self.list)
+    def __init__(self, opt_state: optax.OptState) -> None:
+        self._type = type(opt_state).__name__
+        pairs, self._structure = jax.tree_util.tree_flatten_with_path(
+            opt_state, is_leaf=lambda node: _kind(node) is not None
+        )
+        self._nodes = [node for _, node in pairs]
+        self._found = [
+            (kind.averages(trees.path_name(path), node), kind) if kind else ([], None)
+            for path, node in pairs
+            for kind in [_kind(node)]
+        ]
+        self._averages = [average for found, _ in self._found for average in found]
 
-    def __len__(self):
-        return len(self.list)
+    def __iter__(self) -> Iterator[Average]:
+        return iter(self._averages)
 
-    def rest(self):
-        return jax.tree.map(
-            lambda n: n._replace(shadow=None) if isinstance(n, EmaParamsState) else n,
-            self.state,
-            is_leaf=self.isl,
+    def __len__(self) -> int:
+        return len(self._averages)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the averages, sorted; an empty one where one has none."""
+        return sorted({average.name for average in self})
+
+    def called(self, name: str | None) -> list[Average]:
+        """Returns the averages of a name, or the only ones.
+
+        Raises:
+            ValueError: If there is none, or several and none was named.
+        """
+        if not self._averages:
+            raise ValueError(
+                f"There is no shadow in this {self._type}. Chain the average "
+                "last: optax.chain(optimizer, ema_optax.ema_params(0.9999)), and pass "
+                "the whole optimizer state."
+            )
+        names = [found for found in self.names if found]
+        unnamed = [average for average in self if not average.name]
+        if name is None and (not names or (len(names) == 1 and not unnamed)):
+            return self._averages
+        chosen = [average for average in self if name and average.name == name]
+        if chosen:
+            return chosen
+        asked = "none was asked for" if name is None else f"{name!r} is none of them"
+        have = f"shadows named {', '.join(names)}" if names else "one unnamed shadow"
+        call = f"name={names[0]!r}" if names else "no name"
+        computed = [average.where for average in unnamed if average.is_computed]
+        if names and computed:
+            have += f" and one without a name at '{min(computed)}'"
+            call += ", or with the part of the state that holds the one without"
+        raise ValueError(
+            f"The optimizer state has {have}, and {asked}. Call "
+            f"shadow_params(opt_state, params) with {call}."
         )
 
-    def put_back(self, rest, filled):
-        filled = iter(filled)
+    def rest(self) -> optax.OptState:
+        """Returns the optimizer state with None for each shadow and record."""
+        return jax.tree.unflatten(
+            self._structure,
+            [
+                kind.without(node) if kind else node
+                for node, (_, kind) in zip(self._nodes, self._found, strict=True)
+            ],
+        )
 
-        def put(node, old):
-            if isinstance(old, BemaParamsState):
-                next(filled)
-                return node
-            if not isinstance(old, EmaParamsState):
-                return node
-            if isinstance(old, NamedShadowsState):
-                sh = {n: next(filled) for n in old.shadow}
-            else:
-                sh = next(filled)
-            return old._replace(count=node.count, shadow=sh)
+    def put_back(
+        self, rest: optax.OptState, shadows: Sequence[optax.Params]
+    ) -> optax.OptState:
+        """Returns the optimizer state with shadows in the places of these.
 
-        return jax.tree.map(put, rest, self.state, is_leaf=self.isl)
+        Args:
+            rest: Like what `rest` returns.
+            shadows: The tree of each average, in their order; one that is computed is
+                not used.
+        """
+        left = iter(shadows)
+        nodes = [
+            kind.put_back(node, old, [next(left) for _ in found]) if kind else node
+            for node, old, (found, kind) in zip(
+                self._structure.flatten_up_to(rest),
+                self._nodes,
+                self._found,
+                strict=True,
+            )
+        ]
+        return jax.tree.unflatten(self._structure, nodes)
 
 
-def find(s):
-    return Averages(s)
+def find(opt_state: optax.OptState) -> Averages:
+    """Returns all averages of an optimizer state, found in one search."""
+    return Averages(opt_state)
+
+
+def joined(shadows: Mapping[str, optax.Params]) -> optax.Params:
+    """Returns the one tree of shadows that cover disjoint leaves.
+
+    Args:
+        shadows: Trees of one structure by the places of their averages, not copied.
+
+    Raises:
+        ValueError: If a leaf is averaged in more than one of them.
+    """
+    (path, joined), *others = shadows.items()
+    for other_path, other in others:
+        leaves, structure = jax.tree.flatten(joined, is_leaf=trees.is_placeholder)
+        more = jax.tree.leaves(other, is_leaf=trees.is_placeholder)
+        if jax.tree.structure(other, is_leaf=trees.is_placeholder) != structure or any(
+            not trees.is_placeholder(a) and not trees.is_placeholder(b)
+            for a, b in zip(leaves, more, strict=True)
+        ):
+            advice = (
+                "Give them names, in one transform: "
+                "ema_params({'fast': 0.99, 'slow': 0.9999})"
+            )
+            if (path + other_path).endswith(bema.CALLED):
+                advice = (
+                    "Give the one of ema_params a name: ema_params({'slow': 0.999})"
+                )
+            raise ValueError(
+                f"The optimizer state has several shadows of the same params, at "
+                f"'{path}' and '{other_path}'. {advice}, and read "
+                "shadow_params(opt_state, params, name='slow'); or pass the part of "
+                "the state that holds the one you mean."
+            )
+        both = [
+            b if trees.is_placeholder(a) else a
+            for a, b in zip(leaves, more, strict=True)
+        ]
+        joined = jax.tree.unflatten(structure, both)
+    return joined
+
+
+def _kind(node: object) -> Kind | None:
+    return next((kind for of, kind in KINDS.items() if isinstance(node, of)), None)

@@ -12,7 +12,12 @@ from jax.core import Tracer
 from ema_optax import folding, packing, placement, selection, storage, trees
 from ema_optax.decay import Decay, check_decay, check_wide_enough
 from ema_optax.decays import DecayLike, as_decay
-from ema_optax.states import EmaParamsState, record_of, state_type, stored_shadow
+from ema_optax.states import (
+    EmaMadeBy,
+    EmaParamsState,
+    NamedShadowsState,
+    written,
+)
 
 _STATIC = ("every", "overwrite_every")  # for optax.inject_hyperparams
 
@@ -113,10 +118,12 @@ def ema_params(
     dtype = storage.check_shadow_dtype(shadow_dtype)
     stochastic = storage.check_rounding(rounding, dtype)
     several = isinstance(decay, Mapping)
-    recorded = _recordable(decay, decays)
-
-    def make_type(homes: placement.Homes | None) -> type[EmaParamsState]:
-        return state_type(several, recorded, every, homes, stochastic)
+    kind = NamedShadowsState if several else EmaParamsState
+    made_by = EmaMadeBy(
+        written(_recordable(decay, decays)),
+        every,
+        "stochastic" if stochastic else "nearest",
+    )
 
     def init(params: Any) -> EmaParamsState:
         def started() -> Any:
@@ -138,7 +145,7 @@ def ema_params(
         if pack_small:
             layout = packing.plan(chosen, _kinds(chosen, homes, params_sharding))
         shadow = {name: started() for name in decays} if several else started()
-        return make_type(homes)(jnp.zeros([], jnp.int32), shadow)
+        return kind(jnp.zeros([], jnp.int32), shadow, made_by.at(homes))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -146,16 +153,13 @@ def ema_params(
         del extra_args
         folding.require_params(params, "ema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
-        record = record_of(state)
-        homes = (
-            record.homes
-            if record
-            else placement.find_homes(
+        homes = state.made_by.homes if state.made_by else None
+        if homes is None and shadow_sharding is not None:  # by hand, or unpickled
+            homes = placement.find_homes(
                 selection.averaged_only(params, mask), shadow_sharding, params_sharding
             )
-        )
         shadows = folding.fold_update(
-            _shadows_by_name(stored_shadow(state), decays, several),
+            _shadows_by_name(state.shadow, decays, several),
             [functools.partial(d.newest_weight, every=every) for d in decays.values()],
             updates,
             params,
@@ -169,7 +173,7 @@ def ema_params(
             shadow = packing.unpacked(shadows[0])
             updates = _overwriting(updates, params, shadow, due, homes)
         shadow = dict(zip(decays, shadows, strict=True)) if several else shadows[0]
-        return updates, make_type(homes)(count, shadow)
+        return updates, kind(count, shadow, made_by.at(homes))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -244,19 +248,19 @@ def _decays_by_name(
 
 def _recordable(
     given: DecayLike | Mapping[str, DecayLike], decays: Mapping[str, Decay]
-) -> tuple[tuple[str, Decay | None], ...]:
+) -> dict[str, Decay | None]:
     """Returns the decays that can be written down; None for the others.
 
     An array is none of them even where its value is known now: the same transform is
-    made again with a traced one, and its states must stay of one type.
+    made again with a traced one, and its states must be of one structure.
     """
     arguments = given if isinstance(given, Mapping) else {"": given}
-    return tuple(
-        (name, decay)
+    return {
+        name: decay
         if decay.is_json and not isinstance(arguments[name], jax.Array)
-        else (name, None)
+        else None
         for name, decay in decays.items()
-    )
+    }
 
 
 def _shadows_by_name(

@@ -1,5 +1,6 @@
 """BEMA: an average whose lag is corrected by how far the params have moved."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -10,12 +11,8 @@ import numpy as np
 import optax
 
 from ema_optax import folding, selection, storage, trees
-from ema_optax.states import (
-    BemaParamsState,
-    BemaRecord,
-    bema_record_of,
-    bema_state_type,
-)
+from ema_optax.average import Average
+from ema_optax.states import BemaMadeBy, BemaParamsState
 
 _NUMBERS = (int, float, np.integer, np.floating)
 
@@ -91,16 +88,15 @@ def bema_params(
     >>> shadow_params(state, params)["w"]  # 0.75 + (3 + 1)^−.2·(0.5 − 1)
     Array([0.37107...], dtype=float32)
     """
-    record = _checked(every, ema_power, bias_power, lag, multiplier, min_newest_weight)
+    made_by = _checked(every, ema_power, bias_power, lag, multiplier, min_newest_weight)
     dtype = storage.check_shadow_dtype(shadow_dtype)
-    make_state = bema_state_type(record)
 
     def init(params: Any) -> BemaParamsState:
         chosen = selection.averaged_only(params, mask)
         # Both in buffers of their own: a step may donate params and state together.
         average = jax.tree.map(lambda p: storage.start(p, dtype), chosen)
         anchor = jax.tree.map(lambda p: jnp.array(p, jnp.result_type(p)), chosen)
-        return make_state(jnp.zeros([], jnp.int32), average, anchor)
+        return BemaParamsState(jnp.zeros([], jnp.int32), average, anchor, made_by)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -110,44 +106,97 @@ def bema_params(
         count = jnp.asarray(optax.safe_increment(state.count))
         (average,) = folding.fold_update(
             [state.average],
-            [functools.partial(_newest_weight, record)],
+            [functools.partial(_newest_weight, made_by)],
             updates,
             params,
             count=count,
-            every=record.every,
+            every=made_by.every,
         )
-        return updates, make_state(count, average, state.anchor)
+        return updates, BemaParamsState(count, average, state.anchor, made_by)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def corrected(state: BemaParamsState, params: Any) -> Any:
-    """Returns s + a·(p − p₀), in float32 or wider.
+CALLED = " (bema_params)"  # after the path of a state, in errors
 
-    Args:
-        state: A state that `bema_params` made; or several, stacked by `jax.vmap`.
-        params: The live params p.
 
-    Returns:
-        A tree like `state.average`, in arrays of its own.
+def average_of(path: str, state: BemaParamsState) -> "BemaAverage":
+    """Returns the average of a state at a path."""
+    return BemaAverage(
+        path, "", state.count, state.made_by, state.average, anchor=state.anchor
+    )
 
-    Raises:
-        ValueError: If the params do not fit it, or the state was made by hand.
-    """
-    record = bema_record_of(state)
-    leaves = folding.matching_leaves(state.average, params)
-    structure = jax.tree.structure(state.average, is_leaf=trees.is_placeholder)
-    live = structure.flatten_up_to(params)
-    anchors = structure.flatten_up_to(state.anchor)
-    for i, leaf in enumerate(leaves):
-        if not trees.is_placeholder(leaf):
-            leaves[i] = _corrected(leaf, live[i], anchors[i], state.count, record)
-    return jax.tree.unflatten(structure, leaves)
+
+@dataclasses.dataclass(frozen=True)
+class BemaAverage(Average):
+    """The average of a `BemaParamsState`, whose shadow is computed when it is read."""
+
+    made_by: BemaMadeBy | None
+    is_computed = True
+    anchor: optax.Params = None
+
+    @property
+    def where(self) -> str:
+        """Its place in errors."""
+        return self.path + CALLED
+
+    def read(self, params: optax.Params | None) -> optax.Params:
+        """Returns s + a·(p − p₀), in float32 or wider, in arrays of its own.
+
+        Args:
+            params: The live params p. The state may be several, stacked by `jax.vmap`.
+
+        Raises:
+            ValueError: If there are none, they do not fit, or the state was made by
+                hand.
+        """
+        if params is None:
+            raise ValueError(
+                f"The shadow at '{self.where}' is computed from the live params, and "
+                "there are none. Call shadow_params(opt_state, params). The average "
+                "without its correction is the state's `average`."
+            )
+        if self.made_by is None:
+            raise ValueError(
+                "This BemaParamsState was made by hand and does not say its "
+                "bias_power, lag and multiplier, which reading it needs. Start from "
+                "bema_params(...).init(params), and put other values in with "
+                "state._replace(count=…, average=…, anchor=…)."
+            )
+        params = trees.arranged(params, self.tree)
+        leaves = folding.matching_leaves(self.tree, params)
+        structure = jax.tree.structure(self.tree, is_leaf=trees.is_placeholder)
+        live = structure.flatten_up_to(params)
+        anchors = structure.flatten_up_to(self.anchor)
+        for i, leaf in enumerate(leaves):
+            if not trees.is_placeholder(leaf):
+                leaves[i] = _corrected(
+                    leaf, live[i], anchors[i], self.count, self.made_by
+                )
+        return jax.tree.unflatten(structure, leaves)
+
+    def decay_at(self, count: jax.Array) -> jax.Array | None:
+        """Returns 1 − b of the newest fold; None where the state was made by hand."""
+        weight = self.weight_of_fold(count)
+        return None if weight is None else 1 - weight
+
+    def weight_of_fold(self, count: jax.Array) -> jax.Array | None:
+        """Returns b of the newest fold; None where the state was made by hand."""
+        if self.made_by is None:
+            return None
+        every = self.made_by.every
+        return _newest_weight(self.made_by, jnp.maximum(count - count % every, every))
+
+    def log_kept(self, steps: jax.Array) -> jax.Array:
+        """Returns log(1 − b) at the steps that fold, and 0 at the others."""
+        assert self.made_by is not None
+        logs = jnp.log1p(-_newest_weight(self.made_by, steps))
+        return jnp.where(steps % self.made_by.every == 0, logs, 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _corrected(
-    average: jax.Array, param: Any, anchor: Any, count: Any, record: BemaRecord
+    average: jax.Array, param: Any, anchor: Any, count: Any, record: BemaMadeBy
 ) -> jax.Array:
     slot = jnp.result_type(param)
     dtype = np.promote_types(trees.wide(average.dtype), slot)
@@ -159,32 +208,32 @@ def _corrected(
     return jnp.where(jnp.isfinite(moved.astype(slot)), moved, s)
 
 
-def _newest_weight(record: BemaRecord, count: Any) -> jax.Array:
+def _newest_weight(record: BemaMadeBy, count: Any) -> jax.Array:
     """The weight of new params in the fold at t: b = max((ρ + γt)^−κ, min)."""
     return jnp.maximum(
         _age(record, count) ** -record.ema_power, record.min_newest_weight
     )
 
 
-def _bias_weight(record: BemaRecord, count: Any) -> jax.Array:
+def _bias_weight(record: BemaMadeBy, count: Any) -> jax.Array:
     """What counts of the way from p₀ when read at t: a = (ρ + γt)^−η."""
     return _age(record, count) ** -record.bias_power
 
 
-def _age(record: BemaRecord, count: Any) -> jax.Array:
+def _age(record: BemaMadeBy, count: Any) -> jax.Array:
     t = jnp.asarray(count, float)  # float32, or float64 where x64 is enabled
     return record.lag + record.multiplier * t
 
 
-def _checked(every: Any, *numbers: Any) -> BemaRecord:
-    every = folding.check_period(every, "every", BemaRecord._fields)
-    record = BemaRecord(every, *numbers)
+def _checked(every: Any, *numbers: Any) -> BemaMadeBy:
+    every = folding.check_period(every, "every", BemaMadeBy._fields)
+    record = BemaMadeBy(every, *numbers)
     for name, value in record._asdict().items():
         if isinstance(value, bool) or not isinstance(value, _NUMBERS):
             raise TypeError(
                 f"{name} must be a Python number, got {type(value).__name__}: it is "
                 "kept in the type of the state. optax.inject_hyperparams turns every "
-                f"number into an array: pass it static_args={BemaRecord._fields}."
+                f"number into an array: pass it static_args={BemaMadeBy._fields}."
             )
     intervals = {
         "ema_power": (0 <= record.ema_power < math.inf, "κ ≥ 0, such as 0.5"),
@@ -198,7 +247,7 @@ def _checked(every: Any, *numbers: Any) -> BemaRecord:
             raise ValueError(
                 f"bema_params takes {name} {interval}, got {getattr(record, name)!r}."
             )
-    record = BemaRecord(every, *map(float, numbers))
+    record = BemaMadeBy(every, *map(float, numbers))
     first = (record.lag + record.multiplier * every) ** -record.ema_power
     if first > 1:
         raise ValueError(

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from ema_optax import shadows, trees
-from ema_optax.decay import Decay
-from ema_optax.states import EmaParamsState, record_of
+from ema_optax import averages, trees
+from ema_optax.average import Average
 
 _BLOCK = 4096  # updates whose decays are looked at together
 _NOTHING_LEFT = -100.0  # as the log of a weight: below what float32 can show
@@ -60,41 +60,37 @@ def metrics(
     >>> int(found["nonfinite_params"]), int(found["nonfinite_shadow"])
     (1, 0)
     """
-    states = shadows.ema_states(opt_state)
-    if not states:
-        raise ValueError(
-            f"There is no shadow of ema_params in this {type(opt_state).__name__}. "
-            "Chain one last: optax.chain(optimizer, ema_optax.ema_params(0.9999))."
-        )
-    names = sorted(
-        {key for state in states.values() for key in shadows.names_of(state)}
-    )
-    if name is not None or names == [""]:
-        return _metrics(opt_state, params, name)
+    found = averages.find(opt_state)
+    if name is not None or len(found.names) < 2:
+        return _metrics(found.called(name), params)
     return {
         f"{key}/{what}" if key else what: value
-        for key in names
-        for what, value in _metrics(opt_state, params, key or None).items()
+        for key in found.names
+        for what, value in _metrics(
+            [average for average in found if average.name == key], params
+        ).items()
     }
 
 
-def _metrics(opt_state: Any, params: Any, name: str | None) -> dict[str, jax.Array]:
-    shadow = shadows.joined(shadows.find(opt_state, params, name))
+def _metrics(found: Sequence[Average], params: optax.Params) -> dict[str, jax.Array]:
+    shadow = averages.joined({each.where: _kept(each, params) for each in found})
+    params = trees.arranged(params, shadow)
     difference = trees.difference(shadow, params, ("shadow", "params"))
     if difference:
         raise ValueError(f"The shadow does not fit these params: {difference}.")
-    found: dict[str, jax.Array] = {}
-    states = [
-        state
-        for state in shadows.ema_states(opt_state).values()
-        if (name or "") in shadows.names_of(state)
-    ]
-    decay, every, stochastic = _one_record(states, name or "")
-    count = states[0].count
+    figures: dict[str, jax.Array] = {}
+    first = found[0]
+    alike = all(
+        (type(each), each.decay, each.made_by)
+        == (type(first), first.decay, first.made_by)
+        for each in found
+    )
+    count = first.count
+    weight = first.weight_of_fold(count) if alike else None
+    decay = first.decay_at(count) if alike else None
     if decay is not None:
-        step = jnp.maximum(count, 1)
-        found["decay"] = decay(step)
-        found["initial_weight"] = jnp.exp(_total_log(decay, count, every))
+        figures["decay"] = decay
+        figures["initial_weight"] = jnp.exp(_total_log(first))
     leaves = jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
     pairs = [
         (s, p)
@@ -112,56 +108,45 @@ def _metrics(opt_state: Any, params: Any, name: str | None) -> dict[str, jax.Arr
         size += jnp.sum(jnp.where(fine, jnp.abs(s), 0) ** 2).astype(jnp.float32)
         for i, x in enumerate((p, s)):
             bad[i] += jnp.sum(~jnp.isfinite(x), dtype=jnp.int32)
-    found["distance"] = jnp.sqrt(apart / jnp.where(size == 0, 1, size))
-    if decay is not None:
-        weight = decay.newest_weight(jnp.maximum(count, every), every)
-        halves = [_half_ulp(s, stochastic) for s, _ in pairs]
-        found["dead_zone"] = jnp.float32(max(halves, default=0.0)) / weight
-    found |= {"nonfinite_params": bad[0], "nonfinite_shadow": bad[1]}
+    figures["distance"] = jnp.sqrt(apart / jnp.where(size == 0, 1, size))
+    if weight is not None:
+        halves = [_half_ulp(s, first) for s, _ in pairs]
+        figures["dead_zone"] = jnp.float32(max(halves, default=0.0)) / weight
+    figures |= {"nonfinite_params": bad[0], "nonfinite_shadow": bad[1]}
     return {
         key: value if value.dtype == jnp.int32 else value.astype(jnp.float32)
-        for key, value in found.items()
+        for key, value in figures.items()
     }
 
 
-def _one_record(
-    states: Sequence[EmaParamsState], name: str
-) -> tuple[Decay | None, int, bool]:
-    """Returns decay, every and rounding of states that agree; no decay otherwise."""
-    known = [
-        (record.decays.get(name), record.every, record.stochastic)
-        for record in map(record_of, states)
-        if record is not None
-    ]
-    alike = len(known) == len(states) and all(each == known[0] for each in known)
-    return known[0] if alike else (None, 1, False)
+def _kept(average: Average, params: optax.Params) -> optax.Params:
+    """Returns what is folded: of BEMA the average without its correction."""
+    return average.tree if average.is_computed else average.read(params)
 
 
-def _half_ulp(shadow: jax.Array, stochastic: bool) -> float:
+def _half_ulp(shadow: jax.Array, average: Average) -> float:
     """Returns half an ulp of 1 in a shadow's dtype; 0 where chance decides."""
-    kind = jnp.finfo(shadow.dtype)
-    by_chance = shadow.dtype == jnp.bfloat16 or (
-        stochastic and shadow.dtype == jnp.float32
-    )
-    return 0.0 if by_chance else math.ldexp(1.0, -kind.nmant - 1)
+    if average.is_rounded_by_chance(shadow.dtype):
+        return 0.0
+    return math.ldexp(1.0, -jnp.finfo(shadow.dtype).nmant - 1)
 
 
-def _total_log(decay: Decay, count: jax.Array, every: int) -> jax.Array:
-    """Returns the log of what is left of the initial params, for any decay.
+def _total_log(average: Average) -> jax.Array:
+    """Returns the log of what is left of the initial params, of any kind of average.
 
     Few have a closed form for it, so all updates are looked at, in blocks, until
     nothing is left.
     """
-    folded = count - count % every
+    folded = average.count - average.count % (average.every or 1)
 
-    def going_on(carry: Any) -> jax.Array:
+    def going_on(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
         first, total = carry
         return (first <= folded) & (total > _NOTHING_LEFT)
 
-    def add(carry: Any) -> Any:
+    def add(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         first, total = carry
         steps = first + jnp.arange(_BLOCK)
-        logs = jnp.log1p(-decay.newest_weight(steps))
+        logs = average.log_kept(steps)
         return first + _BLOCK, total + jnp.sum(jnp.where(steps <= folded, logs, 0))
 
     start = jnp.int32(1), jnp.zeros([], float)

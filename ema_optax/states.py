@@ -1,55 +1,76 @@
-"""The state of an average: a count, its shadows, and a record of what made them."""
+"""The states of averages: plain pytrees, with a static record of what made them."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+import json
+from typing import Any, NamedTuple
 
 import jax
+import optax
 
-from ema_optax import packing
 from ema_optax.decay import Decay
 from ema_optax.placement import Homes
 
 
-class Record(NamedTuple):
-    """What a transform was given, kept with its state.
-
-    Attributes:
-        decays: Each shadow's decay by name (`""` where it has none), or None where it
-            cannot be written down: a plain callable, or an injected array.
-        every: Updates between folds.
-        homes: Where each leaf of a shadow lives; None where it is with its param.
-        stochastic: Whether float32 shadows are rounded stochastically.
-    """
-
-    decays: Mapping[str, Decay | None]
+class _EmaFields(NamedTuple):
+    decays: str
     every: int
-    homes: Homes | None = None
-    stochastic: bool = False
+    rounding: str
 
 
-class EmaParamsState(NamedTuple):
-    """State of `ema_params`.
+@jax.tree_util.register_static
+class EmaMadeBy(_EmaFields):
+    """What `ema_params` was given, kept with its state; no leaves, hashable.
+
+    Text and numbers alone, which any serializer of states can write. Where the shadows
+    live is kept beside these fields: a serializer drops it, and the next update finds
+    it again.
 
     Attributes:
-        count: int32[], the number of updates seen.
-        shadow: A tree like the params, with `optax.MaskedNode()` where a leaf is not
-            averaged; or, in a `NamedShadowsState`, a dict of such trees.
+        decays: JSON object from the name of each shadow (`""` where it has none) to its
+            decay, or to null where that cannot be written: a callable, or an injected
+            array.
+        every: Updates between folds.
+        rounding: `"stochastic"`, or `"nearest"`, which leaves out bfloat16.
+        homes: Where each leaf of a shadow lives; None where all are with their params.
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] as in Optax
-    shadow: Any
+    homes: Homes | None = None
+
+    def at(self, homes: Homes | None) -> "EmaMadeBy":
+        """Returns the same record for shadows that live somewhere."""
+        placed = EmaMadeBy(*self)
+        placed.homes = homes
+        return placed
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the shadows; an empty one where they have none."""
+        return tuple(_parsed(self.decays))
+
+    def decay(self, name: str) -> Decay | None:
+        """Returns the decay of a shadow; None where it could not be written."""
+        return _parsed(self.decays).get(name)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, EmaMadeBy)
+            and tuple(self) == tuple(other)
+            and self.homes == other.homes
+        )
+
+    def __hash__(self) -> int:
+        return hash((*self, self.homes))
+
+    def __getstate__(self) -> None:
+        """Pickles the fields alone: devices cannot be pickled."""
+
+    def __deepcopy__(self, _: object) -> "EmaMadeBy":
+        return self  # nothing in it changes
 
 
-class NamedShadowsState(EmaParamsState):
-    """State of `ema_params` with decays by name: `shadow` maps each name to a tree.
-
-    A type of its own, because params may be a dict of like trees themselves.
-    """
-
-
-class BemaRecord(NamedTuple):
-    """What `bema_params` was given, kept with its state; hashable."""
+@jax.tree_util.register_static
+class BemaMadeBy(NamedTuple):
+    """What `bema_params` was given, kept with its state; no leaves, hashable."""
 
     every: int
     ema_power: float
@@ -63,6 +84,29 @@ class BemaRecord(NamedTuple):
         return f"bema_params({given})"
 
 
+class EmaParamsState(NamedTuple):
+    """State of `ema_params`.
+
+    Attributes:
+        count: int32[], the number of updates seen.
+        shadow: A tree like the params, with `optax.MaskedNode()` where a leaf is not
+            averaged; in a `NamedShadowsState` a dict of such trees. With `pack_small`,
+            packed: read it with `ema_optax.shadow_params`.
+        made_by: What `ema_params` was given, without leaves; None by hand.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] as in Optax
+    shadow: optax.Params
+    made_by: EmaMadeBy | None = None
+
+
+class NamedShadowsState(EmaParamsState):
+    """State of `ema_params` with decays by name: `shadow` maps each name to a tree.
+
+    A type of its own, because params may be a dict of like trees themselves.
+    """
+
+
 class BemaParamsState(NamedTuple):
     """State of `bema_params`, from which `shadow_params` computes the shadow.
 
@@ -71,96 +115,29 @@ class BemaParamsState(NamedTuple):
         average: s, a tree like the params, with `optax.MaskedNode()` where a leaf is
             not averaged.
         anchor: p₀, the params at init in their own dtypes, with the same placeholders.
+        made_by: What `bema_params` was given, without leaves; None by hand.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] as in Optax
-    average: Any
-    anchor: Any
+    average: optax.Params
+    anchor: optax.Params
+    made_by: BemaMadeBy | None = None
 
 
-class _Recorded:
-    """Mixed into the states that a transform makes; `record` is part of their type.
-
-    A pytree node keeps its type through every transformation and has no room for
-    static data beside its leaves; a field would be saved, mapped over and counted.
-    """
-
-    record: ClassVar[Any]
-    made_by: ClassVar[tuple[Any, tuple[Any, ...]]]  # what made the type, and from what
-
-    def __reduce__(self) -> Any:
-        state: Any = self
-        return _unpickle, (*self.made_by, tuple(state))
-
-
-class _AsTrees:
-    """Mixed into the states of `ema_params`, so that nobody sees what is packed."""
-
-    @property
-    def shadow(self) -> Any:
-        return packing.unpacked(stored_shadow(self))
-
-    def _replace(self, **fields: Any) -> Any:
-        if "shadow" in fields:
-            fields["shadow"] = packing.packed_like(
-                fields["shadow"], stored_shadow(self)
-            )
-        state: Any = super()
-        return state._replace(**fields)
-
-
-def stored_shadow(state: Any) -> Any:
-    """Returns the shadow of a state of `ema_params` as it is stored: maybe packed."""
-    return state[1]
-
-
-def record_of(state: EmaParamsState) -> Record | None:
-    """Returns what made a state, or None for one made by hand or by another library."""
-    return state.record if isinstance(state, _Recorded) else None
-
-
-def bema_record_of(state: BemaParamsState) -> BemaRecord:
-    """Returns what made a state of `bema_params`.
-
-    Raises:
-        ValueError: If it was made by hand, and does not say.
-    """
-    if isinstance(state, _Recorded):
-        return state.record
-    raise ValueError(
-        "This BemaParamsState was made by hand and does not say its bias_power, lag "
-        "and multiplier, which reading it needs. Start from bema_params(...)"
-        ".init(params), and put other values in with state._replace(count=…, "
-        "average=…, anchor=…)."
+def written(decays: dict[str, Decay | None]) -> str:
+    """Returns decays by name as the JSON that `EmaMadeBy` holds."""
+    return json.dumps(
+        {
+            name: json.loads(decay.to_json()) if decay else None
+            for name, decay in decays.items()
+        }
     )
 
 
 @functools.cache
-def state_type(
-    named: bool,
-    decays: tuple[tuple[str, Decay | None], ...],
-    every: int,
-    homes: Homes | None,
-    stochastic: bool,
-) -> type[EmaParamsState]:
-    """Returns the type of a transform's states, the same for the same arguments."""
-    base = NamedShadowsState if named else EmaParamsState
-    made_by = (state_type, (named, decays, every, homes, stochastic))
-    bases = (_Recorded, _AsTrees, base)
-    return _recorded(bases, Record(dict(decays), every, homes, stochastic), made_by)
-
-
-@functools.cache
-def bema_state_type(record: BemaRecord) -> type[BemaParamsState]:
-    """Returns the type of the states of `bema_params`, the same for the same record."""
-    bases = (_Recorded, BemaParamsState)
-    return _recorded(bases, record, (bema_state_type, (record,)))
-
-
-def _recorded(bases: tuple[type, ...], record: Any, made_by: Any) -> Any:
-    members = {"record": record, "made_by": made_by, "__doc__": bases[-1].__doc__}
-    return type(bases[-1].__name__, bases, members)
-
-
-def _unpickle(make_type: Any, key: Any, fields: Any) -> Any:
-    return make_type(*key)(*fields)
+def _parsed(decays: str) -> dict[str, Decay | None]:
+    fields: dict[str, Any] = json.loads(decays)
+    return {
+        name: Decay.from_json(field) if field else None
+        for name, field in fields.items()
+    }

@@ -159,7 +159,7 @@ def joined(
     parts: dict[str, dict[str, Any]] = {}
     for average in found:
         tree = tree_of_average(average)
-        parts.setdefault(tree_of(average.name), {})[average.path] = tree
+        parts.setdefault(tree_of(average.name), {})[average.where] = tree
     return {name: averages.joined(trees) for name, trees in parts.items()}
 
 

@@ -33,7 +33,11 @@ def named(caller: str, decays: DecayLike | Named) -> Named:
     Raises:
         ValueError: If there is none, or more than curves can be told apart.
     """
-    found = decays if isinstance(decays, Mapping) else {f"{as_decay(decays, caller)}": decays}
+    found = (
+        decays
+        if isinstance(decays, Mapping)
+        else {f"{as_decay(decays, caller)}": decays}
+    )
     if not 1 <= len(found) <= len(CURVES):
         raise ValueError(
             f"{caller} draws one to {len(CURVES)} decays, which dashes and colours "
