@@ -13,7 +13,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ema_optax
 from ema_optax import checkpoint, packing, placement, shadow_params
-from ema_optax.states import record_of, stored_shadow
 
 DECAYS = {"fast": 0.5, "slow": ema_optax.constant(0.99)}
 
@@ -93,14 +92,16 @@ def test_the_same_bits_as_leaf_by_leaf(decay, every):
     new, found = train(packed, params, packed.init(params), 7)
     assert isinstance(found, ema_optax.EmaParamsState)
     assert len(jax.tree.leaves(found)) < len(jax.tree.leaves(expected)) / 2
-    assert_same(found.shadow, expected.shadow)
+    assert_same(packing.unpacked(found.shadow), packing.unpacked(expected.shadow))
     assert int(found.count) == 7
     name = "slow" if isinstance(decay, dict) else None
     assert_same(
         shadow_params(found, new, name=name), shadow_params(expected, new, name=name)
     )
     with pytest.raises(AssertionError):  # the run moves what is compared
-        assert_same(found.shadow, packed.init(params).shadow)
+        assert_same(
+            packing.unpacked(found.shadow), packing.unpacked(packed.init(params).shadow)
+        )
 
 
 def test_bfloat16_shadows_follow_too():
@@ -110,7 +111,9 @@ def test_bfloat16_shadows_follow_too():
     _, expected = train(plain, params, plain.init(params), 30)
     _, found = train(packed, params, packed.init(params), 30)
     for a, b in zip(
-        jax.tree.leaves(found.shadow), jax.tree.leaves(expected.shadow), strict=True
+        jax.tree.leaves(packing.unpacked(found.shadow)),
+        jax.tree.leaves(packing.unpacked(expected.shadow)),
+        strict=True,
     ):
         assert a.dtype == b.dtype
         a, b = (np.asarray(x, complex) for x in (a, b))
@@ -137,16 +140,19 @@ def test_states_go_through_everything(decay):
         jax.eval_shape(transform.init, params),
         copy.deepcopy(state),
         pickle.loads(pickle.dumps(state)),
-        state._replace(shadow=state.shadow),
         state._replace(count=state.count),
         transform.update(jax.tree.map(jnp.zeros_like, params), state, params)[1],
     ):
-        assert record_of(other) == record_of(state)
+        assert other.made_by == state.made_by
         assert jax.tree.structure(other) == jax.tree.structure(state)
-        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), other.shadow)
-        assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), state.shadow)
+        shapes = jax.tree.map(
+            lambda x: (x.shape, x.dtype), packing.unpacked(other.shadow)
+        )
+        assert shapes == jax.tree.map(
+            lambda x: (x.shape, x.dtype), packing.unpacked(state.shadow)
+        )
     assert "Packed(flat=" in repr(state)
-    changed = jax.tree.map(lambda x: x + 1, state.shadow)
+    changed = jax.tree.map(lambda x: x + 1, packing.unpacked(state.shadow))
     assert_same(state._replace(shadow=changed).shadow, changed)
 
 
@@ -163,7 +169,7 @@ def test_a_donated_state_is_folded_in_place():
 
     params = jax.tree.map(jnp.copy, params)
     carry = params, optimizer.init(params)
-    buffers = stored_shadow(carry[1][1]).flat
+    buffers = carry[1][1].shadow.flat
     for _ in range(3):
         carry = step(*carry)
     assert all(buffer.is_deleted() for buffer in buffers)
@@ -189,12 +195,16 @@ def test_checkpoints_do_not_see_it(tmp_path, saved, resumed, decay):
     expected = train(transforms[0], params, transforms[0].init(params), 4)
     expected = train(transforms[0], *expected, 2)
     assert_same(found[0], expected[0])
-    assert_same(found[1].shadow, expected[1].shadow)
+    assert_same(packing.unpacked(found[1].shadow), packing.unpacked(expected[1].shadow))
     assert int(found[1].count) == 6
     like = {"layers": ran["layers"]}
     tree = "shadow/slow" if decay is DECAYS else "shadow"
     read = checkpoint.restore(tmp_path, tree, like=like)
-    held = state.shadow["slow"] if decay is DECAYS else state.shadow
+    held = (
+        packing.unpacked(state.shadow)["slow"]
+        if decay is DECAYS
+        else packing.unpacked(state.shadow)
+    )
     np.testing.assert_array_equal(read["layers"][2]["w"], held["layers"][2]["w"])
 
 
@@ -207,7 +217,7 @@ def test_a_strangers_checkpoint_holds_the_state_as_it_is(tmp_path):
         checkpointer.wait_until_finished()
         found = checkpointer.restore(tmp_path / "state", state)
     assert jax.tree.structure(found) == jax.tree.structure(state)
-    assert_same(found.shadow, params)
+    assert_same(packing.unpacked(found.shadow), params)
 
 
 def test_what_is_packed():
@@ -222,7 +232,7 @@ def test_what_is_packed():
     transform = ema_optax.ema_params(
         0.9, mask={key: key != "frozen" for key in params}, pack_small=True
     )
-    packed = stored_shadow(transform.init(params))
+    packed = transform.init(params).shadow
     assert [flat.shape for flat in packed.flat] == [(128 * 128 + 3,)]
     assert [getattr(leaf, "shape", None) for leaf in packed.apart] == [
         (2,),
@@ -244,14 +254,14 @@ def test_on_a_mesh_only_whole_leaves_are_packed(kind):
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     transform = ema_optax.ema_params(0.9, pack_small=True)
     state = transform.init(params)
-    (flat,) = stored_shadow(state).flat
+    (flat,) = state.shadow.flat
     assert flat.sharding.is_equivalent_to(whole, 1)
     placed = ema_optax.ema_params(
         0.9, pack_small=True, shadow_sharding={"w0": rows, "w1": rows} | {
             "w2": None, "w3": None
         },
     )  # fmt: skip
-    packed = stored_shadow(placed.init(params))
+    packed = placed.init(params).shadow
     assert [flat.shape for flat in packed.flat] == [(8,)]
     assert [leaf.sharding for leaf in packed.apart] == [rows, rows]
 

@@ -78,7 +78,5 @@ def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, number
     with pytest.raises(kind, match=r"m\.json cannot be read: .*denied|error") as caught:
         read_sealed(path)
     assert type(caught.value) is kind
-    with pytest.raises(
-        kind, match="cannot be read"
-    ):  # nor called another's
+    with pytest.raises(kind, match="cannot be read"):  # nor called another's
         manifest.read_manifest(epath.Path(tmp_path))

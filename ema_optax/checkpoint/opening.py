@@ -57,7 +57,7 @@ class Store:
         )
 
     def _base(self, tree: str) -> str | dict[str, str]:
-        """Returns a tree's folder as TensorStore names it: a URL only where it is one."""
+        """Returns the folder of a tree as TensorStore names it: a URL if it is one."""
         text = str(self._item if tree == PARAMS else self._item / FOLDER)
         if "://" in text:
             return f"{text}/"

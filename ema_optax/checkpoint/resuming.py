@@ -8,7 +8,7 @@ import optax
 from etils import epath
 
 from ema_optax import averages, trees
-from ema_optax.averages import Averages, BemaMadeBy
+from ema_optax.averages import Averages
 from ema_optax.checkpoint.entries import AverageEntry
 from ema_optax.checkpoint.leaves import Place, read
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
@@ -19,6 +19,7 @@ from ema_optax.checkpoint.restoring import (
 )
 from ema_optax.checkpoint.step import bema_arguments, is_empty, joined
 from ema_optax.checkpoint.targets import Target, target_of
+from ema_optax.states import BemaMadeBy
 
 
 def restore_run(

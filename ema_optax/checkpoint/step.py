@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax.typing import ArrayLike, DTypeLike
 
 from ema_optax import averages, trees
-from ema_optax.averages import Average, BemaMadeBy
+from ema_optax.average import Average
 from ema_optax.checkpoint import checksums
 from ema_optax.checkpoint.entries import (
     AverageEntry,
@@ -35,6 +35,7 @@ from ema_optax.checkpoint.manifest import (
     tree_of,
 )
 from ema_optax.checkpoint.untrusted import DEPTH, is_deep, misplaced
+from ema_optax.states import BemaMadeBy
 from ema_optax.version import __version__
 
 SNAPSHOT_DTYPES = ("float16", "bfloat16", "float32")

@@ -60,7 +60,7 @@ def lag(
     marker = "." if raw.size <= style.FEW else None
     ax.plot(updates, raw, label="raw", marker=marker, color="0.45", linewidth=1.1)
     ends = []
-    for (name, decay), look in zip(decays.items(), style.CURVES, strict=False):
+    for (name, decay), look in zip(named.items(), style.CURVES, strict=False):
         late = profile(decay, raw.size, every).mean_age
         told = f"{late:,.1f}" if late < 100 else f"{late:,.0f}"
         shadow = _shadow(raw, decay, raw[0] if start is None else start, every)
