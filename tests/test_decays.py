@@ -119,6 +119,8 @@ def test_beta_is_the_formula(kind):
     for dtype in (np.float32, np.uint8):  # whatever the steps come as
         some = decay(steps[:255].astype(dtype))
         np.testing.assert_array_equal(some, decay(steps[:255]))
+    bytes_ = jnp.asarray(steps[:255], jnp.uint8)  # 10 + 250 is 4 in their own dtype
+    np.testing.assert_allclose(decay(bytes_), expected[:255], rtol=3e-6, atol=1e-12)
     for call in (decay, jax.jit(decay)):
         on_device = call(jnp.asarray(steps))
         assert on_device.dtype == jnp.float32
