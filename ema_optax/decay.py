@@ -123,7 +123,7 @@ class Decay:
             value.is_json
             if isinstance(value, Decay)
             else isinstance(value, (int, float, np.number))
-            for value in self._arguments().values()
+            for value in _arguments(self).values()
         )
 
     def to_json(self) -> str:
@@ -132,13 +132,7 @@ class Decay:
         Raises:
             TypeError: If an argument is a callable or a JAX array.
         """
-        if not self.is_json:
-            raise TypeError(
-                f"{self!r} cannot be written as JSON: it has a callable or a JAX array "
-                "in it. Use one of ema_optax's decays with plain numbers, such as "
-                "warmup(0.9999)."
-            )
-        return json.dumps(self._to_dict())
+        return json.dumps(self, default=_as_json)
 
     @staticmethod
     def from_json(text: str | Mapping[str, Any]) -> "Decay":
@@ -174,34 +168,20 @@ class Decay:
             ) from None
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{k}={v!r}" for k, v in self._arguments().items())
+        arguments = ", ".join(f"{k}={v!r}" for k, v in _arguments(self).items())
         return f"{self.kind}({arguments})"
 
-    def _arguments(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _fields(type(self))}
-
-    def _set(self, **arguments: Any) -> None:
+    def _set(self, **arguments: object) -> None:
         """Fills in the frozen fields, in an `__init__` that takes something else."""
         for name, value in arguments.items():
             object.__setattr__(self, name, value)
-
-    def _to_dict(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {
-            name: value._to_dict()
-            if isinstance(value, Decay)
-            else value.item()  # json does not know NumPy's numbers
-            if isinstance(value, np.number)
-            else value
-            for name, value in self._arguments().items()
-        }
-        return {"kind": self.kind, **arguments}
 
     def _is_on_device(self) -> bool:
         return any(
             value._is_on_device()
             if isinstance(value, Decay)
             else isinstance(value, jax.Array)
-            for value in self._arguments().values()
+            for value in _arguments(self).values()
         )
 
     def _log_product(self, t: Floats, k: int, xp: ModuleType) -> Floats:
@@ -223,6 +203,22 @@ class Decay:
 def _fields(decay: type[Decay]) -> dict[str, Any]:
     """Returns the types of a decay's arguments, by name."""
     return {field.name: field.type for field in dataclasses.fields(cast(Any, decay))}
+
+
+def _arguments(decay: Decay) -> dict[str, Any]:
+    return {name: getattr(decay, name) for name in _fields(type(decay))}
+
+
+def _as_json(value: object) -> Any:
+    """Returns a decay as a dict, and NumPy's numbers as Python's, for `json`."""
+    if isinstance(value, Decay):
+        return {"kind": value.kind, **_arguments(value)}
+    if isinstance(value, np.number):
+        return cast(Any, value).item()
+    raise TypeError(
+        f"A decay with {value!r} in it cannot be written as JSON. Use one of "
+        "ema_optax's decays with plain numbers, such as warmup(0.9999)."
+    )
 
 
 def _check_types(decay: type[Decay], arguments: Mapping[str, Any]) -> None:

@@ -160,8 +160,13 @@ class power(Decay):
                 f"{exponent=}. power(0.05) is a usual choice."
             )
         if exponent is None:
-            assert width is not None
-            exponent = exponent_from_width(width)
+            if not is_known(width):
+                raise TypeError(
+                    "power's width cannot be traced, its exponent can: call "
+                    "exponent_from_width(width) outside jit and vmap, and "
+                    "power(exponent=γ) inside."
+                )
+            exponent = exponent_from_width(cast(float, width))
         if is_known(exponent) and not -1 < exponent < math.inf:
             raise ValueError(
                 f"power needs an exponent above -1, got {exponent}. An exponent of 0 "
