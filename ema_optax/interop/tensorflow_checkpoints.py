@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Imported:
 
 def import_tensorflow(
     source: str | os.PathLike[str],
-    out: Any,
+    out: str | os.PathLike[str],
     *,
     step: int | None = None,
     decay: Decay | None = None,
@@ -106,13 +107,13 @@ def import_tensorflow(
     )
 
 
-def _tensorflow() -> Any:
+def _tensorflow() -> ModuleType:
     with extras.needed_by("import_tensorflow"):
         import tensorflow as tf  # pyright: ignore[reportMissingModuleSource] an extra
     return tf
 
 
-def _prefix(tf: Any, source: str) -> str:
+def _prefix(tf: ModuleType, source: str) -> str:
     """Returns the prefix of the checkpoint that a path means."""
     if os.path.isdir(source):
         listed = tf.train.get_checkpoint_state(source)
@@ -174,7 +175,7 @@ def _number(
 class _Reader:
     """Reads a TensorFlow checkpoint, and turns TensorFlow's errors into ours."""
 
-    def __init__(self, tf: Any, prefix: str) -> None:
+    def __init__(self, tf: ModuleType, prefix: str) -> None:
         self._tf, self._prefix = tf, prefix
 
     def __enter__(self) -> "_Reader":
@@ -217,7 +218,7 @@ class _Reader:
                     key = attribute.checkpoint_key
                     yield key, attribute.full_name or key[: -len(_VALUE)]
 
-    def _call(self, function: Any, argument: str) -> Any:
+    def _call(self, function: Callable[[str], Any], argument: str) -> Any:
         try:
             return function(argument)
         except self._tf.errors.OpError as error:
