@@ -94,7 +94,7 @@ ROOMS = {
         "profile": {"decay_text", "parsing", "sketch"},
         "reconstruct": {"average_files", "averages", "parsing"},
         "sketch": set(),
-        "tables": {"parsing"},
+        "tables": set(),
     },
     "interop": {
         "batch_stats": set(),

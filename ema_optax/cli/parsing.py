@@ -123,6 +123,14 @@ def tell(line: str) -> None:
     print(printable(line), file=sys.stderr)
 
 
+def print_lines(values: Mapping[str, object]) -> None:
+    """Prints values with their names before them; without those that are None."""
+    width = max(map(len, values)) + 2
+    for name, value in values.items():
+        if value is not None:
+            print(f"{name + ':':<{width}}{printable(str(value))}")
+
+
 def print_json(figures: Mapping[str, object]) -> None:
     """Prints JSON for programs, and paths as text."""
     print(json.dumps(figures, indent=2, default=str), flush=True)
