@@ -124,7 +124,7 @@ def _prefix(tf: ModuleType, source: str) -> str:
             for prefix in (here, latest):
                 if os.path.exists(f"{prefix}.index"):
                     return prefix
-        found = sorted(str(path)[: -len(".index")] for path in _indexes(source))
+        found = _prefixes(source)
         if len(found) == 1:
             return found[0]
         have = (
@@ -138,14 +138,10 @@ def _prefix(tf: ModuleType, source: str) -> str:
     match = _FILE.fullmatch(source)
     prefix = match[1] if match else source
     if "://" not in prefix and not os.path.exists(f"{prefix}.index"):
-        near = [str(p)[: -len(".index")] for p in _indexes(os.path.dirname(prefix))]
-        there = (
-            f"There are {', '.join(near[:3])}."
-            if near
-            else (
-                "Pass a prefix, such as run/model.ckpt-300, or the folder of the run."
-            )
-        )
+        near = _prefixes(os.path.dirname(prefix))
+        there = "Pass a prefix, such as run/model.ckpt-300, or the folder of the run."
+        if near:
+            there = f"There are {', '.join(near[:3])}."
         raise FileNotFoundError(
             f"There is no TensorFlow checkpoint {prefix}: {prefix}.index does not "
             f"exist. {there}"
@@ -153,9 +149,8 @@ def _prefix(tf: ModuleType, source: str) -> str:
     return prefix
 
 
-def _indexes(folder: str) -> list[Path]:
-    there = Path(folder or ".")
-    return sorted(there.glob("*.index")) if there.is_dir() else []
+def _prefixes(folder: str) -> list[str]:
+    return sorted(str(p.with_suffix("")) for p in Path(folder or ".").glob("*.index"))
 
 
 def _number(
