@@ -96,7 +96,7 @@ def run(*, steps: int, out: Path, seed: int = 0) -> DemoRun:
                 )
             )
         axes = plots.accuracy_over_steps(*zip(*measured, strict=True))
-        axes.figure.savefig(out / _PICTURE)  # pyright: ignore no SubFigure here
+        axes.figure.savefig(out / _PICTURE)  # pyright: ignore[reportAttributeAccessIssue] no SubFigure
         accuracies = {c.tree: c.after for c in comparisons}
         (out / _MARKER).write_text(json.dumps(marker | {"accuracies": accuracies}))
     except (OSError, checkpoint.CorruptCheckpointError) as error:

@@ -1,7 +1,7 @@
 """Handwritten digits for the demo: the images, a small classifier, its training."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -64,7 +64,7 @@ def load(seed: int) -> Digits:
 
 def train(
     model: Classifier, digits: Digits, *, steps: int, seed: int
-) -> tuple[Any, Any, list[Measured]]:
+) -> tuple[nnx.State, optax.OptState, list[Measured]]:
     """Returns params and optimizer state after training, and the way there."""
     graph, params = nnx.split(model, nnx.Param)
     optimizer = optax.chain(optax.sgd(_LEARNING_RATE, _MOMENTUM), ema_params(_DECAY))
@@ -73,15 +73,18 @@ def train(
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(
-        params: Any, opt_state: Any, images: Any, labels: Any
-    ) -> tuple[Any, Any]:
-        def loss(params: Any) -> jax.Array:
+        params: nnx.State,
+        opt_state: optax.OptState,
+        images: jax.Array,
+        labels: jax.Array,
+    ) -> tuple[nnx.State, optax.OptState]:
+        def loss(params: nnx.State) -> jax.Array:
             logits = nnx.merge(graph, params)(images)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean()
 
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        return cast(nnx.State, optax.apply_updates(params, updates)), opt_state
 
     interval = max(1, steps // _MEASUREMENTS)
     measured = []
@@ -112,7 +115,9 @@ def _noisy_batch(
 
 
 @partial(jax.jit, static_argnums=0)
-def logits(graph: Any, params: Any, images: jax.Array) -> jax.Array:
+def logits(
+    graph: nnx.GraphDef[Classifier], params: nnx.State, images: jax.Array
+) -> jax.Array:
     """Returns logits float32[n, 10] of a classifier given as its graph and params."""
     return nnx.merge(graph, params)(images)
 

@@ -9,12 +9,8 @@ _ITEMS = 32  # of a list or tuple that is written out
 def brief(value: object, limit: int = 100) -> str:
     """Returns a value as Python writes it, of a few words however large it is.
 
-    Containers in it are not followed, so that their depth does not matter, and a dict
-    or a long list is given by its length.
-
-    Args:
-        value: Anything, such as a part of a stranger's JSON.
-        limit: Characters before the text is cut off, and ends in `…`.
+    Containers in it are not followed, so that their depth does not matter; a dict or a
+    long list is given by its length. Text is cut off after `limit` characters.
 
     >>> brief("kernel"), brief([1, [2]]), brief({"a": 1}), brief("a" * 9, limit=4)
     ("'kernel'", '[1, …]', 'a dict of 1', "'aaa…")
@@ -35,10 +31,8 @@ def brief(value: object, limit: int = 100) -> str:
 def one_line(error: object, limit: int | None = 300) -> str:
     r"""Returns an error, or any text, on one line.
 
-    Args:
-        error: What is written as `str` does.
-        limit: Characters before the text is cut off, and ends in `…`: TensorStore's
-            errors are of several pages. None is all of it.
+    It is cut off after `limit` characters, as TensorStore's errors are of several
+    pages; None is all of it.
 
     >>> one_line(ValueError("one\n  two"))
     'one two'
@@ -63,11 +57,7 @@ def nearest_names(
 ) -> list[str]:
     """Returns the names most like one, the most alike first.
 
-    Args:
-        name: What was asked for; its first 200 characters count.
-        names: What there is.
-        count: How many at most.
-        cutoff: How alike they have to be, from 0 to 1, which is the same.
+    `cutoff` is how alike they have to be, from 0 to 1, which is the same.
     """
     return difflib.get_close_matches(name[:200], list(names), count, cutoff)
 

@@ -97,7 +97,7 @@ ROOMS = {
         "profile": {"decay_text", "parsing", "sketch"},
         "reconstruct": {"average_files", "averages", "parsing"},
         "sketch": set(),
-        "tables": {"parsing"},
+        "tables": set(),
     },
     "interop": {
         "batch_stats": set(),
@@ -133,7 +133,7 @@ TOO_LONG = {"families.py"}  # to be divided
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 PRIVATE_AND_SHARED = {"_to_dict", "_scaled", "_logs_on_host"}  # of decays: to be empty
 
-ANY = 0.32  # of annotated arguments: to become .12
+ANY = 0.28  # of annotated arguments: to become .12
 
 # Where packages and the modules in them have different names.
 PACKAGES = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}

@@ -10,7 +10,7 @@ from ema_optax import reconstruction
 from ema_optax.cli import parsing
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.reconstruction import Snapshot
-from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
+from ema_optax.reconstruction.projection import DOUBTFUL, WRONG, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +77,11 @@ def plan(
     if not used or step > snapshots[-1].step:
         reconstruction.reconstruct(snapshots, width=widths, step=step)  # raises why
     steps, exponents, ridge = _numbers(used)
-    rows = []
-    for width in widths:
-        wanted = exponent_from_width(width)
-        x = reconstruction.coefficients(steps, exponents, wanted, step, ridge=ridge)
-        error = reconstruction.profile_error(x, steps, exponents, wanted, step)
-        folder = None if out is None else f"{out.rstrip('/') or '/'}/width-{width}"
-        rows.append(Row(width, error, float(np.linalg.norm(x)), folder))
+    wanted = [exponent_from_width(width) for width in widths]
+    x, errors = fit(steps, exponents, wanted, step, ridge=ridge)
+    folders = [out and f"{out.rstrip('/') or '/'}/width-{width}" for width in widths]
+    gains = np.linalg.norm(x, axis=0).tolist()
+    rows = list(map(Row, widths, errors.tolist(), gains, folders))
     return Plan(step, used, rows)
 
 

@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
         same = "identical" if c.exact else "DIFFERENT"
         table.add_row(name, f"{c.before:.2%}", f"{c.after:.2%}", same)
     Console().print(table)
-    print(f"Picture:    {run.picture}\nCheckpoint: {run.checkpoint}")
+    parsing.print_lines({"Picture": run.picture, "Checkpoint": run.checkpoint})
     if not all(c.exact for c in run.comparisons):
         return parsing.fail(
             "ema-optax demo: error: a restored model does not answer exactly as it did "

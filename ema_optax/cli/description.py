@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ema_optax.checkpoint import Description, Tree
+from ema_optax.cli import parsing
 from ema_optax.cli.parsing import printable
 
 
@@ -23,16 +24,16 @@ def print_tables(found: Description, *, leaves: bool = False) -> None:
 
     from ema_optax.cli import tables
 
+    parsing.print_lines(
+        {
+            "Step": "not in the path" if found.step is None else found.step,
+            "Path": found.path,
+            "Written by": f"ema_optax {found.version}, format {found.format}",
+            "Extra": None if found.extra is None else json.dumps(found.extra),
+        }
+    )
     console = tables.console()
     between = "\n" if console.is_terminal else ", "
-    number = "not in the path" if found.step is None else found.step
-    lines = {
-        "Step": f"{number}",
-        "Path": found.path,
-        "Written by": f"ema_optax {found.version}, format {found.format}",
-        "Extra": "" if found.extra is None else json.dumps(found.extra),
-    }
-    tables.print_lines(console, lines, 12)
     table = tables.table(
         ("tree", "leaves", "size", "dtypes", "decay", "every", "count"),
         right=("leaves", "size", "every", "count"),

@@ -109,14 +109,17 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         parsing.print_json(dataclasses.asdict(done))
         return 0
-    lines = {"Tree": done.tree, "Step": done.step, "Tensors": f"{len(done.names):,}"}
-    lines["Size"] = f"{done.bytes:,} bytes"
-    if "decay" in done.metadata:
-        written = done.metadata["decay"]
-        known = written != "null"
-        lines["Decay"] = Decay.from_json(written) if known else "not recorded"
-    lines["File"] = done.path
-    for name, value in lines.items():
-        if value is not None:
-            print(f"{name + ':':<9}{parsing.printable(str(value))}")
+    decay = done.metadata.get("decay")
+    if decay is not None:
+        decay = "not recorded" if decay == "null" else Decay.from_json(decay)
+    parsing.print_lines(
+        {
+            "Tree": done.tree,
+            "Step": done.step,
+            "Tensors": f"{len(done.names):,}",
+            "Size": f"{done.bytes:,} bytes",
+            "Decay": decay,
+            "File": done.path,
+        }
+    )
     return 0

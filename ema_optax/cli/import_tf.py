@@ -31,8 +31,8 @@ def add(commands: parsing.Commands) -> None:
             "their scopes: enc/w, and as its shadow enc/w/ExponentialMovingAverage.\n"
             "Values and dtypes stay as they are, and global_step is the step.\n"
             "\n"
-            "Told are the variables without a shadow, which are raw in both trees,\n"
-            "and what is left out: optimizer slots, counters, texts. Checkpoints of\n"
+            "Lists the variables without a shadow, which are raw in both trees, and\n"
+            "what is left out: optimizer slots, counters, texts. Checkpoints of\n"
             "tf.train.Checkpoint are read where no two variables have one name.\n"
             "Memory holds params and shadow twice. Nothing is overwritten.\n"
             "\n"
@@ -118,13 +118,13 @@ def _quiet() -> Iterator[None]:
 def _print(done: "Imported") -> None:
     from ema_optax.cli import tables
 
-    console = tables.console()
-    lines = {
-        "From": done.source,
-        "To": f"{done.path}, step {done.step}",
-        "Averaged": f"{len(done.averaged):,} params with a shadow",
-    }
-    tables.print_lines(console, lines, 10)
+    parsing.print_lines(
+        {
+            "From": done.source,
+            "To": f"{done.path}, step {done.step}",
+            "Averaged": f"{len(done.averaged):,} params with a shadow",
+        }
+    )
     table = tables.table(("not averaged", "what it is", "what became of it"))
     for path in done.raw:
         table.add_row(parsing.printable(path), "no shadow", "raw in both trees")
@@ -133,4 +133,4 @@ def _print(done: "Imported") -> None:
         cells = (some(names), role, "left out")
         table.add_row(*map(parsing.printable, cells))
     if table.row_count:
-        console.print(table)
+        tables.console().print(table)

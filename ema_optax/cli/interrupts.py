@@ -5,10 +5,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sys import UnraisableHookArgs
 
 _LATER = 0.05  # seconds, until a callback or destructor has returned
 
@@ -18,11 +14,11 @@ def raised_for_sure() -> Iterator[None]:
     """Sends Ctrl-C again where the block did not end by it.
 
     Python can only report an exception from a destructor or from a callback of the
-    garbage collector, such as JAX's, and goes on. There 1 of 10 demos lost theirs.
+    garbage collector, such as JAX's, and goes on. There 4 of 20 demos lost theirs.
     """
     usual, timers = sys.unraisablehook, []
 
-    def hook(lost: "UnraisableHookArgs") -> None:
+    def hook(lost: "sys.UnraisableHookArgs") -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             usual(lost)
             return

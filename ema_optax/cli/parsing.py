@@ -48,18 +48,9 @@ def add_command(
     explain: Callable[[Exception], str] | None = None,
     on_cpu: bool = False,
 ) -> Parser:
-    """Adds a command.
+    """Adds a command, with the `extra` that its packages come with.
 
-    Args:
-        commands: Those of the parser.
-        name: As it is typed.
-        command: What it does, from its arguments to the exit code.
-        extra: The extras of this library whose packages it needs.
-        summary: One line for `--help`.
-        details: More of them.
-        examples: Whole commands.
-        explain: From any error to the line that is printed. None lets errors through.
-        on_cpu: Whether it leaves accelerators alone.
+    `explain` turns any error into the line that is printed; None lets errors through.
     """
     if on_cpu:
         details += "\n\nWorks on the CPU, unless JAX_PLATFORMS says otherwise."
@@ -121,6 +112,14 @@ def fail(line: str) -> int:
 def tell(line: str) -> None:
     """Prints one line on stderr."""
     print(printable(line), file=sys.stderr)
+
+
+def print_lines(values: Mapping[str, object]) -> None:
+    """Prints values with their names before them; without those that are None."""
+    width = max(map(len, values)) + 2
+    for name, value in values.items():
+        if value is not None:
+            print(f"{name + ':':<{width}}{printable(str(value))}")
 
 
 def print_json(figures: Mapping[str, object]) -> None:

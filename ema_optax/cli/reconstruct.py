@@ -1,4 +1,4 @@
-"""`ema-optax reconstruct`: its arguments, what it reads, and the order of its work."""
+"""`ema-optax reconstruct`: its arguments, its warnings, and the order of its work."""
 
 import argparse
 import contextlib

@@ -1,12 +1,10 @@
-"""Tables and lines for people, with names from files shown as they are."""
+"""Tables on the terminal, with names from files shown as they are."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-from ema_optax.cli.parsing import printable
 
 
 def console() -> Console:
@@ -15,13 +13,6 @@ def console() -> Console:
     if not made.is_terminal:
         made.width = 100_000
     return made
-
-
-def print_lines(to: Console, values: Mapping[str, str], width: int) -> None:
-    """Prints values with their names before them; empty ones are left out."""
-    for name, value in values.items():
-        if value:
-            to.out(f"{name + ':':<{width}}{printable(value)}", highlight=False)
 
 
 def table(columns: Iterable[str], *, right: Iterable[str] = ()) -> Table:

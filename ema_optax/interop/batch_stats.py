@@ -4,14 +4,19 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ema_optax import trees
 from ema_optax.progress import Progress, tracked
+
+Batch: TypeAlias = optax.Params  # an array or a tree of them
+Run: TypeAlias = Callable[[Any, Any, Any], Any]
+_Called: TypeAlias = Callable[[list[Any], Batch], list[Any]]
 
 _COLLECTION = "batch_stats"
 _FAR = 2.0**30  # beside a probe so large, float32 does not see a batch's statistics
@@ -83,7 +88,9 @@ class _Linen:
 
     apply_fn: Callable[..., Any]
 
-    def __call__(self, rest: Any, stats: Any, batch: Any) -> Any:
+    def __call__(
+        self, rest: Mapping[str, Any], stats: optax.Params, batch: Batch
+    ) -> optax.Params:
         out = self.apply_fn({**rest, _COLLECTION: stats}, batch, mutable=[_COLLECTION])
         if (
             not isinstance(out, tuple)
@@ -101,12 +108,12 @@ class _Linen:
 
 
 def averaged_stats(
-    run: Callable[[Any, Any, Any], Any],
-    rest: Any,
-    stats: Any,
-    batches: Iterable[Any],
+    run: Run,
+    rest: Mapping[str, Any],
+    stats: optax.Params,
+    batches: Iterable[Batch],
     progress: Progress,
-) -> Any:
+) -> optax.Params:
     """Returns the plain mean of each batch's statistics, in the dtypes of `stats`.
 
     A layer returns m·old + (1−m)·batch. With old = 0 that is (1−m)·batch, and m is
@@ -124,7 +131,7 @@ def averaged_stats(
     """
     paths, old, structure = trees.flatten(stats)
 
-    def called(leaves: list[Any], batch: Any) -> list[Any]:
+    def called(leaves: list[Any], batch: Batch) -> list[Any]:
         new = _called(run, rest, jax.tree.unflatten(structure, leaves), batch)
         found, leaves, _ = trees.flatten(new)
         if found != paths:
@@ -165,12 +172,16 @@ def averaged_stats(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _called(run: Any, rest: Any, stats: Any, batch: Any) -> Any:
+def _called(
+    run: Run, rest: Mapping[str, Any], stats: optax.Params, batch: Batch
+) -> optax.Params:
     return run(rest, stats, batch)
 
 
 @jax.jit
-def _mean(average: Any, new: Any, count: Any, faulty: Any) -> Any:
+def _mean(
+    average: list[jax.Array], new: list[jax.Array], count: int, faulty: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
     finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in new]).all()
     faulty = jnp.where((faulty == 0) & ~finite, count, faulty)
     return [a + (x - a) / count for a, x in zip(average, new, strict=True)], faulty
@@ -182,7 +193,7 @@ def _with(
     return [make(x) if i in chosen else x for i, x in enumerate(leaves)]
 
 
-def _updated(called: Any, start: list[Any], batch: Any) -> list[int]:
+def _updated(called: _Called, start: list[Any], batch: Batch) -> list[int]:
     """Returns the numbers of the statistics that a batch changes.
 
     The others are used as they are: layers that are frozen.
@@ -207,7 +218,11 @@ def _updated(called: Any, start: list[Any], batch: Any) -> list[int]:
 
 
 def _momenta(
-    called: Any, start: list[Any], updated: list[int], batch: Any, paths: list[str]
+    called: _Called,
+    start: list[Any],
+    updated: list[int],
+    batch: Batch,
+    paths: list[str],
 ) -> list[float]:
     """Returns the momentum of each statistic that is updated."""
     near = called(_with(start, updated, jnp.zeros_like), batch)

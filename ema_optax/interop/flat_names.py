@@ -1,7 +1,7 @@
 """Flat names of leaves from their paths, renamed by whole leaves or by beginnings."""
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import cast
 
 from ema_optax.text import brief, nearest
 
@@ -9,7 +9,9 @@ _LONGEST = 4096  # characters of a name
 SEPARATOR = "."  # of PyTorch's state dicts, and of Flax models among safetensors
 
 
-def flat_names(paths: Collection[str], rename: Any = None) -> dict[str, str]:
+def flat_names(
+    paths: Collection[str], rename: Mapping[str, str | None] | None = None
+) -> dict[str, str]:
     """Returns the name of each path that is not left out.
 
     Args:
@@ -53,7 +55,7 @@ def flat_names(paths: Collection[str], rename: Any = None) -> dict[str, str]:
     return names
 
 
-def _checked(rename: Any) -> Mapping[str, str | None]:
+def _checked(rename: object) -> Mapping[str, str | None]:
     if not isinstance(rename, Mapping):
         raise TypeError(
             f"rename maps stored paths to names, got a {type(rename).__name__}. Pass "
@@ -65,7 +67,7 @@ def _checked(rename: Any) -> Mapping[str, str | None]:
                 f"rename maps stored paths to names, both text, or to None to leave "
                 f"out; got {brief(key)}: {brief(value)}."
             )
-    return rename
+    return cast(Mapping[str, str | None], rename)
 
 
 def _beginnings(path: str) -> Iterator[str]:

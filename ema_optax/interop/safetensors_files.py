@@ -4,12 +4,12 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ema_optax import checkpoint, extras
 from ema_optax.interop.flat_names import flat_names
@@ -40,12 +40,12 @@ class Exported:
 
 
 def export_safetensors(
-    directory: Any,
+    directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     tree: str = "shadow",
     step: int | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     rename: Mapping[str, str | None] | None = None,
     overwrite: bool = False,
 ) -> Exported:
@@ -138,7 +138,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
         )
 
 
-def _dtype(dtype: Any) -> Any:
+def _dtype(dtype: DTypeLike | None) -> np.dtype | None:
     if dtype is None:
         return None
     try:
@@ -203,7 +203,7 @@ def _read(
         raise
 
 
-def _rounded(array: np.ndarray, dtype: Any, path: str) -> np.ndarray:
+def _rounded(array: np.ndarray, dtype: np.dtype | None, path: str) -> np.ndarray:
     if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
     with np.errstate(over="ignore"):  # said below, with the name
@@ -230,7 +230,10 @@ def _metadata(found: checkpoint.Description, tree: str) -> dict[str, str]:
 
 
 def _write(
-    save_file: Any, tensors: dict[str, Any], path: Path, metadata: dict[str, str]
+    save_file: Callable[..., None],
+    tensors: dict[str, np.ndarray],
+    path: Path,
+    metadata: dict[str, str],
 ) -> None:
     """Writes the file beside its place, and puts it there when it is whole."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Imported:
 
 def import_tensorflow(
     source: str | os.PathLike[str],
-    out: Any,
+    out: str | os.PathLike[str],
     *,
     step: int | None = None,
     decay: Decay | None = None,
@@ -106,13 +107,13 @@ def import_tensorflow(
     )
 
 
-def _tensorflow() -> Any:
+def _tensorflow() -> ModuleType:
     with extras.needed_by("import_tensorflow"):
         import tensorflow as tf  # pyright: ignore[reportMissingModuleSource] an extra
     return tf
 
 
-def _prefix(tf: Any, source: str) -> str:
+def _prefix(tf: ModuleType, source: str) -> str:
     """Returns the prefix of the checkpoint that a path means."""
     if os.path.isdir(source):
         listed = tf.train.get_checkpoint_state(source)
@@ -123,7 +124,7 @@ def _prefix(tf: Any, source: str) -> str:
             for prefix in (here, latest):
                 if os.path.exists(f"{prefix}.index"):
                     return prefix
-        found = sorted(str(path)[: -len(".index")] for path in _indexes(source))
+        found = _prefixes(source)
         if len(found) == 1:
             return found[0]
         have = (
@@ -137,14 +138,10 @@ def _prefix(tf: Any, source: str) -> str:
     match = _FILE.fullmatch(source)
     prefix = match[1] if match else source
     if "://" not in prefix and not os.path.exists(f"{prefix}.index"):
-        near = [str(p)[: -len(".index")] for p in _indexes(os.path.dirname(prefix))]
-        there = (
-            f"There are {', '.join(near[:3])}."
-            if near
-            else (
-                "Pass a prefix, such as run/model.ckpt-300, or the folder of the run."
-            )
-        )
+        near = _prefixes(os.path.dirname(prefix))
+        there = "Pass a prefix, such as run/model.ckpt-300, or the folder of the run."
+        if near:
+            there = f"There are {', '.join(near[:3])}."
         raise FileNotFoundError(
             f"There is no TensorFlow checkpoint {prefix}: {prefix}.index does not "
             f"exist. {there}"
@@ -152,9 +149,8 @@ def _prefix(tf: Any, source: str) -> str:
     return prefix
 
 
-def _indexes(folder: str) -> list[Path]:
-    there = Path(folder or ".")
-    return sorted(there.glob("*.index")) if there.is_dir() else []
+def _prefixes(folder: str) -> list[str]:
+    return sorted(str(p.with_suffix("")) for p in Path(folder or ".").glob("*.index"))
 
 
 def _number(
@@ -174,7 +170,7 @@ def _number(
 class _Reader:
     """Reads a TensorFlow checkpoint, and turns TensorFlow's errors into ours."""
 
-    def __init__(self, tf: Any, prefix: str) -> None:
+    def __init__(self, tf: ModuleType, prefix: str) -> None:
         self._tf, self._prefix = tf, prefix
 
     def __enter__(self) -> "_Reader":
@@ -217,7 +213,7 @@ class _Reader:
                     key = attribute.checkpoint_key
                     yield key, attribute.full_name or key[: -len(_VALUE)]
 
-    def _call(self, function: Any, argument: str) -> Any:
+    def _call(self, function: Callable[[str], Any], argument: str) -> Any:
         try:
             return function(argument)
         except self._tf.errors.OpError as error:

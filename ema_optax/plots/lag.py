@@ -1,4 +1,4 @@
-"""`lag`: how far shadows trail behind what they average, drawn."""
+"""Pictures of how far shadows trail behind what they average."""
 
 from collections.abc import Mapping, Sequence
 

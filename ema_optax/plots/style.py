@@ -56,12 +56,7 @@ def dress(
 ) -> None:
     """Gives axes their title and labels, and takes the frame away.
 
-    Args:
-        ax: The axes.
-        title: Above them.
-        xlabel: Below them.
-        ylabel: Beside them.
-        steps: Length of the run, where the x axis is of its updates.
+    With `steps` the x axis is of the updates of a run so long.
     """
     ax.set_title(title, loc="left", fontweight="bold")
     ax.set_xlabel(xlabel)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.progress import Progress
@@ -19,10 +21,10 @@ from ema_optax.reconstruction.sums import weighted_sums
 
 def merge(
     trees: Sequence[Any],
-    coefficients: Any,
+    coefficients: ArrayLike,
     *,
-    params: Any = None,
-    dtype: Any = None,
+    params: optax.Params | None = None,
+    dtype: DTypeLike | None = None,
     progress: Progress = False,
 ) -> Any:
     """Returns Σ coefficientsᵢ·treesᵢ of the leaves that can be averaged.

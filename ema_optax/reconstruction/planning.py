@@ -9,6 +9,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.typing import DTypeLike
 
 from ema_optax import selection
 from ema_optax.power_profiles import exponent_from_width
@@ -62,8 +64,8 @@ def plan(
     snapshots: int = 64,
     tracked: Sequence[float] = (0.05, 0.10),
     widths: Sequence[float] = _WIDTHS,
-    dtype: Any = "float16",
-    params: Any = None,
+    dtype: DTypeLike | None = "float16",
+    params: optax.Params | int | None = None,
 ) -> Plan:
     """Returns which widths a schedule of snapshots will give, and at how many bytes.
 
@@ -121,7 +123,7 @@ def _times(steps: int | Sequence[int], snapshots: int) -> list[int]:
     return [round(length * i / snapshots) for i in range(1, snapshots + 1)]
 
 
-def _elements(params: Any) -> int | None:
+def _elements(params: optax.Params | int | None) -> int | None:
     if params is None:
         return None
     if isinstance(params, (int, float, np.number)):

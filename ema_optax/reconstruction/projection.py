@@ -13,10 +13,11 @@ Source: Karras et al. 2024, arXiv:2312.02696, section 3.2 and appendix C.
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 Numbers: TypeAlias = Sequence[float] | np.ndarray
 
@@ -145,7 +146,7 @@ def profile_error(
     return float(np.sqrt(max(distance, 0.0) / square))
 
 
-def rounding_variance(dtype: Any) -> float:
+def rounding_variance(dtype: DTypeLike) -> float:
     """Returns the mean square of a relative rounding error to a floating dtype.
 
     The mean is over numbers of all sizes: an error is uniform within ±½ of the last

@@ -1,13 +1,18 @@
 """Where the leaves of a sum of trees go: into the slots of params, or as they came."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
 
 from ema_optax import selection, trees
 from ema_optax.reconstruction.sums import InMemory, Source, Target
+
+_Leaf: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
 
 class Slots:
@@ -27,7 +32,9 @@ class Slots:
         ValueError: If the trees, or the params, do not fit each other.
     """
 
-    def __init__(self, given: Sequence[Any], params: Any, dtype: Any) -> None:
+    def __init__(
+        self, given: Sequence[Any], params: optax.Params | None, dtype: DTypeLike | None
+    ) -> None:
         self.sources = [t if isinstance(t, Source) else InMemory(t) for t in given]
         stored = self.sources[0].leaves
         for number, source in enumerate(self.sources):
@@ -73,7 +80,7 @@ class Slots:
             for leaves in sums
         ]
 
-    def _slots(self) -> dict[str, Any]:
+    def _slots(self) -> dict[str, _Leaf]:
         paths, leaves, _ = trees.flatten(self._like)
         return {
             path: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
@@ -83,7 +90,7 @@ class Slots:
 
 
 def _check_same(
-    first: Mapping[str, Any], other: Mapping[str, Any], number: int
+    first: Mapping[str, _Leaf], other: Mapping[str, _Leaf], number: int
 ) -> None:
     odd = sorted(set(first) ^ set(other))
     wrong = [p for p in first if not odd and _kind(first[p]) != _kind(other[p])]
@@ -101,12 +108,12 @@ def _check_same(
         )
 
 
-def _kind(leaf: Any) -> tuple[tuple[int, ...], bool]:
+def _kind(leaf: _Leaf) -> tuple[tuple[int, ...], bool]:
     """Returns what sums must agree in: the shape, and whether numbers are complex."""
     return tuple(leaf.shape), jnp.issubdtype(leaf.dtype, jnp.complexfloating)
 
 
-def _own(path: str, slot: Any) -> Any:
+def _own(path: str, slot: object) -> object:
     if isinstance(slot, jax.ShapeDtypeStruct):
         if 0 in slot.shape:
             return jnp.zeros(slot.shape, slot.dtype)
@@ -117,7 +124,7 @@ def _own(path: str, slot: Any) -> Any:
     return jnp.copy(slot) if isinstance(slot, jax.Array) else slot
 
 
-def _in_kind_of(kind: Any, dtype: Any) -> Any:
+def _in_kind_of(kind: DTypeLike, dtype: DTypeLike) -> DTypeLike:
     """Returns a floating dtype, or its complex one where the leaf is complex."""
     if jnp.issubdtype(kind, jnp.complexfloating):
         return "complex128" if jnp.finfo(dtype).bits == 64 else "complex64"

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.typing import DTypeLike
 
 from ema_optax import selection, trees
 from ema_optax.progress import Progress, shown
@@ -46,7 +48,7 @@ class Source(abc.ABC):
 class InMemory(Source):
     """A tree of arrays as a `Source`: its floating and complex leaves."""
 
-    def __init__(self, tree: Any) -> None:
+    def __init__(self, tree: optax.Params) -> None:
         names, leaves, _ = trees.flatten(tree)
         self._leaves = {
             name: leaf
@@ -268,7 +270,7 @@ def _add(
     list(adders.map(add, edges[:-1], edges[1:]))
 
 
-def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """Returns an array whose memory JAX takes over on CPU, where it is aligned."""
     kind = np.dtype(dtype)
     size = math.prod(shape) * kind.itemsize

@@ -9,6 +9,8 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.typing import DTypeLike
 
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.progress import Progress
@@ -75,8 +77,8 @@ def reconstruct(
     *,
     width: float,
     step: float | None = None,
-    params: Any = None,
-    dtype: Any = None,
+    params: optax.Params | None = None,
+    dtype: DTypeLike | None = None,
     progress: Progress = False,
 ) -> Reconstruction: ...
 
@@ -87,8 +89,8 @@ def reconstruct(
     *,
     width: Sequence[float],
     step: float | None = None,
-    params: Any = None,
-    dtype: Any = None,
+    params: optax.Params | None = None,
+    dtype: DTypeLike | None = None,
     progress: Progress = False,
 ) -> list[Reconstruction]: ...
 
@@ -98,8 +100,8 @@ def reconstruct(
     *,
     width: float | Sequence[float],
     step: float | None = None,
-    params: Any = None,
-    dtype: Any = None,
+    params: optax.Params | None = None,
+    dtype: DTypeLike | None = None,
     progress: Progress = False,
 ) -> Reconstruction | list[Reconstruction]:
     """Returns the average of a width that was not tracked, from those that were.
