@@ -228,7 +228,7 @@ def joined(shadows: Mapping[str, optax.Params]) -> optax.Params:
                 "Give them names, in one transform: "
                 "ema_params({'fast': 0.99, 'slow': 0.9999})"
             )
-            if (path + other_path).endswith(bema.CALLED):
+            if path.endswith(bema.CALLED) or other_path.endswith(bema.CALLED):
                 advice = (
                     "Give the one of ema_params a name: ema_params({'slow': 0.999})"
                 )

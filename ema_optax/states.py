@@ -58,6 +58,9 @@ class EmaMadeBy(_EmaFields):
             and self.homes == other.homes
         )
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # a tuple has its own
+
     def __hash__(self) -> int:
         return hash((*self, self.homes))
 

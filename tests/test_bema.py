@@ -336,7 +336,7 @@ def test_two_kinds_in_one_state():
             "only in the shadow",
         ),
         (
-            lambda s, p: shadow_params(ema_optax.BemaParamsState(*s), p),
+            lambda s, p: shadow_params(s._replace(made_by=None), p),
             ValueError,
             "made by hand.*_replace",
         ),

@@ -153,7 +153,7 @@ def test_a_decay_that_is_not_written_down_is_left_out():
 
 def test_errors():
     params = {"w": jnp.ones(2)}
-    with pytest.raises(ValueError, match="no shadow of ema_params in this"):
+    with pytest.raises(ValueError, match="no shadow in this"):
         metrics(optax.sgd(0.1).init(params), params)
     state = ema_optax.ema_params(0.9).init(params)
     with pytest.raises(ValueError, match=r"'w' is float32\[2\] in the shadow"):
