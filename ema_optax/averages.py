@@ -90,9 +90,11 @@ def _shadows_of(path: str, state: EmaParamsState) -> list[Average]:
 def _put_shadows_back(
     rest: EmaParamsState, old: EmaParamsState, found: Sequence[optax.Params]
 ) -> EmaParamsState:
-    named = isinstance(old, NamedShadowsState)
-    shadow = dict(zip(old.shadow, found, strict=True)) if named else found[0]
-    shadow = packing.packed_like(shadow, old.shadow)
+    old_shadow: Any = old.shadow
+    shadow: Any = found[0]
+    if isinstance(old, NamedShadowsState):
+        shadow = dict(zip(old_shadow, found, strict=True))
+    shadow = packing.packed_like(shadow, old_shadow)
     return old._replace(count=rest.count, shadow=shadow)
 
 
@@ -203,7 +205,16 @@ class Averages:
 
 
 def find(opt_state: optax.OptState) -> Averages:
-    """Returns all averages of an optimizer state, found in one search."""
+    """Returns all averages of an optimizer state, found in one search.
+
+    Raises:
+        TypeError: If it is an optimizer.
+    """
+    if isinstance(opt_state, (optax.GradientTransformation, optax.MultiSteps)):
+        raise TypeError(
+            f"This is an optimizer (a {type(opt_state).__name__}), not its state. Pass "
+            "the state that optimizer.init(params) and optimizer.update return."
+        )
     return Averages(opt_state)
 
 

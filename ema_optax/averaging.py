@@ -125,7 +125,7 @@ def ema_params(
         "stochastic" if stochastic else "nearest",
     )
 
-    def init(params: Any) -> EmaParamsState:
+    def init(params: Any) -> Any:
         def started() -> Any:
             starts = [
                 leaf
@@ -149,7 +149,7 @@ def ema_params(
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, EmaParamsState]:
+    ) -> tuple[Any, Any]:
         del extra_args
         folding.require_params(params, "ema_params")
         count = jnp.asarray(optax.safe_increment(state.count))

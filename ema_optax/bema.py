@@ -91,7 +91,7 @@ def bema_params(
     made_by = _checked(every, ema_power, bias_power, lag, multiplier, min_newest_weight)
     dtype = storage.check_shadow_dtype(shadow_dtype)
 
-    def init(params: Any) -> BemaParamsState:
+    def init(params: Any) -> Any:
         chosen = selection.averaged_only(params, mask)
         # Both in buffers of their own: a step may donate params and state together.
         average = jax.tree.map(lambda p: storage.start(p, dtype), chosen)
@@ -100,7 +100,7 @@ def bema_params(
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, BemaParamsState]:
+    ) -> tuple[Any, Any]:
         del extra_args
         folding.require_params(params, "bema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -133,7 +133,7 @@ class BemaAverage(Average):
 
     made_by: BemaMadeBy | None
     is_computed = True
-    anchor: optax.Params = None
+    anchor: optax.Params = ()
 
     @property
     def where(self) -> str:

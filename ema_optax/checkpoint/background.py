@@ -25,7 +25,6 @@ class Future(Protocol):
 
     def result(self, timeout: float | None = None) -> object:
         """Waits for the end; raises the error of what ran."""
-        ...
 
 
 class AllFutures:

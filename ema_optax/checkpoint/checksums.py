@@ -148,7 +148,7 @@ def refuse_overflow(parts: Mapping[str, Mapping[str, HostParts]]) -> None:
 def digest(array: np.ndarray) -> str:
     """Returns the xxh3 of an array's bytes in C order; runs without the GIL."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return xxhash.xxh3_64_hexdigest(memoryview(data))
+    return xxhash.xxh3_64_hexdigest(memoryview(data))  # pyright: ignore[reportArgumentType] a buffer in 3.11 too
 
 
 def number_of(text: str) -> int:

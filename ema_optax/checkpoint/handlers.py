@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from orbax.checkpoint import multihost, v1
 
 from ema_optax.checkpoint import saving, step
-from ema_optax.checkpoint.background import Future
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW
 from ema_optax.checkpoint.rescue import explained
@@ -32,7 +31,7 @@ class EmaHandler(ocp.AsyncCheckpointHandler):
         # a manager restores the raw params where this library is missing.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
 
-    async def async_save(self, directory: epath.Path, args: "EmaSave") -> list[Future]:
+    async def async_save(self, directory: epath.Path, args: "EmaSave") -> Any:
         """Starts a save and returns the futures that finish it."""
         return await saving.start_save(directory, args.contents, self._trees)
 
@@ -194,7 +193,7 @@ def SnapshotSave(  # noqa: N802 used as the other arguments are
 
 def save_args(contents: step.Step) -> EmaSave:
     """Returns the arguments that save a step as it was built."""
-    args = object.__new__(EmaSave)
+    args: Any = object.__new__(EmaSave)
     args.params = args.opt_state = args.extra = None
     args._contents = contents
     return args

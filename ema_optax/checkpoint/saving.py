@@ -138,7 +138,7 @@ def write_sidecars(item: epath.Path, step: Step, parts: Parts) -> None:
     """Writes this process's checksums and, on process 0, the manifest."""
     sums = {
         name: {
-            path: checksums.pieces_of(each, np.shape(step.leaves[name][path]))
+            path: tuple(checksums.pieces_of(each, np.shape(step.leaves[name][path])))
             for path, each in leaves.items()
         }
         for name, leaves in parts.items()

@@ -41,7 +41,7 @@ class Target:
             return [whole(shape)]
         indices = self.sharding.addressable_devices_indices_map(tuple(shape))
         return list(
-            dict.fromkeys(bounds_of(index, shape) for index in indices.values())
+            dict.fromkeys(bounds_of(index or (), shape) for index in indices.values())
         )
 
     def cast(self, parts: Parts) -> Parts:
@@ -83,7 +83,7 @@ def place_all(
                     shape,
                     sharding,
                     lambda index, parts=parts, shape=shape: parts[
-                        bounds_of(index, shape)
+                        bounds_of(index or (), shape)
                     ],
                 )
             )
