@@ -7,6 +7,7 @@ snapshot has that one alone.
 """
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -58,7 +59,7 @@ async def start_save(
     gate = Gate()
     futures: list[Future] = []
 
-    async def start(folder: epath.Path, tree: Any) -> list[Future]:
+    async def start(folder: epath.Path, tree: Any) -> Sequence[Future]:
         gated = cast(Any, GatedFolder(folder, gate))
         # Copies the arrays to the host before it returns.
         return await handler.async_save(gated, args=_save_args(tree)) or []
