@@ -9,10 +9,16 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from ema_optax import folding, packing, placement, selection, storage, trees
+from ema_optax import fold, packing, placement, selection, trees
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.families import Decay, check_decay, check_wide_enough
 from ema_optax.states import EmaParamsState, record_of, state_type, stored_shadow
+from ema_optax.update import (
+    check_period,
+    fold_update,
+    matching_leaves,
+    require_params,
+)
 
 _STATIC = ("every", "overwrite_every")  # for optax.inject_hyperparams
 
@@ -100,18 +106,16 @@ def ema_params(
     Array([0.9181818], dtype=float32)
     """
     decays = _decays_by_name(decay)
-    every = folding.check_period(every, "every", _STATIC)
+    every = check_period(every, "every", _STATIC)
     if overwrite_every is not None:
-        overwrite_every = folding.check_period(
-            overwrite_every, "overwrite_every", _STATIC
-        )
+        overwrite_every = check_period(overwrite_every, "overwrite_every", _STATIC)
         if len(decays) > 1:
             raise ValueError(
                 f"overwrite_every writes one shadow into the params, got "
                 f"{len(decays)}: {', '.join(decays)}. Give it a transform of its own."
             )
-    dtype = storage.check_shadow_dtype(shadow_dtype)
-    stochastic = storage.check_rounding(rounding, dtype)
+    dtype = fold.check_shadow_dtype(shadow_dtype)
+    stochastic = fold.check_rounding(rounding, dtype)
     several = isinstance(decay, Mapping)
     recorded = _recordable(decay, decays)
 
@@ -123,7 +127,7 @@ def ema_params(
             starts = [
                 leaf
                 if trees.is_placeholder(leaf)
-                else placement.settle(storage.start(leaf, dtype), home)
+                else placement.settle(fold.start(leaf, dtype), home)
                 for leaf, home in zip(
                     leaves, homes or [None] * len(leaves), strict=True
                 )
@@ -144,7 +148,7 @@ def ema_params(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, EmaParamsState]:
         del extra_args
-        folding.require_params(params, "ema_params")
+        require_params(params, "ema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
         record = record_of(state)
         homes = (
@@ -154,7 +158,7 @@ def ema_params(
                 selection.averaged_only(params, mask), shadow_sharding, params_sharding
             )
         )
-        shadows = folding.fold_update(
+        shadows = fold_update(
             _shadows_by_name(stored_shadow(state), decays, several),
             [functools.partial(d.newest_weight, every=every) for d in decays.values()],
             updates,
@@ -202,11 +206,11 @@ def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) ->
     >>> shadow["w"]
     Array([0.02], dtype=float32)
     """
-    weight = storage.split_weight(_newest_weight(decay, count))
-    leaves = folding.matching_leaves(shadow, params)
+    weight = fold.split_weight(_newest_weight(decay, count))
+    leaves = matching_leaves(shadow, params)
     paths, _, structure = trees.flatten(shadow)
     new = structure.flatten_up_to(params)
-    seeds = storage.fold_seeds(0 if count is None else count, len(leaves))
+    seeds = fold.fold_seeds(0 if count is None else count, len(leaves))
     for i, leaf in enumerate(leaves):
         if not selection.is_averaged(leaf):
             continue
@@ -219,7 +223,7 @@ def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) ->
                 "rounding to nearest would freeze. Start the shadow as float32, or "
                 "as bfloat16 and pass count=step for stochastic rounding."
             )
-        leaves[i] = storage.fold(leaf, new[i], weight, seeds[i])
+        leaves[i] = fold.fold(leaf, new[i], weight, seeds[i])
     return jax.tree.unflatten(structure, leaves)
 
 

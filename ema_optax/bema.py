@@ -9,12 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ema_optax import folding, selection, storage, trees
+from ema_optax import fold, selection, trees
 from ema_optax.states import (
     BemaParamsState,
     BemaRecord,
     bema_record_of,
     bema_state_type,
+)
+from ema_optax.update import (
+    check_period,
+    fold_update,
+    matching_leaves,
+    require_params,
 )
 
 _NUMBERS = (int, float, np.integer, np.floating)
@@ -92,13 +98,13 @@ def bema_params(
     Array([0.37107...], dtype=float32)
     """
     record = _checked(every, ema_power, bias_power, lag, multiplier, min_newest_weight)
-    dtype = storage.check_shadow_dtype(shadow_dtype)
+    dtype = fold.check_shadow_dtype(shadow_dtype)
     make_state = bema_state_type(record)
 
     def init(params: Any) -> BemaParamsState:
         chosen = selection.averaged_only(params, mask)
         # Both in buffers of their own: a step may donate params and state together.
-        average = jax.tree.map(lambda p: storage.start(p, dtype), chosen)
+        average = jax.tree.map(lambda p: fold.start(p, dtype), chosen)
         anchor = jax.tree.map(lambda p: jnp.array(p, jnp.result_type(p)), chosen)
         return make_state(jnp.zeros([], jnp.int32), average, anchor)
 
@@ -106,9 +112,9 @@ def bema_params(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, BemaParamsState]:
         del extra_args
-        folding.require_params(params, "bema_params")
+        require_params(params, "bema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
-        (average,) = folding.fold_update(
+        (average,) = fold_update(
             [state.average],
             [functools.partial(_newest_weight, record)],
             updates,
@@ -135,7 +141,7 @@ def corrected(state: BemaParamsState, params: Any) -> Any:
         ValueError: If the params do not fit it, or the state was made by hand.
     """
     record = bema_record_of(state)
-    leaves = folding.matching_leaves(state.average, params)
+    leaves = matching_leaves(state.average, params)
     structure = jax.tree.structure(state.average, is_leaf=trees.is_placeholder)
     live = structure.flatten_up_to(params)
     anchors = structure.flatten_up_to(state.anchor)
@@ -177,7 +183,7 @@ def _age(record: BemaRecord, count: Any) -> jax.Array:
 
 
 def _checked(every: Any, *numbers: Any) -> BemaRecord:
-    every = folding.check_period(every, "every", BemaRecord._fields)
+    every = check_period(every, "every", BemaRecord._fields)
     record = BemaRecord(every, *numbers)
     for name, value in record._asdict().items():
         if isinstance(value, bool) or not isinstance(value, _NUMBERS):

@@ -1,4 +1,4 @@
-"""One update of an average: which leaves it folds, what into them, and when."""
+"""One update of a tree: which leaves fold, when, and with what weight."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from ema_optax import packing, placement, storage, trees
+from ema_optax import fold, packing, placement, trees
 
 
 def fold_update(
@@ -47,15 +47,15 @@ def fold_update(
     }
     kept = [each.arrays for each in stored]
 
-    def fold(kept: list[list[Any]], new: dict[int, Any]) -> list[list[Any]]:
+    def fold_all(kept: list[list[Any]], new: dict[int, Any]) -> list[list[Any]]:
         parts = {part for each in stored for part in each.parts}
         gathered = {part: _gathered([new[i] for i in part]) for part in sorted(parts)}
-        seeds = iter(storage.fold_seeds(count, sum(map(len, kept))))
+        seeds = iter(fold.fold_seeds(count, sum(map(len, kept))))
         folded = []
         for newest_weight, each, arrays in zip(
             newest_weights, stored, kept, strict=True
         ):
-            weight = storage.split_weight(newest_weight(count))
+            weight = fold.split_weight(newest_weight(count))
             folded.append(
                 [
                     _fold_at(
@@ -72,11 +72,13 @@ def fold_update(
         return folded
 
     if every == 1:
-        kept = fold(kept, new)
+        kept = fold_all(kept, new)
     else:
         # The new params are an operand: a branch that closed over params and
         # updates would make XLA copy both trees at every step.
-        kept = jax.lax.cond(count % every == 0, fold, lambda kept, new: kept, kept, new)
+        kept = jax.lax.cond(
+            count % every == 0, fold_all, lambda kept, new: kept, kept, new
+        )
     return [each.with_arrays(new) for each, new in zip(stored, kept, strict=True)]
 
 
@@ -128,7 +130,7 @@ def _fold_at(
     stochastic: bool,
 ) -> jax.Array:
     shadow, param = (placement.at_work(x, home) for x in (shadow, param))
-    folded = storage.fold(shadow, param, weight, seed, stochastic=stochastic)
+    folded = fold.fold(shadow, param, weight, seed, stochastic=stochastic)
     return placement.settle(folded, home)
 
 
