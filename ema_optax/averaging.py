@@ -119,7 +119,7 @@ def ema_params(
     several = isinstance(decay, Mapping)
     recorded = _recordable(decay, decays)
 
-    def make_type(homes: placement.Homes | None) -> type[EmaParamsState]:
+    def make_type(homes: placement.LeafShardings | None) -> type[EmaParamsState]:
         return state_type(several, recorded, every, homes, stochastic)
 
     def init(params: Any) -> EmaParamsState:
@@ -127,7 +127,7 @@ def ema_params(
             starts = [
                 leaf
                 if trees.is_placeholder(leaf)
-                else placement.settle(fold.start(leaf, dtype), home)
+                else placement.put_as_shadow(fold.start(leaf, dtype), home)
                 for leaf, home in zip(
                     leaves, homes or [None] * len(leaves), strict=True
                 )
@@ -136,7 +136,7 @@ def ema_params(
             return packing.pack(tree, layout) if layout else tree
 
         chosen = selection.averaged_only(params, mask)
-        homes = placement.find_homes(chosen, shadow_sharding, params_sharding)
+        homes = placement.leaf_shardings(chosen, shadow_sharding, params_sharding)
         leaves, structure = jax.tree.flatten(chosen, is_leaf=trees.is_placeholder)
         layout = None
         if pack_small:
@@ -154,7 +154,7 @@ def ema_params(
         homes = (
             record.homes
             if record
-            else placement.find_homes(
+            else placement.leaf_shardings(
                 selection.averaged_only(params, mask), shadow_sharding, params_sharding
             )
         )
@@ -165,7 +165,7 @@ def ema_params(
             params,
             count=count,
             every=every,
-            homes=homes,
+            shardings=homes,
             stochastic=stochastic,
         )
         if overwrite_every is not None:
@@ -279,11 +279,11 @@ def _shadows_by_name(
 
 
 def _kinds(
-    chosen: Any, homes: placement.Homes | None, params_sharding: Any
+    chosen: Any, homes: placement.LeafShardings | None, params_sharding: Any
 ) -> list[tuple[Any, ...] | None]:
     """Returns for each leaf what those packed with it share; None to leave it apart."""
     _, leaves, _ = trees.flatten(chosen)
-    devices = placement.whole_on(chosen, params_sharding)
+    devices = placement.replicated_on(chosen, params_sharding)
     return [
         None
         if trees.is_placeholder(leaf) or (homes and homes[i]) or on is None
@@ -297,7 +297,7 @@ def _overwriting(
     params: Any,
     shadow: Any,
     due: jax.Array,
-    homes: placement.Homes | None,
+    homes: placement.LeafShardings | None,
 ) -> Any:
     """Returns the updates that make the params the shadow where that is due."""
     leaves, structure = jax.tree.flatten(shadow, is_leaf=trees.is_placeholder)
@@ -322,8 +322,10 @@ def _overwriting(
     return jax.tree.unflatten(structure, deltas)
 
 
-def _jump(home: placement.Home, shadow: Any, param: Any, delta: Any) -> jax.Array:
-    there = placement.brought(shadow, home)
+def _jump(
+    home: placement.LeafSharding, shadow: Any, param: Any, delta: Any
+) -> jax.Array:
+    there = placement.gather(shadow, home)
     return _difference_to(there, param).astype(delta.dtype)
 
 

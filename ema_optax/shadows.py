@@ -192,7 +192,7 @@ def _held(state: EmaParamsState, params: Any) -> Any:
         leaves, structure = jax.tree.flatten(shadow, is_leaf=trees.is_placeholder)
         pairs = zip(leaves, homes, strict=True)
         return jax.tree.unflatten(
-            structure, [placement.brought(leaf, home) for leaf, home in pairs]
+            structure, [placement.gather(leaf, home) for leaf, home in pairs]
         )
 
     if isinstance(state, NamedShadowsState):

@@ -8,7 +8,7 @@ import jax
 
 from ema_optax import packing
 from ema_optax.families import Decay
-from ema_optax.placement import Homes
+from ema_optax.placement import LeafShardings
 
 
 class Record(NamedTuple):
@@ -24,7 +24,7 @@ class Record(NamedTuple):
 
     decays: Mapping[str, Decay | None]
     every: int
-    homes: Homes | None = None
+    homes: LeafShardings | None = None
     stochastic: bool = False
 
 
@@ -140,7 +140,7 @@ def state_type(
     named: bool,
     decays: tuple[tuple[str, Decay | None], ...],
     every: int,
-    homes: Homes | None,
+    homes: LeafShardings | None,
     stochastic: bool,
 ) -> type[EmaParamsState]:
     """Returns the type of a transform's states, the same for the same arguments."""

@@ -18,7 +18,7 @@ def fold_update(
     *,
     count: jax.Array,
     every: int,
-    homes: placement.Homes | None = None,
+    shardings: placement.LeafShardings | None = None,
     stochastic: bool = False,
 ) -> list[Any]:
     """Returns the shadows after an update, folded where one is due.
@@ -30,7 +30,7 @@ def fold_update(
         params: The params before the update.
         count: int32[], the 1-based number of the update.
         every: A fold is due at every `every`-th update, ≥ 1.
-        homes: Where each leaf of a shadow lives; None is where its param does.
+        shardings: Of each leaf of a shadow and its param; None where they are alike.
         stochastic: Whether float32 shadows are rounded stochastically.
 
     Raises:
@@ -40,9 +40,9 @@ def fold_update(
     old, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
     deltas = _matching_updates(updates, structure)
     averaged = sorted({i for each in stored for part in each.parts for i in part})
-    home = {i: homes[i] if homes else None for i in averaged}
+    by_leaf = {i: shardings[i] if shardings else None for i in averaged}
     new = {
-        i: placement.at_param(optax.apply_updates(old[i], deltas[i]), home[i])
+        i: placement.put_as_param(optax.apply_updates(old[i], deltas[i]), by_leaf[i])
         for i in averaged
     }
     kept = [each.arrays for each in stored]
@@ -59,7 +59,7 @@ def fold_update(
             folded.append(
                 [
                     _fold_at(
-                        home[part[0]],
+                        by_leaf[part[0]],
                         s,
                         gathered[part],
                         weight,
@@ -122,16 +122,16 @@ def _gathered(new: list[Any]) -> Any:
 
 
 def _fold_at(
-    home: placement.Home | None,
+    sharding: placement.LeafSharding | None,
     shadow: Any,
     param: Any,
     weight: Any,
     seed: Any,
     stochastic: bool,
 ) -> jax.Array:
-    shadow, param = (placement.at_work(x, home) for x in (shadow, param))
+    shadow, param = (placement.put_on_device(x, sharding) for x in (shadow, param))
     folded = fold.fold(shadow, param, weight, seed, stochastic=stochastic)
-    return placement.settle(folded, home)
+    return placement.put_as_shadow(folded, sharding)
 
 
 def matching_leaves(shadow: Any, params: Any) -> list[Any]:
