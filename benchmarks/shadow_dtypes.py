@@ -28,7 +28,7 @@ import optax
 import optimizer_step
 
 import ema_optax
-from ema_optax import storage
+from ema_optax import fold
 
 STEPS = {0.9999: 100_000, 0.99999: 500_000, 0.999999: 3_000_000}
 ELEMENTS = 128
@@ -62,7 +62,7 @@ def fold_compensated(shadow, remainder, param, weight):
     """Returns s + w·(p − s) as its two parts, for s = shadow + remainder.
 
     What the sum loses to the rounding of the shadow is kept, exactly, and then rounded
-    to the remainder's dtype. Guards as in `storage.fold`: an element that would become
+    to the remainder's dtype. Guards as in `fold.fold`: an element that would become
     non-finite holds, in both parts; one that is non-finite itself takes the param's
     value, and a remainder that is counts as none. A weight of 1 copies exactly, and one
     of 0 changes nothing.
@@ -72,10 +72,10 @@ def fold_compensated(shadow, remainder, param, weight):
         remainder: Array of the same shape, bfloat16 for a float32 shadow; for others
             of the shadow's own dtype.
         param: Array p of the same shape, any floating or complex dtype.
-        weight: What `storage.split_weight` made of w.
+        weight: What `fold.split_weight` made of w.
     """
     dtype = shadow.dtype
-    new = storage._as_held(jnp.asarray(param), dtype)
+    new = fold._as_held(jnp.asarray(param), dtype)
     low = remainder.astype(dtype)
     low = jnp.where(jnp.isfinite(low), low, 0)
     near_new, factor = weight
@@ -125,18 +125,18 @@ class Kind(NamedTuple):
 FLOAT32, SPARSE = "float32 (ours)", f"float32, every={EVERY} (ours)"
 FLOAT64 = "float64 (ours, x64)"
 COMPENSATED = "float32 + bfloat16"
-STOCHASTIC = functools.partial(storage.fold, stochastic=True)
+STOCHASTIC = functools.partial(fold.fold, stochastic=True)
 KINDS = {
     "bfloat16, stochastic (ours)": Kind(
-        2, lambda p: (p.astype(jnp.bfloat16),), alone(storage.fold)
+        2, lambda p: (p.astype(jnp.bfloat16),), alone(fold.fold)
     ),
-    FLOAT32: Kind(4, lambda p: (jnp.copy(p),), alone(storage.fold)),
+    FLOAT32: Kind(4, lambda p: (jnp.copy(p),), alone(fold.fold)),
     "float32, stochastic (ours)": Kind(4, lambda p: (jnp.copy(p),), alone(STOCHASTIC)),
     COMPENSATED: Kind(
         6, start_compensated, lambda s, p, w, seed: fold_compensated(*s, p, w)
     ),
 }
-WIDE = {FLOAT64: Kind(8, lambda p: (p.astype(jnp.float64),), alone(storage.fold))}
+WIDE = {FLOAT64: Kind(8, lambda p: (p.astype(jnp.float64),), alone(fold.fold))}
 
 
 # Errors.
@@ -193,11 +193,11 @@ def scan_folds(kinds):
     """Returns a jitted scan of folds over rows, of all kinds at once."""
 
     def run(carry, weight, rows):
-        weight = storage.split_weight(weight)
+        weight = fold.split_weight(weight)
 
         def step(carry, row):
             count, states = carry
-            (seed,) = storage.fold_seeds(count, 1)
+            (seed,) = fold.fold_seeds(count, 1)
             folded = {
                 name: kinds[name].fold(state, row, weight, seed)
                 for name, state in states.items()
@@ -277,7 +277,7 @@ def check_compensation(elements=4096, steps=20):
     begin = jnp.asarray((scale * rng.standard_normal(elements)).astype("float32"))
     worst = {}
     for w in (0.0, 1e-6, 0.3, 0.7, 1.0):
-        weight = storage.split_weight(w)
+        weight = fold.split_weight(w)
 
         def step(parts, row, weight=weight):
             parts = fold_compensated(*parts, row, weight)
@@ -353,8 +353,8 @@ def average(kind, weight):
     def update(updates, state, params):
         count, shadows = state[0] + 1, state[1]
         new = jax.tree.leaves(optax.apply_updates(params, updates))
-        seeds = storage.fold_seeds(count, len(new))
-        split = storage.split_weight(weight)
+        seeds = fold.fold_seeds(count, len(new))
+        split = fold.split_weight(weight)
         folded = [
             kind.fold(s, p, split, seed)
             for s, p, seed in zip(shadows, new, seeds, strict=True)

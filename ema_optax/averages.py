@@ -31,13 +31,13 @@ class EmaAverage(Average):
 
     def read(self, params: optax.Params | None) -> optax.Params:
         """Returns the shadow; where there are params, where those live."""
-        homes = self.made_by.homes if self.made_by else None
-        if homes is None or params is None:
+        shardings = self.made_by.shardings if self.made_by else None
+        if shardings is None or params is None:
             return self.tree
         leaves, structure = jax.tree.flatten(self.tree, is_leaf=trees.is_placeholder)
-        pairs = zip(leaves, homes, strict=True)
+        pairs = zip(leaves, shardings, strict=True)
         return jax.tree.unflatten(
-            structure, [placement.brought(leaf, home) for leaf, home in pairs]
+            structure, [placement.gather(leaf, sharding) for leaf, sharding in pairs]
         )
 
     def decay_at(self, count: jax.Array) -> jax.Array | None:

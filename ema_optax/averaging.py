@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from ema_optax import folding, packing, placement, selection, storage, trees
+from ema_optax import fold, packing, placement, selection, trees
 from ema_optax.decay import Decay, check_decay, check_wide_enough
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.states import (
@@ -17,6 +17,12 @@ from ema_optax.states import (
     EmaParamsState,
     NamedShadowsState,
     written,
+)
+from ema_optax.update import (
+    check_period,
+    fold_update,
+    matching_leaves,
+    require_params,
 )
 
 _STATIC = ("every", "overwrite_every")  # for optax.inject_hyperparams
@@ -105,18 +111,16 @@ def ema_params(
     Array([0.9181818], dtype=float32)
     """
     decays = _decays_by_name(decay)
-    every = folding.check_period(every, "every", _STATIC)
+    every = check_period(every, "every", _STATIC)
     if overwrite_every is not None:
-        overwrite_every = folding.check_period(
-            overwrite_every, "overwrite_every", _STATIC
-        )
+        overwrite_every = check_period(overwrite_every, "overwrite_every", _STATIC)
         if len(decays) > 1:
             raise ValueError(
                 f"overwrite_every writes one shadow into the params, got "
                 f"{len(decays)}: {', '.join(decays)}. Give it a transform of its own."
             )
-    dtype = storage.check_shadow_dtype(shadow_dtype)
-    stochastic = storage.check_rounding(rounding, dtype)
+    dtype = fold.check_shadow_dtype(shadow_dtype)
+    stochastic = fold.check_rounding(rounding, dtype)
     several = isinstance(decay, Mapping)
     kind = NamedShadowsState if several else EmaParamsState
     made_by = EmaMadeBy(
@@ -130,50 +134,50 @@ def ema_params(
             starts = [
                 leaf
                 if trees.is_placeholder(leaf)
-                else placement.settle(storage.start(leaf, dtype), home)
-                for leaf, home in zip(
-                    leaves, homes or [None] * len(leaves), strict=True
+                else placement.put_as_shadow(fold.start(leaf, dtype), sharding)
+                for leaf, sharding in zip(
+                    leaves, shardings or [None] * len(leaves), strict=True
                 )
             ]
             tree = jax.tree.unflatten(structure, starts)
             return packing.pack(tree, layout) if layout else tree
 
         chosen = selection.averaged_only(params, mask)
-        homes = placement.find_homes(chosen, shadow_sharding, params_sharding)
+        shardings = placement.leaf_shardings(chosen, shadow_sharding, params_sharding)
         leaves, structure = jax.tree.flatten(chosen, is_leaf=trees.is_placeholder)
         layout = None
         if pack_small:
-            layout = packing.plan(chosen, _kinds(chosen, homes, params_sharding))
+            layout = packing.plan(chosen, _kinds(chosen, shardings, params_sharding))
         shadow = {name: started() for name in decays} if several else started()
-        return kind(jnp.zeros([], jnp.int32), shadow, made_by.at(homes))
+        return kind(jnp.zeros([], jnp.int32), shadow, made_by.at(shardings))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del extra_args
-        folding.require_params(params, "ema_params")
+        require_params(params, "ema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
-        homes = state.made_by.homes if state.made_by else None
-        if homes is None and shadow_sharding is not None:  # by hand, or unpickled
-            homes = placement.find_homes(
+        shardings = state.made_by.shardings if state.made_by else None
+        if shardings is None and shadow_sharding is not None:  # by hand, or unpickled
+            shardings = placement.leaf_shardings(
                 selection.averaged_only(params, mask), shadow_sharding, params_sharding
             )
-        shadows = folding.fold_update(
+        shadows = fold_update(
             _shadows_by_name(state.shadow, decays, several),
             [functools.partial(d.newest_weight, every=every) for d in decays.values()],
             updates,
             params,
             count=count,
             every=every,
-            homes=homes,
+            shardings=shardings,
             stochastic=stochastic,
         )
         if overwrite_every is not None:
             due = count % overwrite_every == 0
             shadow = packing.unpacked(shadows[0])
-            updates = _overwriting(updates, params, shadow, due, homes)
+            updates = _overwriting(updates, params, shadow, due, shardings)
         shadow = dict(zip(decays, shadows, strict=True)) if several else shadows[0]
-        return updates, kind(count, shadow, made_by.at(homes))
+        return updates, kind(count, shadow, made_by.at(shardings))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -206,11 +210,11 @@ def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) ->
     >>> shadow["w"]
     Array([0.02], dtype=float32)
     """
-    weight = storage.split_weight(_newest_weight(decay, count))
-    leaves = folding.matching_leaves(shadow, params)
+    weight = fold.split_weight(_newest_weight(decay, count))
+    leaves = matching_leaves(shadow, params)
     paths, _, structure = trees.flatten(shadow)
     new = structure.flatten_up_to(params)
-    seeds = storage.fold_seeds(0 if count is None else count, len(leaves))
+    seeds = fold.fold_seeds(0 if count is None else count, len(leaves))
     for i, leaf in enumerate(leaves):
         if not selection.is_averaged(leaf):
             continue
@@ -223,7 +227,7 @@ def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) ->
                 "rounding to nearest would freeze. Start the shadow as float32, or "
                 "as bfloat16 and pass count=step for stochastic rounding."
             )
-        leaves[i] = storage.fold(leaf, new[i], weight, seeds[i])
+        leaves[i] = fold.fold(leaf, new[i], weight, seeds[i])
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -279,14 +283,14 @@ def _shadows_by_name(
 
 
 def _kinds(
-    chosen: Any, homes: placement.Homes | None, params_sharding: Any
+    chosen: Any, shardings: placement.LeafShardings | None, params_sharding: Any
 ) -> list[tuple[Any, ...] | None]:
     """Returns for each leaf what those packed with it share; None to leave it apart."""
     _, leaves, _ = trees.flatten(chosen)
-    devices = placement.whole_on(chosen, params_sharding)
+    devices = placement.replicated_on(chosen, params_sharding)
     return [
         None
-        if trees.is_placeholder(leaf) or (homes and homes[i]) or on is None
+        if trees.is_placeholder(leaf) or (shardings and shardings[i]) or on is None
         else (jnp.result_type(leaf), on)
         for i, (leaf, on) in enumerate(zip(leaves, devices, strict=True))
     ]
@@ -297,7 +301,7 @@ def _overwriting(
     params: Any,
     shadow: Any,
     due: jax.Array,
-    homes: placement.Homes | None,
+    shardings: placement.LeafShardings | None,
 ) -> Any:
     """Returns the updates that make the params the shadow where that is due."""
     leaves, structure = jax.tree.flatten(shadow, is_leaf=trees.is_placeholder)
@@ -306,14 +310,14 @@ def _overwriting(
     for i, leaf in enumerate(leaves):
         if trees.is_placeholder(leaf):
             continue
-        home = homes[i] if homes else None
-        if home is None:
+        sharding = shardings[i] if shardings else None
+        if sharding is None:
             jump = _difference_to(leaf, old[i]).astype(deltas[i].dtype)
             deltas[i] = jnp.where(due, jump, deltas[i])
         else:  # fetched only where it is due
             deltas[i] = jax.lax.cond(
                 due,
-                functools.partial(_jump, home),
+                functools.partial(_jump, sharding),
                 lambda *x: x[2],
                 leaf,
                 old[i],
@@ -322,8 +326,10 @@ def _overwriting(
     return jax.tree.unflatten(structure, deltas)
 
 
-def _jump(home: placement.Home, shadow: Any, param: Any, delta: Any) -> jax.Array:
-    there = placement.brought(shadow, home)
+def _jump(
+    sharding: placement.LeafSharding, shadow: Any, param: Any, delta: Any
+) -> jax.Array:
+    there = placement.gather(shadow, sharding)
     return _difference_to(there, param).astype(delta.dtype)
 
 

@@ -10,9 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ema_optax import folding, selection, storage, trees
+from ema_optax import fold, selection, trees
 from ema_optax.average import Average
 from ema_optax.states import BemaMadeBy, BemaParamsState
+from ema_optax.update import (
+    check_period,
+    fold_update,
+    matching_leaves,
+    require_params,
+)
 
 _NUMBERS = (int, float, np.integer, np.floating)
 
@@ -89,12 +95,12 @@ def bema_params(
     Array([0.37107...], dtype=float32)
     """
     made_by = _checked(every, ema_power, bias_power, lag, multiplier, min_newest_weight)
-    dtype = storage.check_shadow_dtype(shadow_dtype)
+    dtype = fold.check_shadow_dtype(shadow_dtype)
 
     def init(params: Any) -> Any:
         chosen = selection.averaged_only(params, mask)
         # Both in buffers of their own: a step may donate params and state together.
-        average = jax.tree.map(lambda p: storage.start(p, dtype), chosen)
+        average = jax.tree.map(lambda p: fold.start(p, dtype), chosen)
         anchor = jax.tree.map(lambda p: jnp.array(p, jnp.result_type(p)), chosen)
         return BemaParamsState(jnp.zeros([], jnp.int32), average, anchor, made_by)
 
@@ -102,9 +108,9 @@ def bema_params(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del extra_args
-        folding.require_params(params, "bema_params")
+        require_params(params, "bema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
-        (average,) = folding.fold_update(
+        (average,) = fold_update(
             [state.average],
             [functools.partial(_newest_weight, made_by)],
             updates,
@@ -164,7 +170,7 @@ class BemaAverage(Average):
                 "state._replace(count=…, average=…, anchor=…)."
             )
         params = trees.arranged(params, self.tree)
-        leaves = folding.matching_leaves(self.tree, params)
+        leaves = matching_leaves(self.tree, params)
         structure = jax.tree.structure(self.tree, is_leaf=trees.is_placeholder)
         live = structure.flatten_up_to(params)
         anchors = structure.flatten_up_to(self.anchor)
@@ -226,7 +232,7 @@ def _age(record: BemaMadeBy, count: Any) -> jax.Array:
 
 
 def _checked(every: Any, *numbers: Any) -> BemaMadeBy:
-    every = folding.check_period(every, "every", BemaMadeBy._fields)
+    every = check_period(every, "every", BemaMadeBy._fields)
     record = BemaMadeBy(every, *numbers)
     for name, value in record._asdict().items():
         if isinstance(value, bool) or not isinstance(value, _NUMBERS):

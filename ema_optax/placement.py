@@ -1,10 +1,11 @@
-"""Where a shadow lives: on which devices, and in which of their memories."""
+"""Shardings of shadows: over devices other than the params', or in host memory."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
@@ -13,20 +14,21 @@ from ema_optax import trees
 __all__ = ["in_host_memory", "over_axis"]
 
 # From the path of a param, such as "encoder/kernel", and its shape, dtype and sharding.
-Place: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
+ShardingRule: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
 
 
-class Home(NamedTuple):
-    """Where one leaf of a shadow lives, and its param; hashable."""
+class LeafSharding(NamedTuple):
+    """The shardings of one leaf of a shadow and of its param; hashable."""
 
     shadow: Sharding
     param: Sharding
 
 
-Homes: TypeAlias = tuple[Home | None, ...]  # one for each leaf, placeholders included
+# One for each leaf, placeholders included; None where a shadow is sharded as its param.
+LeafShardings: TypeAlias = tuple[LeafSharding | None, ...]
 
 
-def over_axis(axis: str) -> Place:
+def over_axis(axis: str) -> ShardingRule:
     """Shards each shadow over a mesh axis over which its param is replicated.
 
     With the axis of data parallelism each device holds and folds 1/N of the shadow
@@ -34,7 +36,7 @@ def over_axis(axis: str) -> Place:
     gathered when it is read.
 
     A shadow is split along its longest dimension that the axis divides; one that has
-    none, or whose param is sharded over the axis already, is placed like its param.
+    none, or whose param is sharded over the axis already, is sharded as its param.
 
     Args:
         axis: Name of an axis of the params' mesh.
@@ -51,7 +53,7 @@ def over_axis(axis: str) -> Place:
     (None, 'data')
     """
 
-    def place(path: str, param: jax.ShapeDtypeStruct) -> Sharding:
+    def rule(path: str, param: jax.ShapeDtypeStruct) -> Sharding:
         sharding = param.sharding
         if not isinstance(sharding, NamedSharding):
             raise ValueError(
@@ -66,13 +68,12 @@ def over_axis(axis: str) -> Place:
                 f"got {axis!r}."
             )
         spec = [*sharding.spec, *[None] * (len(param.shape) - len(sharding.spec))]
-        used = {name for part in spec for name in _names(part)}
         splits = [
             (length // mesh.shape[axis], -i)
             for i, (length, part) in enumerate(zip(param.shape, spec, strict=True))
             if part is None and length and length % mesh.shape[axis] == 0
         ]
-        if axis in used or not splits:
+        if axis in jax.tree.leaves(spec) or not splits:
             return sharding
         spec[-max(splits)[1]] = axis
         while spec[-1] is None and not _is_explicit(sharding):
@@ -80,10 +81,10 @@ def over_axis(axis: str) -> Place:
         kind = sharding.memory_kind
         return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
 
-    return place
+    return rule
 
 
-def in_host_memory(place: Place | None = None) -> Place:
+def in_host_memory(place: ShardingRule | None = None) -> ShardingRule:
     """Keeps each shadow in the host's memory, so that it takes none of the device's.
 
     A fold fetches it leaf by leaf and puts it back, inside jit; with `every=k` the
@@ -94,8 +95,8 @@ def in_host_memory(place: Place | None = None) -> Place:
     state together, and return them first, in the order in which they come.
 
     Args:
-        place: Where it would live otherwise, such as `over_axis("data")`: each device's
-            part then lies in its host. None is where its param lives.
+        place: The sharding over devices, such as `over_axis("data")`: each device's
+            part then lies in its host. None is that of the param.
 
     Returns:
         For `ema_params(..., shadow_sharding=in_host_memory(), every=16)`.
@@ -114,16 +115,21 @@ def in_host_memory(place: Place | None = None) -> Place:
     return pinned
 
 
-def find_homes(params: Any, shadow_sharding: Any, params_sharding: Any) -> Homes | None:
-    """Returns where the leaves of a shadow and their params live.
+def leaf_shardings(
+    params: optax.Params, shadow_sharding: object, params_sharding: object
+) -> LeafShardings | None:
+    """Finds the shardings of each leaf of a shadow and of its param.
 
     Args:
         params: Those to be averaged, with placeholders for the others.
-        shadow_sharding: A sharding, a `Place`, or a tree of them like the params or a
-            prefix of it, with None where a shadow follows its param. None is so for
-            all.
+        shadow_sharding: A sharding, a `ShardingRule`, or a tree of them like the params
+            or a prefix of it, with None where a shadow follows its param. None is so
+            for all.
         params_sharding: A sharding, or a tree of them like the params or a prefix of
             it. None is what the params show.
+
+    Returns:
+        None where every shadow follows its param.
 
     Raises:
         ValueError: If the trees do not fit, or the sharding of a param is not known.
@@ -132,19 +138,14 @@ def find_homes(params: Any, shadow_sharding: Any, params_sharding: Any) -> Homes
     if shadow_sharding is None:
         return None
     paths, leaves, _ = trees.flatten(params)
-    wanted_by_leaf = _for_each(params, shadow_sharding, "shadow_sharding")
-    known_by_leaf = _for_each(params, params_sharding, "params_sharding")
-    for known in known_by_leaf:
-        if not isinstance(known, Sharding | None):
-            raise _no_sharding(f"params_sharding holds {known!r}")
-    homes: list[Home | None] = []
-    for leaf, path, wanted, known in zip(
-        leaves, paths, wanted_by_leaf, known_by_leaf, strict=True
-    ):
-        if trees.is_placeholder(leaf) or wanted is None:
-            homes.append(None)
+    wanted = _for_each(params, shadow_sharding, "shadow_sharding", (Sharding, Callable))
+    known = _for_each(params, params_sharding, "params_sharding", Sharding)
+    shardings: list[LeafSharding | None] = []
+    for leaf, path, shadow, param in zip(leaves, paths, wanted, known, strict=True):
+        if trees.is_placeholder(leaf) or shadow is None:
+            shardings.append(None)
             continue
-        param = known or _sharding_of(leaf)
+        param = param or _sharding_of(leaf)
         if param is None:
             raise ValueError(
                 f"The sharding of the param '{path}' is not known here: under jit only "
@@ -152,22 +153,28 @@ def find_homes(params: Any, shadow_sharding: Any, params_sharding: Any) -> Homes
                 "outside of jit, or pass ema_params(..., params_sharding=…), a "
                 "sharding or a tree of them."
             )
-        if not isinstance(wanted, Sharding):
+        if not isinstance(shadow, Sharding):
             shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-            wanted = wanted(path, jax.ShapeDtypeStruct(shape, dtype, sharding=param))
-            if not isinstance(wanted, Sharding | None):
-                raise _no_sharding(f"shadow_sharding gave {wanted!r} for '{path}'")
-        homes.append(None if wanted is None else Home(wanted, param))
-    return tuple(homes)
+            shadow = shadow(path, jax.ShapeDtypeStruct(shape, dtype, sharding=param))
+            if not isinstance(shadow, Sharding | None):
+                raise _no_sharding(f"shadow_sharding gave {shadow!r} for '{path}'")
+        shardings.append(shadow and LeafSharding(shadow, param))
+    return tuple(shardings)
 
 
-def whole_on(params: Any, params_sharding: Any) -> list[Hashable | None]:
-    """Returns for each leaf what tells on which devices it is whole; None if sharded.
+def replicated_on(
+    params: optax.Params, params_sharding: object
+) -> list[Hashable | None]:
+    """Finds the devices and the memory on which each leaf is replicated.
 
     Args:
         params: With placeholders for those that are not averaged.
-        params_sharding: As in `find_homes`. Under `jit`, on a mesh whose axes are not
-            Explicit, a leaf of which it says nothing counts as whole.
+        params_sharding: As in `leaf_shardings`. Under `jit`, on a mesh whose axes are
+            not Explicit, a leaf of which it says nothing counts as replicated.
+
+    Returns:
+        For each leaf a value that is equal where devices and memory are; None if the
+        leaf is sharded.
     """
 
     def devices(leaf: Any, known: Sharding | None) -> Hashable | None:
@@ -180,45 +187,44 @@ def whole_on(params: Any, params_sharding: Any) -> list[Hashable | None]:
             return (sharding.memory_kind,)
         return (frozenset(sharding.device_set), sharding.memory_kind)
 
-    known_by_leaf = _for_each(params, params_sharding, "params_sharding")
+    known = _for_each(params, params_sharding, "params_sharding", Sharding)
     leaves = trees.flatten(params)[1]
-    return [devices(*pair) for pair in zip(leaves, known_by_leaf, strict=True)]
+    return [devices(*pair) for pair in zip(leaves, known, strict=True)]
 
 
-def settle(shadow: jax.Array, home: Home | None) -> jax.Array:
-    """Puts a shadow where it lives."""
-    return shadow if home is None else _put(shadow, home.shadow)
+def put_as_shadow(array: jax.Array, sharding: LeafSharding | None) -> jax.Array:
+    """Puts an array where the shadow is stored."""
+    return array if sharding is None else _put(array, sharding.shadow)
 
 
-def at_work(array: Any, home: Home | None) -> jax.Array:
-    """Puts a shadow, or the param it folds, where the fold is computed: on devices."""
-    return array if home is None else _put(array, _on_device(home.shadow))
+def put_on_device(array: jax.Array, sharding: LeafSharding | None) -> jax.Array:
+    """Puts a shadow or its param in device memory, sharded as the shadow, to fold."""
+    if sharding is None:
+        return array
+    return _put(array, sharding.shadow.with_memory_kind("device"))
 
 
-def at_param(array: Any, home: Home | None) -> Any:
-    """Puts an array where the param lives.
+def put_as_param(array: Any, sharding: LeafSharding | None) -> jax.Array:
+    """Puts an array where the param is.
 
-    What XLA is told of the shadow's sharding would otherwise spread to the params
-    themselves, wherever their sharding is left to it.
+    The sharding of a shadow would otherwise spread to the params, where XLA chooses
+    theirs.
     """
-    return array if home is None else _put(array, home.param)
+    return array if sharding is None else _put(array, sharding.param)
 
 
-def brought(shadow: jax.Array, home: Home | None) -> jax.Array:
-    """Returns a copy of a shadow where its param lives; gathered, on the device."""
-    return at_param(at_work(shadow, home), home)
+def gather(shadow: jax.Array, sharding: LeafSharding | None) -> jax.Array:
+    """Copies a shadow to where its param is, from the host by way of the devices."""
+    return put_as_param(put_on_device(shadow, sharding), sharding)
 
 
-def _for_each(params: Any, given: Any, name: str) -> list[Any]:
-    """Returns what was given for each leaf of the params."""
+def _for_each(params: optax.Params, given: object, name: str, kinds: Any) -> list[Any]:
+    """Lists what was given for each leaf of the params, of one of the kinds or None."""
 
-    def is_one(node: Any) -> bool:
+    def is_one(node: object) -> bool:
         return node is None or isinstance(node, Sharding) or callable(node)
 
-    count = len(trees.flatten(params)[1])
-    if is_one(given):
-        return [given] * count
-    structure = jax.tree.structure(given, is_leaf=is_one)
+    values, structure = jax.tree.flatten(given, is_leaf=is_one)
     try:
         parts = structure.flatten_up_to(params)
     except ValueError as error:
@@ -226,9 +232,8 @@ def _for_each(params: Any, given: Any, name: str) -> list[Any]:
             f"{name} does not fit the params: {error} Give one sharding, a function of "
             "path and param, or a tree of these like the params."
         ) from None
-    values = jax.tree.leaves(given, is_leaf=is_one)
     for value in values:
-        if not is_one(value):
+        if value is not None and not isinstance(value, kinds):
             raise _no_sharding(f"{name} holds {value!r}")
     return [
         value
@@ -244,7 +249,7 @@ def _no_sharding(what: str) -> TypeError:
     )
 
 
-def _put(array: Any, sharding: Sharding) -> Any:
+def _put(array: jax.Array, sharding: Sharding) -> jax.Array:
     moved = jax.device_put(array, sharding)
     if isinstance(array, Tracer) and not _is_explicit(sharding):
         # Under jit device_put moves between memories, and leaves the sharding to XLA.
@@ -258,18 +263,8 @@ def _is_explicit(sharding: Sharding) -> bool:
     return set(sharding.mesh.axis_types) == {jax.sharding.AxisType.Explicit}
 
 
-def _on_device(sharding: Sharding) -> Sharding:
-    return sharding.with_memory_kind("device")
-
-
 def _sharding_of(leaf: Any) -> Sharding | None:
     if isinstance(leaf, Tracer):
         sharding = jax.typeof(leaf).sharding
         return sharding if _is_explicit(sharding) else None
     return getattr(leaf, "sharding", None)
-
-
-def _names(part: Any) -> tuple[str, ...]:
-    if part is None:
-        return ()
-    return part if isinstance(part, tuple) else (part,)

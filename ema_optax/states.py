@@ -8,7 +8,7 @@ import jax
 import optax
 
 from ema_optax.decay import Decay
-from ema_optax.placement import Homes
+from ema_optax.placement import LeafShardings
 
 
 class _EmaFields(NamedTuple):
@@ -31,15 +31,15 @@ class EmaMadeBy(_EmaFields):
             array.
         every: Updates between folds.
         rounding: `"stochastic"`, or `"nearest"`, which leaves out bfloat16.
-        homes: Where each leaf of a shadow lives; None where all are with their params.
+        shardings: Where each leaf of a shadow lives; None where all are with their params.
     """
 
-    homes: Homes | None = None
+    shardings: LeafShardings | None = None
 
-    def at(self, homes: Homes | None) -> "EmaMadeBy":
+    def at(self, shardings: LeafShardings | None) -> "EmaMadeBy":
         """Returns the same record for shadows that live somewhere."""
         placed = EmaMadeBy(*self)
-        placed.homes = homes
+        placed.shardings = shardings
         return placed
 
     @property
@@ -55,14 +55,14 @@ class EmaMadeBy(_EmaFields):
         return (
             isinstance(other, EmaMadeBy)
             and tuple(self) == tuple(other)
-            and self.homes == other.homes
+            and self.shardings == other.shardings
         )
 
     def __ne__(self, other: object) -> bool:
         return not self == other  # a tuple has its own
 
     def __hash__(self) -> int:
-        return hash((*self, self.homes))
+        return hash((*self, self.shardings))
 
     def __getstate__(self) -> None:
         """Pickles the fields alone: devices cannot be pickled."""

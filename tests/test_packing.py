@@ -277,10 +277,12 @@ def test_errors_name_the_leaf_as_without_packing():
         transform.update(more, state, more)
 
 
-def test_whole_on_tells_devices():
-    """Placeholders and abstract leaves without a sharding count as whole."""
-    assert placement.whole_on({"a": jnp.zeros(1)}, None)[0]
-    assert placement.whole_on({"a": jax.ShapeDtypeStruct((1,), "f4")}, None) == [()]
+def test_replicated_on_tells_devices():
+    """Placeholders and abstract leaves without a sharding count as replicated."""
+    assert placement.replicated_on({"a": jnp.zeros(1)}, None)[0]
+    assert placement.replicated_on({"a": jax.ShapeDtypeStruct((1,), "f4")}, None) == [
+        ()
+    ]
 
 
 def test_plans_hash_and_compare():

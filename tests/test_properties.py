@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import ema_optax
-from ema_optax import checkpoint, storage
+from ema_optax import checkpoint, fold
 
 RAN: collections.Counter[str] = collections.Counter()  # examples, by what was tested
 
@@ -441,10 +441,10 @@ def test_one_fold_of_any_bits(old, new, weight, seed, how):
         with np.errstate(over="ignore"):
             s = s.astype(jnp.bfloat16)
     p = np.asarray(new, np.float32)
-    folded = storage.fold(
+    folded = fold.fold(
         s,
         p,
-        storage.split_weight(weight),
+        fold.split_weight(weight),
         np.uint32(seed),
         stochastic=how == "stochastic",
     )

@@ -130,7 +130,7 @@ def test_where_shadows_live_is_kept_beside_the_record():
         pickle.loads(pickle.dumps(state)),
         flax.serialization.from_bytes(state, flax.serialization.to_bytes(state)),
     ):
-        assert other.made_by.homes is None
+        assert other.made_by.shardings is None
         other = other._replace(shadow=state.shadow)
         updated = transform.update(PARAMS, other, PARAMS)[1]
         assert updated.made_by == state.made_by

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ema_optax import storage
+from ema_optax import fold
 from tests import reference
 
-COPY = storage.split_weight(1.0)
+COPY = fold.split_weight(1.0)
 
 
 @pytest.mark.parametrize(
@@ -31,15 +31,15 @@ COPY = storage.split_weight(1.0)
 def test_stored_dtype(dtype, asked, stored):
     """float32 where params are narrower; what was asked for otherwise."""
     with jax.enable_x64(True):
-        asked = storage.check_shadow_dtype(asked)
-    assert storage.stored_dtype(jnp.dtype(dtype), asked) == jnp.dtype(stored)
+        asked = fold.check_shadow_dtype(asked)
+    assert fold.stored_dtype(jnp.dtype(dtype), asked) == jnp.dtype(stored)
 
 
 def test_a_weight_of_one_copies_to_the_last_bit():
     """The sum s + 1·(p − s) would lose a small param beside a large shadow."""
     shadow = jnp.asarray([1e8, -3.3, 0.1])
     param = jnp.asarray([1e-3, 7.7, 0.2])
-    np.testing.assert_array_equal(storage.fold(shadow, param, COPY, 0), param)
+    np.testing.assert_array_equal(fold.fold(shadow, param, COPY, 0), param)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_is_folded_is_what_the_model_holds(dtype):
     params = jnp.linspace(1, 100, 97).astype(dtype)
     updates = params * jnp.asarray(0.01, dtype)
     shadow = jnp.zeros(97, "complex64" if dtype == "complex64" else "float32")
-    folded = jax.jit(lambda p, u: storage.fold(shadow, p + u, COPY, 0))(params, updates)
+    folded = jax.jit(lambda p, u: fold.fold(shadow, p + u, COPY, 0))(params, updates)
     np.testing.assert_array_equal(folded, (params + updates).astype(shadow.dtype))
 
 
@@ -58,9 +58,7 @@ def test_a_weight_of_zero_holds_to_the_last_bit():
     """Nothing moves, whatever the params are."""
     shadow = jnp.asarray([1e8, -3.3, 0.1])
     for dtype in (jnp.float32, jnp.bfloat16):
-        held = storage.fold(
-            shadow.astype(dtype), shadow * 3, storage.split_weight(0.0), 5
-        )
+        held = fold.fold(shadow.astype(dtype), shadow * 3, fold.split_weight(0.0), 5)
         np.testing.assert_array_equal(held, shadow.astype(dtype))
 
 
@@ -71,7 +69,7 @@ def test_rounding_is_unbiased():
     )
     params = jnp.asarray(np.repeat(between, 4000))
     for seed in (1, 2**31):
-        rounded = storage.fold(
+        rounded = fold.fold(
             jnp.zeros_like(params, jnp.bfloat16), params, COPY, jnp.uint32(seed)
         )
         means = np.asarray(rounded, np.float64).reshape(33, 4000).mean(axis=1)
@@ -83,12 +81,12 @@ def test_rounding_is_unbiased():
 def test_negative_and_exact_values_round_alike():
     """Away from zero as often as toward it; what bfloat16 holds is kept exactly."""
     params = jnp.full(8000, -1 - 2**-9)
-    rounded = storage.fold(jnp.zeros(8000, jnp.bfloat16), params, COPY, jnp.uint32(3))
+    rounded = fold.fold(jnp.zeros(8000, jnp.bfloat16), params, COPY, jnp.uint32(3))
     assert np.mean(np.asarray(rounded, np.float64)) == pytest.approx(
         -1 - 2**-9, abs=3e-4
     )
     exact = jnp.full(8000, 1.5)
-    same = storage.fold(jnp.zeros(8000, jnp.bfloat16), exact, COPY, jnp.uint32(3))
+    same = fold.fold(jnp.zeros(8000, jnp.bfloat16), exact, COPY, jnp.uint32(3))
     np.testing.assert_array_equal(same, exact)
 
 
@@ -96,7 +94,7 @@ def test_the_largest_values_do_not_round_to_infinity():
     """3.4e38 is above bfloat16's largest and would round up: the shadow holds."""
     params = jnp.full(1000, jnp.finfo(jnp.float32).max)
     for sign in (1, -1):
-        rounded = storage.fold(
+        rounded = fold.fold(
             jnp.zeros(1000, jnp.bfloat16), sign * params, COPY, jnp.uint32(9)
         )
         assert np.all(np.isfinite(np.asarray(rounded, np.float32)))
@@ -106,10 +104,10 @@ def test_noise_differs_between_elements_folds_and_leaves():
     """Rounding up or down is independent: correlations are within 4/√n of none."""
     n = 40_000
     params = jnp.full((200, 200), 1 + 2**-8)
-    counts = [storage.fold_seeds(jnp.int32(t), 3) for t in (1, 2, 1000)]
+    counts = [fold.fold_seeds(jnp.int32(t), 3) for t in (1, 2, 1000)]
     draws = [
         np.asarray(
-            storage.fold(jnp.zeros((200, 200), jnp.bfloat16), params, COPY, seed),
+            fold.fold(jnp.zeros((200, 200), jnp.bfloat16), params, COPY, seed),
             np.float64,
         ).ravel()
         for seeds in counts
@@ -127,9 +125,9 @@ def test_the_draws_are_those_of_the_hash():
     """Every version draws the same, so that a run may go on with a later one."""
     params = np.random.default_rng(0).standard_normal((30, 40)).astype(np.float32)
     for count in (1, 70_000, 2**31 - 1):
-        seeds = storage.fold_seeds(jnp.int32(count), 18)
+        seeds = fold.fold_seeds(jnp.int32(count), 18)
         for leaf in (0, 1, 15, 17):
-            rounded = storage.fold(
+            rounded = fold.fold(
                 jnp.zeros((30, 40), jnp.bfloat16), params, COPY, seeds[leaf]
             )
             expected = reference.rounded_to_bfloat16(params, count, leaf)
@@ -139,13 +137,13 @@ def test_the_draws_are_those_of_the_hash():
 def test_leaves_beyond_32_bits_are_indexed():
     """By the index modulo 2³²; nothing this large is made here."""
     shadow = jax.ShapeDtypeStruct((2, 2**32 + 5), jnp.bfloat16)
-    folded = jax.eval_shape(storage.fold, shadow, shadow, COPY, jnp.uint32(1))
+    folded = jax.eval_shape(fold.fold, shadow, shadow, COPY, jnp.uint32(1))
     assert (folded.shape, folded.dtype) == (shadow.shape, shadow.dtype)
 
 
 def test_seeds_are_like_random_numbers():
     """No two folds of a leaf share one, and every bit is set in half of them."""
-    seeds = np.stack(jax.vmap(lambda t: storage.fold_seeds(t, 16))(jnp.arange(20_000)))
+    seeds = np.stack(jax.vmap(lambda t: fold.fold_seeds(t, 16))(jnp.arange(20_000)))
     assert len(np.unique(seeds, axis=0)) == 16  # no two leaves
     for of_leaf in seeds:
         assert len(np.unique(of_leaf)) == 20_000
@@ -157,14 +155,14 @@ def test_noise_depends_on_the_place_and_not_on_the_sharding():
     """The same bits under jit, and for the same flat index in another shape."""
     params = jnp.full((4, 6), 1 + 2**-8)
     shadow = jnp.zeros((4, 6), jnp.bfloat16)
-    seed = storage.fold_seeds(jnp.int32(3), 1)[0]
-    flat = storage.fold(shadow.ravel(), params.ravel(), COPY, seed)
+    seed = fold.fold_seeds(jnp.int32(3), 1)[0]
+    flat = fold.fold(shadow.ravel(), params.ravel(), COPY, seed)
     np.testing.assert_array_equal(
-        jax.jit(storage.fold)(shadow, params, COPY, seed).ravel(), flat
+        jax.jit(fold.fold)(shadow, params, COPY, seed).ravel(), flat
     )
 
 
-TINY = storage.split_weight(2.0**-20)
+TINY = fold.split_weight(2.0**-20)
 
 
 def test_stochastic_float32_moves_where_nearest_would_not():
@@ -172,9 +170,9 @@ def test_stochastic_float32_moves_where_nearest_would_not():
     shadow, param = jnp.ones(20_000), jnp.full(20_000, 1.03)
     ulp = 2.0**-23
     change = 0.03 * 2.0**-20  # 0.24 ulp
-    np.testing.assert_array_equal(storage.fold(shadow, param, TINY, 1), shadow)
+    np.testing.assert_array_equal(fold.fold(shadow, param, TINY, 1), shadow)
     for seed in (1, 2**31):
-        folded = storage.fold(shadow, param, TINY, jnp.uint32(seed), stochastic=True)
+        folded = fold.fold(shadow, param, TINY, jnp.uint32(seed), stochastic=True)
         moved = (np.asarray(folded, np.float64) - 1) / ulp
         assert set(np.unique(moved)) == {0.0, 1.0}
         # Half an ulp of bias would be 0.74; the standard error is 3e-3.
@@ -189,10 +187,10 @@ def test_stochastic_float32_is_unbiased_at_any_change(weight):
     ends = 3 * rng.standard_normal(50).astype(np.float32)
     starts[:10], ends[:10] = [1, -1, 2, -2, 0.5] * 2, np.linspace(-0.4, 0.4, 10)
     shadow, param = np.repeat(starts, 4000), np.repeat(ends, 4000)
-    folded = storage.fold(
+    folded = fold.fold(
         jnp.asarray(shadow),
         param,
-        storage.split_weight(weight),
+        fold.split_weight(weight),
         jnp.uint32(7),
         stochastic=True,
     )
@@ -214,21 +212,21 @@ def test_stochastic_float32_keeps_what_nearest_keeps():
     for s, p, weight, expected in (
         (shadow, param, COPY, param),
         (shadow, shadow, TINY, shadow),
-        (shadow, param, storage.split_weight(0.0), shadow),
+        (shadow, param, fold.split_weight(0.0), shadow),
         (shadow, param * jnp.inf, TINY, shadow),
         (shadow * jnp.nan, param, TINY, param),
         (shadow * 0, param, TINY, param * 2.0**-20),
     ):
-        folded = storage.fold(s, p, weight, jnp.uint32(3), stochastic=True)
+        folded = fold.fold(s, p, weight, jnp.uint32(3), stochastic=True)
         np.testing.assert_array_equal(folded, expected)
 
 
 def test_check_rounding():
     """Rounding to nearest is refused where it freezes."""
-    assert storage.check_rounding("stochastic", None)
-    assert not storage.check_rounding("nearest", jnp.dtype("float32"))
-    assert not storage.check_rounding(None, jnp.dtype("bfloat16"))
+    assert fold.check_rounding("stochastic", None)
+    assert not fold.check_rounding("nearest", jnp.dtype("float32"))
+    assert not fold.check_rounding(None, jnp.dtype("bfloat16"))
     with pytest.raises(ValueError, match="'nearest' or 'stochastic', got 'up'"):
-        storage.check_rounding("up", None)
+        fold.check_rounding("up", None)
     with pytest.raises(ValueError, match="does not move"):
-        storage.check_rounding("nearest", jnp.dtype("bfloat16"))
+        fold.check_rounding("nearest", jnp.dtype("bfloat16"))

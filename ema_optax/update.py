@@ -1,4 +1,4 @@
-"""One update of an average: which leaves it folds, what into them, and when."""
+"""One update of a tree: which leaves fold, when, and with what weight."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from ema_optax import packing, placement, storage, trees
+from ema_optax import fold, packing, placement, trees
 
 
 def fold_update(
@@ -18,7 +18,7 @@ def fold_update(
     *,
     count: jax.Array,
     every: int,
-    homes: placement.Homes | None = None,
+    shardings: placement.LeafShardings | None = None,
     stochastic: bool = False,
 ) -> list[Any]:
     """Returns the shadows after an update, folded where one is due.
@@ -30,7 +30,7 @@ def fold_update(
         params: The params before the update.
         count: int32[], the 1-based number of the update.
         every: A fold is due at every `every`-th update, ≥ 1.
-        homes: Where each leaf of a shadow lives; None is where its param does.
+        shardings: Of each leaf of a shadow and its param; None where they are alike.
         stochastic: Whether float32 shadows are rounded stochastically.
 
     Raises:
@@ -40,26 +40,26 @@ def fold_update(
     old, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
     deltas = _matching_updates(updates, structure)
     averaged = sorted({i for each in stored for part in each.parts for i in part})
-    home = {i: homes[i] if homes else None for i in averaged}
+    by_leaf = {i: shardings[i] if shardings else None for i in averaged}
     new = {
-        i: placement.at_param(optax.apply_updates(old[i], deltas[i]), home[i])
+        i: placement.put_as_param(optax.apply_updates(old[i], deltas[i]), by_leaf[i])
         for i in averaged
     }
     kept = [each.arrays for each in stored]
 
-    def fold(kept: list[list[Any]], new: dict[int, Any]) -> list[list[Any]]:
+    def fold_all(kept: list[list[Any]], new: dict[int, Any]) -> list[list[Any]]:
         parts = {part for each in stored for part in each.parts}
         gathered = {part: _gathered([new[i] for i in part]) for part in sorted(parts)}
-        seeds = iter(storage.fold_seeds(count, sum(map(len, kept))))
+        seeds = iter(fold.fold_seeds(count, sum(map(len, kept))))
         folded = []
         for newest_weight, each, arrays in zip(
             newest_weights, stored, kept, strict=True
         ):
-            weight = storage.split_weight(newest_weight(count))
+            weight = fold.split_weight(newest_weight(count))
             folded.append(
                 [
                     _fold_at(
-                        home[part[0]],
+                        by_leaf[part[0]],
                         s,
                         gathered[part],
                         weight,
@@ -72,11 +72,13 @@ def fold_update(
         return folded
 
     if every == 1:
-        kept = fold(kept, new)
+        kept = fold_all(kept, new)
     else:
         # The new params are an operand: a branch that closed over params and
         # updates would make XLA copy both trees at every step.
-        kept = jax.lax.cond(count % every == 0, fold, lambda kept, new: kept, kept, new)
+        kept = jax.lax.cond(
+            count % every == 0, fold_all, lambda kept, new: kept, kept, new
+        )
     return [each.with_arrays(new) for each, new in zip(stored, kept, strict=True)]
 
 
@@ -120,16 +122,16 @@ def _gathered(new: list[Any]) -> Any:
 
 
 def _fold_at(
-    home: placement.Home | None,
+    sharding: placement.LeafSharding | None,
     shadow: Any,
     param: Any,
     weight: Any,
     seed: Any,
     stochastic: bool,
 ) -> jax.Array:
-    shadow, param = (placement.at_work(x, home) for x in (shadow, param))
-    folded = storage.fold(shadow, param, weight, seed, stochastic=stochastic)
-    return placement.settle(folded, home)
+    shadow, param = (placement.put_on_device(x, sharding) for x in (shadow, param))
+    folded = fold.fold(shadow, param, weight, seed, stochastic=stochastic)
+    return placement.put_as_shadow(folded, sharding)
 
 
 def matching_leaves(shadow: Any, params: Any) -> list[Any]:

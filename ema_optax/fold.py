@@ -1,4 +1,4 @@
-"""How a shadow leaf is stored, and how one fold is rounded into it."""
+"""One leaf of a shadow: its dtype, its rounding, and s + w·(p − s)."""
 
 import functools
 import math
