@@ -31,7 +31,7 @@ class EmaMadeBy(_EmaFields):
             array.
         every: Updates between folds.
         rounding: `"stochastic"`, or `"nearest"`, which leaves out bfloat16.
-        shardings: Where each leaf of a shadow lives; None where all are with their params.
+        shardings: Those of each leaf; None where all shadows are with their params.
     """
 
     shardings: LeafShardings | None = None
