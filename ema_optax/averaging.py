@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from ema_optax import fold, packing, placement, selection, trees
 from ema_optax.decay import Decay, check_decay, check_wide_enough
@@ -182,7 +183,13 @@ def ema_params(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def update_shadow(shadow: Any, params: Any, decay: Any, *, count: Any = None) -> Any:
+def update_shadow(
+    shadow: optax.Params,
+    params: optax.Params,
+    decay: ArrayLike | Decay,
+    *,
+    count: ArrayLike | None = None,
+) -> Any:
     """One fold with a given β: s + (1−β)·(p − s), for loops without Optax.
 
     For target networks, and for what `ema_params` cannot see: statistics, params that
@@ -268,7 +275,7 @@ def _recordable(
 
 
 def _shadows_by_name(
-    shadow: Any, decays: Mapping[str, Decay], several: bool
+    shadow: object, decays: Mapping[str, Decay], several: bool
 ) -> list[Any]:
     if not several:
         return [shadow]
@@ -333,7 +340,7 @@ def _jump(
     return _difference_to(there, param).astype(delta.dtype)
 
 
-def _difference_to(shadow: jax.Array, param: Any) -> jax.Array:
+def _difference_to(shadow: jax.Array, param: object) -> jax.Array:
     """Returns the update d after which p + d is the shadow in the param's dtype."""
     param = jnp.asarray(param)
     target = shadow.astype(param.dtype)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from ema_optax import fold, selection, trees
 from ema_optax.average import Average
@@ -202,7 +203,11 @@ class BemaAverage(Average):
 
 @functools.partial(jax.jit, static_argnums=4)
 def _corrected(
-    average: jax.Array, param: Any, anchor: Any, count: Any, record: BemaMadeBy
+    average: jax.Array,
+    param: ArrayLike,
+    anchor: ArrayLike,
+    count: ArrayLike,
+    record: BemaMadeBy,
 ) -> jax.Array:
     slot = jnp.result_type(param)
     dtype = np.promote_types(trees.wide(average.dtype), slot)
@@ -214,24 +219,24 @@ def _corrected(
     return jnp.where(jnp.isfinite(moved.astype(slot)), moved, s)
 
 
-def _newest_weight(record: BemaMadeBy, count: Any) -> jax.Array:
+def _newest_weight(record: BemaMadeBy, count: ArrayLike) -> jax.Array:
     """The weight of new params in the fold at t: b = max((ρ + γt)^−κ, min)."""
     return jnp.maximum(
         _age(record, count) ** -record.ema_power, record.min_newest_weight
     )
 
 
-def _bias_weight(record: BemaMadeBy, count: Any) -> jax.Array:
+def _bias_weight(record: BemaMadeBy, count: ArrayLike) -> jax.Array:
     """What counts of the way from p₀ when read at t: a = (ρ + γt)^−η."""
     return _age(record, count) ** -record.bias_power
 
 
-def _age(record: BemaMadeBy, count: Any) -> jax.Array:
+def _age(record: BemaMadeBy, count: ArrayLike) -> jax.Array:
     t = jnp.asarray(count, float)  # float32, or float64 where x64 is enabled
     return record.lag + record.multiplier * t
 
 
-def _checked(every: Any, *numbers: Any) -> BemaMadeBy:
+def _checked(every: object, *numbers: Any) -> BemaMadeBy:
     every = check_period(every, "every", BemaMadeBy._fields)
     record = BemaMadeBy(every, *numbers)
     for name, value in record._asdict().items():

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from ema_optax import trees
 
@@ -74,7 +75,7 @@ def stored_dtype(dtype: Any, shadow_dtype: np.dtype | None = None) -> np.dtype:
     return shadow_dtype
 
 
-def start(param: Any, shadow_dtype: np.dtype | None) -> jax.Array:
+def start(param: ArrayLike, shadow_dtype: np.dtype | None) -> jax.Array:
     """Returns a copy of a param as a shadow, in a buffer of its own, sharded alike."""
     return jnp.array(param, dtype=stored_dtype(jnp.result_type(param), shadow_dtype))
 
@@ -92,7 +93,7 @@ class Weight(NamedTuple):
     factor: jax.Array
 
 
-def split_weight(newest_weight: Any) -> Weight:
+def split_weight(newest_weight: ArrayLike) -> Weight:
     """Returns a scalar weight w in [0, 1] as `fold` takes it."""
     w = jnp.asarray(newest_weight, float)  # float32, or float64 where x64 is enabled
     return Weight(w > 0.5, jnp.where(w > 0.5, w - 1, w))
@@ -102,9 +103,9 @@ def split_weight(newest_weight: Any) -> Weight:
 @functools.partial(jax.jit, static_argnames="stochastic")
 def fold(
     shadow: jax.Array,
-    param: Any,
+    param: ArrayLike,
     weight: Weight,
-    seed: Any,
+    seed: jax.Array,
     *,
     stochastic: bool = False,
 ) -> jax.Array:
@@ -150,7 +151,7 @@ def _as_held(param: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
 
 
-def fold_seeds(count: Any, leaves: int) -> list[jax.Array]:
+def fold_seeds(count: ArrayLike, leaves: int) -> list[jax.Array]:
     """Returns a seed for each of so many leaves, in the fold at update `count`.
 
     Leaves of the same shape whose seeds are equal share one compiled kernel, so only a
@@ -163,7 +164,7 @@ def fold_seeds(count: Any, leaves: int) -> list[jax.Array]:
     return [salted[leaf % _STREAMS] for leaf in range(leaves)]
 
 
-def _round_stochastically(x: jax.Array, seed: Any) -> jax.Array:
+def _round_stochastically(x: jax.Array, seed: jax.Array) -> jax.Array:
     """Rounds float32 to a value that bfloat16 holds, up or down by chance.
 
     The chance of rounding up is the share of the way there, so the mean over many folds
@@ -180,7 +181,7 @@ def _round_stochastically(x: jax.Array, seed: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x)
 
 
-def _dithered(change: jax.Array, base: jax.Array, seed: Any) -> jax.Array:
+def _dithered(change: jax.Array, base: jax.Array, seed: jax.Array) -> jax.Array:
     """Returns a change with noise as wide as the gap to the next float32 on its way.
 
     The sum, rounded to nearest, then moves by chance where it would not, and by the

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ _NOTHING_LEFT = -100.0  # as the log of a weight: below what float32 can show
 
 
 def metrics(
-    opt_state: Any, params: Any, *, name: str | None = None
+    opt_state: optax.OptState, params: optax.Params, *, name: str | None = None
 ) -> dict[str, jax.Array]:
     """Returns scalars that tell whether a shadow follows its params.
 

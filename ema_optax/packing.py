@@ -104,7 +104,7 @@ class Packed:
         return Packed(tuple(flat), tuple(apart), self.layout)
 
 
-def plan(tree: Any, kinds: Sequence[Hashable | None]) -> Layout:
+def plan(tree: object, kinds: Sequence[Hashable | None]) -> Layout:
     """Returns a layout in which small leaves of one kind share a buffer.
 
     Args:
@@ -127,7 +127,7 @@ def plan(tree: Any, kinds: Sequence[Hashable | None]) -> Layout:
     return Layout(structure, tuple(groups))
 
 
-def pack(tree: Any, layout: Layout) -> Packed:
+def pack(tree: object, layout: Layout) -> Packed:
     """Returns a tree in a layout.
 
     Raises:
@@ -173,11 +173,11 @@ def packed_like(value: Any, node: Any) -> Any:
     return value
 
 
-def _is_dict_of_packed(node: Any) -> bool:
+def _is_dict_of_packed(node: object) -> bool:
     return isinstance(node, dict) and any(isinstance(v, Packed) for v in node.values())
 
 
-def _part(flat: Any, start: int, shape: tuple[int, ...]) -> Any:
+def _part(flat: object, start: int, shape: tuple[int, ...]) -> Any:
     if isinstance(flat, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, flat.dtype, sharding=flat.sharding)
     # Compiled once for each shape, not for each place.

@@ -39,7 +39,7 @@ def averaged_only(params: Any, mask: Mask | None) -> Any:
     {'b': MaskedNode(), 'n': MaskedNode(), 'w': 1.0}
     """
 
-    def choose(averaged: Any, part: Any) -> Any:
+    def choose(averaged: object, part: object) -> Any:
         if not isinstance(averaged, (bool, np.bool_)):
             raise ValueError(
                 "mask must hold bools, True where a leaf is averaged, got "

@@ -107,11 +107,11 @@ def with_shadow(train_state: Any, *, name: str | None = None) -> Any:
     )
 
 
-def _fill(shadow: Any, param: Any) -> Any:
+def _fill(shadow: object, param: object) -> Any:
     if trees.is_placeholder(shadow):
         return _own(param)
     return jnp.array(shadow, dtype=jnp.result_type(param))
 
 
-def _own(leaf: Any) -> Any:
+def _own(leaf: object) -> Any:
     return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf

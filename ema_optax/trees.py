@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 
-def is_placeholder(node: Any) -> bool:
+def is_placeholder(node: object) -> bool:
     """Returns whether a node stands for a leaf that is not averaged."""
     return isinstance(node, optax.MaskedNode)
 
@@ -25,7 +25,7 @@ def wide(dtype: Any) -> np.dtype:
     return np.promote_types(dtype, np.float32)
 
 
-def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+def flatten(tree: object) -> tuple[list[str], list[Any], Any]:
     """Returns the paths, leaves and structure of a tree; placeholders count as leaves.
 
     >>> flatten({"a": [1, optax.MaskedNode()], "b": None})[:2]
@@ -52,7 +52,7 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def arranged(tree: Any, like: Any) -> Any:
+def arranged(tree: object, like: object) -> Any:
     """Returns a tree in the structure of another, where both have the same paths.
 
     So leaves inside Flax's variables fit those outside, and a dict fits a State. Where
@@ -97,7 +97,7 @@ def describe(leaf: Any) -> str:
     return "not averaged" if is_placeholder(leaf) else repr(leaf)
 
 
-def difference(ours: Any, theirs: Any, names: tuple[str, str]) -> str | None:
+def difference(ours: object, theirs: object, names: tuple[str, str]) -> str | None:
     """Returns where the structures or shapes of two trees first differ, or None.
 
     Args:

@@ -162,7 +162,7 @@ def require_params(params: Any, transform: str) -> None:
         )
 
 
-def check_period(value: Any, name: str, static_args: tuple[str, ...]) -> int:
+def check_period(value: object, name: str, static_args: tuple[str, ...]) -> int:
     """Returns a number of updates as an integer.
 
     Args:

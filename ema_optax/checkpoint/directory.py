@@ -53,7 +53,7 @@ def save(
     opt_state: optax.OptState,
     *,
     step: int = 0,
-    extra: Any = None,
+    extra: object = None,
 ) -> None:
     """Save params, shadows and optimizer state as one step of a directory.
 
@@ -151,7 +151,7 @@ def _write(directory: epath.PathLike, build: Callable[[], EmaSave], step: int) -
 def restore(
     directory: epath.PathLike,
     tree: str = "shadow",
-    like: Any = None,
+    like: object = None,
     *,
     step: int | None = None,
     rename: Mapping[str, str] | None = None,

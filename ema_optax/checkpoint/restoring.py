@@ -20,7 +20,7 @@ from ema_optax.checkpoint.targets import default_target, target_of
 def restore_tree(
     item: epath.Path,
     tree: str,
-    like: Any,
+    like: object,
     rename: Mapping[str, str] | None,
     *,
     verify: bool,

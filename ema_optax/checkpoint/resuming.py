@@ -48,8 +48,8 @@ def restore_run(
         wanted |= _targets(manifest, name, tree, found)
     leaves = read(item, manifest, wanted, verify=verify)
 
-    def fill(name: str, tree: Any) -> Any:
-        def value(path: Any, leaf: Any) -> Any:
+    def fill(name: str, tree: object) -> Any:
+        def value(path: object, leaf: object) -> Any:
             if is_empty(leaf):
                 return without_elements(leaf)
             return leaves[Place(name, trees.path_name(path))]
@@ -66,7 +66,7 @@ def restore_run(
 
 
 def _targets(
-    manifest: Manifest, name: str, tree: Any, found: Averages
+    manifest: Manifest, name: str, tree: object, found: Averages
 ) -> dict[Place, tuple[Place, Target]]:
     """Returns the target of each leaf of a tree on disk.
 

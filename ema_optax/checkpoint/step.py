@@ -58,7 +58,7 @@ class Step:
     manifest: Manifest
 
 
-def of_run(params: optax.Params, opt_state: optax.OptState, extra: Any) -> Step:
+def of_run(params: optax.Params, opt_state: optax.OptState, extra: object) -> Step:
     """Returns a step of params, shadows and state. Computes the shadow of BEMA.
 
     Raises:
@@ -77,7 +77,9 @@ def of_run(params: optax.Params, opt_state: optax.OptState, extra: Any) -> Step:
     return of_trees(everything, entries(found), extra)
 
 
-def of_shadows(opt_state: optax.OptState, dtype: DTypeLike | None, extra: Any) -> Step:
+def of_shadows(
+    opt_state: optax.OptState, dtype: DTypeLike | None, extra: object
+) -> Step:
     """Returns a step of the shadows alone, in a dtype of at most their own width.
 
     Raises:
@@ -104,7 +106,7 @@ def of_shadows(opt_state: optax.OptState, dtype: DTypeLike | None, extra: Any) -
 
 
 def of_trees(
-    everything: Mapping[str, Any], described: Mapping[str, AverageEntry], extra: Any
+    everything: Mapping[str, Any], described: Mapping[str, AverageEntry], extra: object
 ) -> Step:
     """Returns trees by name as a step of ours.
 
@@ -202,7 +204,7 @@ def is_empty(leaf: Any) -> bool:
     return 0 in np.shape(leaf)
 
 
-def is_key(leaf: Any) -> bool:
+def is_key(leaf: object) -> bool:
     """Returns whether a leaf is an array of PRNG keys, concrete or abstract."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
@@ -223,7 +225,7 @@ def _read(average: Average, params: optax.Params) -> Any:
     pairs = jax.tree_util.tree_flatten_with_path(params)[0]
     live = {trees.path_name(path): leaf for path, leaf in pairs}
 
-    def param(key_path: Any, _: Any) -> Any:
+    def param(key_path: object, _: object) -> Any:
         path = trees.path_name(key_path)
         if path not in live:
             raise ValueError(
@@ -236,7 +238,7 @@ def _read(average: Average, params: optax.Params) -> Any:
     return average.read(jax.tree_util.tree_map_with_path(param, average.tree))
 
 
-def _leaves_by_path(name: str, tree: Any) -> dict[str, Any]:
+def _leaves_by_path(name: str, tree: object) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     files: dict[str, str] = {}
     for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -259,7 +261,7 @@ def _leaves_by_path(name: str, tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def _storable(leaf: Any, what: str) -> Any:
+def _storable(leaf: object, what: str) -> Any:
     if isinstance(leaf, (np.generic, complex)):
         return np.asarray(leaf)  # Orbax would lose the dtype
     if _is_local(leaf):
@@ -281,7 +283,7 @@ def _is_local(leaf: Any) -> bool:
     return several and leaf.is_fully_addressable and not is_key(leaf)
 
 
-def _storable_or_none(leaf: Any) -> Any:
+def _storable_or_none(leaf: object) -> Any:
     return None if is_empty(leaf) else _storable(leaf, "a leaf")
 
 
@@ -296,7 +298,7 @@ def _narrowed(tree: Any, dtype: np.dtype) -> Any:
     return jax.tree.map(cast, tree)
 
 
-def _json(extra: Any) -> Any:
+def _json(extra: object) -> Any:
     """Returns `extra` as it will be read, where keys are strings and tuples lists."""
     try:
         written = json.loads(json.dumps(extra))
@@ -310,7 +312,7 @@ def _json(extra: Any) -> Any:
         ) from error
 
 
-def _count(count: Any) -> Count:
+def _count(count: object) -> Count:
     if isinstance(count, jax.Array) and not count.is_fully_addressable:
         count = count.addressable_shards[0].data
     return np.asarray(count).tolist()
@@ -326,13 +328,13 @@ def _entry(leaf: Any) -> LeafEntry:
     return LeafEntry(tuple(leaf.shape), str(leaf.dtype), kind=kind)
 
 
-def _structure(tree: Any) -> Structure:
+def _structure(tree: object) -> Structure:
     """Returns a tree as Orbax nests it, in JSON: dicts, lists, and paths as leaves."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = [trees.path_name(path) for path, _ in pairs]
     named = jax.tree.unflatten(treedef, paths)
 
-    def nested(node: Any) -> Any:
+    def nested(node: object) -> Any:
         if isinstance(node, Mapping):
             return {str(key): nested(value) for key, value in node.items()}
         if isinstance(node, (list, tuple)) and not hasattr(node, "_fields"):

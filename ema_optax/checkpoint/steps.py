@@ -21,7 +21,7 @@ class Step(NamedTuple):
     item: epath.Path
 
 
-def find_step(directory: Any, step: int | None) -> Step:
+def find_step(directory: epath.PathLike, step: int | None) -> Step:
     """Returns a step of a directory: the newest, or the one of that number.
 
     Args:
@@ -68,7 +68,7 @@ def find_step(directory: Any, step: int | None) -> Step:
     return Step(number, item)
 
 
-def find_same_step(directory: Any, step: int | None) -> Step:
+def find_same_step(directory: epath.PathLike, step: int | None) -> Step:
     """Returns the step that all processes then read; all of them must call it alike.
 
     The newest is what process 0 finds. A network file system may show it to one host

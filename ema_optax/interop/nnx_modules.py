@@ -94,7 +94,7 @@ def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[
         )
 
 
-def shadow_copy(model: Any, optimizer: Any, *, name: str | None = None) -> Any:
+def shadow_copy(model: object, optimizer: object, *, name: str | None = None) -> Any:
     """Returns a copy of an NNX module whose params are the shadow, for evaluation.
 
     It shares nothing with the module, which may go on and donate its arrays. Variables
@@ -216,7 +216,7 @@ def nnx_update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
 
 
 def refresh_nnx_batch_stats(
-    model: Any,
+    model: object,
     batches: Iterable[Any],
     *,
     call: Callable[[Any, Any], Any] | None = None,
@@ -282,7 +282,7 @@ class _Module:
     graph: Any
     call: Callable[[Any, Any], Any]
 
-    def __call__(self, rest: Any, stats: Any, batch: Any) -> Any:
+    def __call__(self, rest: object, stats: object, batch: object) -> Any:
         from flax import nnx
 
         model = nnx.merge(self.graph, stats, rest)
@@ -300,7 +300,7 @@ def _shadow(optimizer: Any, params: Any, name: str | None) -> Any:
     return shadow_params(nnx.as_pure(optimizer.opt_state), params, name=name)
 
 
-def _live(model: Any, optimizer: Any) -> _Live:
+def _live(model: object, optimizer: object) -> _Live:
     """Returns raw params and statistics, also while the module holds its shadow."""
     _check(model, optimizer)
     return _SWAPPED.get(id(model)) or _held(model, optimizer)
@@ -314,24 +314,24 @@ def _held(model: Any, optimizer: Any) -> _Live:
     return _Live(*map(nnx.as_pure, parts))
 
 
-def _copied(model: Any) -> Any:
+def _copied(model: object) -> Any:
     from flax import nnx
 
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.tree.map(_own, state))
 
 
-def _own(leaf: Any) -> Any:
+def _own(leaf: object) -> Any:
     return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
 
 
-def _differ(before: Any, after: Any) -> bool:
+def _differ(before: object, after: object) -> bool:
     if isinstance(before, Tracer) or isinstance(after, Tracer):
         return False  # under jit there are no numbers to compare
     return bool(np.any(np.asarray(before) != np.asarray(after)))
 
 
-def _check(model: Any, optimizer: Any) -> None:
+def _check(model: object, optimizer: object) -> None:
     from flax import nnx
 
     if not isinstance(model, nnx.Module) or not isinstance(optimizer, nnx.Optimizer):
