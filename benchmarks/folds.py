@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 import ema_optax
+from ema_optax import packing
 
 OURS = "ema_optax.update_shadow"
 TRANSFORM = "ema_optax.ema_params"
@@ -68,7 +69,7 @@ def _transform(made, params, shadow_of):
 
 def ours_transform(params, beta, **options):
     made = ema_optax.ema_params(ema_optax.constant(beta), **options)
-    return _transform(made, params, lambda state: state.shadow)
+    return _transform(made, params, lambda state: packing.unpacked(state.shadow))
 
 
 def ours_packed(params, beta):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ema_optax import fold, packing, placement, selection, trees
 from ema_optax.decay import Decay, check_decay, check_wide_enough
@@ -32,14 +32,14 @@ _STATIC = ("every", "overwrite_every")  # for optax.inject_hyperparams
 def ema_params(
     decay: DecayLike | Mapping[str, DecayLike],
     *,
-    every: int = 1,
     mask: selection.Mask | None = None,
-    shadow_dtype: Any = None,
+    every: int = 1,
     overwrite_every: int | None = None,
-    shadow_sharding: Any = None,
-    params_sharding: Any = None,
+    shadow_dtype: DTypeLike | None = None,
     rounding: str | None = None,
     pack_small: bool = False,
+    shadow_sharding: object = None,
+    params_sharding: object = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps an exponential moving average of the params: the shadow.
 
@@ -50,52 +50,29 @@ def ema_params(
     where p is what the model holds after `optax.apply_updates`. Read the shadow with
     `ema_optax.shadow_params`.
 
-    Elements of p that are not finite are left out: there the shadow holds. Integer,
-    bool and PRNG-key leaves, and those the mask leaves out, are not averaged.
-
-    The count of updates stays at 2³¹ − 1, where int32 ends. From there every update is
-    folded as number 2³¹ − 1, with its weight; with `every` above 1 none is, for that is
-    a prime: the shadow stays. `metrics` shows the decay; a run that long starts a new
-    count.
-
-    Inside `optax.MultiSteps` it folds once per real update. Around it, it would fold
-    once per micro-batch. `optax.inject_hyperparams` needs
-    `static_args=("decay", "every", "overwrite_every")`, or without `"decay"` to inject
-    a float β; and with `"shadow_sharding"` where that is a function.
+    >>> optimizer = optax.chain(optax.sgd(0.1), ema_params(0.9999))
+    >>> params = {"w": jnp.array([1.0])}
+    >>> state = optimizer.init(params)
+    >>> updates, state = optimizer.update({"w": jnp.array([1.0])}, state, params)
+    >>> state[1].shadow["w"]  # 1 + (1 − 2/11)·(0.9 − 1)
+    Array([0.9181818], dtype=float32)
 
     Args:
         decay: A float β in [0, 1), which means `warmup(β)`; a `Decay`; any callable
             from the 1-based step to β; or a dict from names to these, for several
             shadows in one pass.
-        every: Fold at every `every`-th update, ≥ 1. The average stays as long: each
+        mask: What is averaged: a tree of bools like the params (or a prefix of it), or
+            a function from params to one.
+        every: When: at every `every`-th update, ≥ 1. The average stays as long: each
             fold takes the product of the decays. Other updates cost nothing.
-        mask: A tree of bools like the params (or a prefix of it), or a function from
-            params to one: True where a leaf is averaged.
-        shadow_dtype: "bfloat16", "float32" or "float64". None is float32 for narrower
-            params and their own dtype otherwise. bfloat16 is rounded stochastically,
-            from a hash of element and count, with an error of about 1e-2 at any β.
-        overwrite_every: After every that many updates the params become the shadow,
-            as with Keras' `ema_overwrite_frequency`. The model then holds
-            p + (s − p), which is s to the last bit where s/2 ≤ p ≤ 2s, and within
-            1 ulp of the larger of |p| and |s − p| elsewhere.
-        shadow_sharding: Where the shadow lives, if not with its params: a sharding, a
-            function from path and param (with shape, dtype and sharding) to one, or a
-            tree of these like the params, or a prefix of it, with None where a shadow
-            follows its param. `placement` has two: `over_axis` and `in_host_memory`.
-            The params keep their sharding.
-        params_sharding: That of the params, a sharding or a tree of them; needed with
-            `shadow_sharding` where they do not show it: `init` under `jit`, on a mesh
-            whose axes are not Explicit.
-        rounding: "stochastic" rounds float32 shadows as bfloat16 ones always are: they
-            then follow where (1−β)·|p−s| is below half an ulp of s, and rounding to
-            nearest would not move; worth it beyond β = .9999 where params settle, for
-            an error of 1e-5 anywhere. None is to nearest for float32 and wider.
-        pack_small: Keep the shadows of leaves of up to 64 KiB side by side in a few
-            large arrays, so that thousands of them are folded at once; worth it where
-            a model has hundreds. The state's `shadow` and our checkpoints are as
-            without it, the state as a pytree has fewer leaves. Leaves that are sharded
-            or placed are left apart; `init` under `jit`, on a mesh whose axes are not
-            Explicit, needs `params_sharding` to know them.
+        overwrite_every: After every that many updates the params become the shadow.
+        shadow_dtype: How the shadow is stored: as "bfloat16", "float32" or "float64".
+            None is float32 for narrower params and their own dtype otherwise.
+        rounding: "stochastic" for float32 shadows that would stand still; None rounds
+            bfloat16 ones so, and wider ones to nearest.
+        pack_small: Whether shadows of small leaves share a few arrays.
+        shadow_sharding: Where the shadow lives, if not with its params.
+        params_sharding: Where the params live, if they do not show it.
 
     Returns:
         A transform with state `EmaParamsState`.
@@ -104,12 +81,42 @@ def ema_params(
         ValueError, TypeError: If an argument is outside its interval, or params and
             shadow do not fit each other.
 
-    >>> optimizer = optax.chain(optax.sgd(0.1), ema_params(0.9999))
-    >>> params = {"w": jnp.array([1.0])}
-    >>> state = optimizer.init(params)
-    >>> updates, state = optimizer.update({"w": jnp.array([1.0])}, state, params)
-    >>> state[1].shadow["w"]  # 1 + (1 − 2/11)·(0.9 − 1)
-    Array([0.9181818], dtype=float32)
+    What is averaged: floating and complex leaves that the mask does not leave out.
+    Elements of p that are not finite are left out of a fold: there the shadow holds.
+
+    When: the count of updates stays at 2³¹ − 1, where int32 ends. From there every
+    update is folded as number 2³¹ − 1, with its weight; with `every` above 1 none is,
+    for that is a prime: the shadow stays. `metrics` shows the decay; a run that long
+    starts a new count. Inside `optax.MultiSteps` one real update counts as one; around
+    it, one micro-batch would.
+
+    With `overwrite_every`, as with Keras' `ema_overwrite_frequency`, the model holds
+    p + (s − p), which is s to the last bit where s/2 ≤ p ≤ 2s, and within 1 ulp of the
+    larger of |p| and |s − p| elsewhere.
+
+    How it is stored: bfloat16 shadows are rounded stochastically, from a hash of
+    element and count, with an error of about 1e-2 at any β. `rounding="stochastic"`
+    does so for float32 ones: they then follow where (1−β)·|p−s| is below half an ulp of
+    s, and rounding to nearest would not move; worth it beyond β = .9999 where params
+    settle, for an error of 1e-5 anywhere.
+
+    `pack_small` keeps the shadows of leaves of up to 64 KiB side by side in a few large
+    arrays, so that thousands of them are folded at once; worth it where a model has
+    hundreds. What is read, and our checkpoints, are as without it; the state has fewer
+    leaves, and its `shadow.tree()` is the tree. Leaves that are sharded or placed are
+    left apart; `init` under `jit`, on a mesh whose axes are not Explicit, needs
+    `params_sharding` to know them.
+
+    Where it lives: `shadow_sharding` is a sharding, a function from path and param
+    (with shape, dtype and sharding) to one, or a tree of these like the params, or a
+    prefix of it, with None where a shadow follows its param. `placement` has two:
+    `over_axis` and `in_host_memory`. The params keep their sharding.
+    `params_sharding`, a sharding or a tree of them, is needed with it where the params
+    do not show theirs: `init` under `jit`, on a mesh whose axes are not Explicit.
+
+    `optax.inject_hyperparams` needs `static_args=("decay", "every",
+    "overwrite_every")`, or without `"decay"` to inject a float β; and with
+    `"shadow_sharding"` where that is a function.
     """
     decays = _decays_by_name(decay)
     every = check_period(every, "every", _STATIC)

@@ -396,3 +396,18 @@ def test_stochastic_rounding_follows_params_that_settle():
     expected = (np.float64(np.float32(1.002)) - 1) * (1 - 0.99999**steps)
     assert abs(moved.mean() / expected - 1) < 3e-3  # noise .5·ulp·√(1/2w)/√256: 6e-4
     assert np.abs(moved / expected - 1).max() < 5e-2
+
+
+def test_a_mask_is_asked_at_init_alone():
+    """A function that looks at values, or at Flax's variables, is never traced."""
+    asked = []
+
+    def mask(tree):
+        asked.append(1)
+        return jax.tree.map(lambda x: bool(jnp.all(x > 0)), tree)
+
+    transform = ema_optax.ema_params(0.9, mask=mask)
+    params = {"w": jnp.ones(2), "b": jnp.zeros(2)}
+    state = transform.init(params)
+    jax.jit(transform.update)(params, state, params)
+    assert len(asked) == 1
