@@ -99,7 +99,8 @@ def split_weight(newest_weight: ArrayLike) -> Weight:
     return Weight(w > 0.5, jnp.where(w > 0.5, w - 1, w))
 
 
-# Traced and lowered once per shape, not once per leaf.
+# Traced and lowered once per shape, not once per leaf. Of `lax` alone: `jnp.where` and
+# `jnp.isfinite` are calls of their own, which XLA copies and inlines for each leaf.
 @functools.partial(jax.jit, static_argnames="stochastic")
 def fold(
     shadow: jax.Array,
@@ -127,15 +128,21 @@ def fold(
     old = shadow.astype(dtype)
     new = _as_held(jnp.asarray(param), dtype)
     near_new, factor = weight
-    factor = factor.astype(dtype)
-    base, change = jnp.where(near_new, new, old), factor * (new - old)
+    base = jax.lax.select_n(near_new, old, new)
+    change = factor.astype(dtype) * (new - old)
     if stochastic and shadow.dtype == jnp.float32:
         change = _dithered(change, base, seed)
     folded = base + change
     if shadow.dtype == jnp.bfloat16:
         folded = _round_stochastically(folded, seed)
-    kept = jnp.where(jnp.isfinite(old), old, new)
-    return jnp.where(jnp.isfinite(folded), folded, kept).astype(shadow.dtype)
+    kept = jax.lax.select(_is_finite(old), old, new)
+    return jax.lax.select(_is_finite(folded), folded, kept).astype(shadow.dtype)
+
+
+def _is_finite(x: jax.Array) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jax.lax.is_finite(x.real) & jax.lax.is_finite(x.imag)
+    return jax.lax.is_finite(x)
 
 
 def _as_held(param: jax.Array, dtype: Any) -> jax.Array:

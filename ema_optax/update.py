@@ -51,25 +51,23 @@ def fold_update(
         parts = {part for each in stored for part in each.parts}
         gathered = {part: _gathered([new[i] for i in part]) for part in sorted(parts)}
         seeds = iter(fold.fold_seeds(count, sum(map(len, kept))))
-        folded = []
-        for newest_weight, each, arrays in zip(
-            newest_weights, stored, kept, strict=True
-        ):
-            weight = fold.split_weight(newest_weight(count))
-            folded.append(
-                [
-                    _fold_at(
-                        by_leaf[part[0]],
-                        s,
-                        gathered[part],
-                        weight,
-                        next(seeds),
-                        stochastic,
-                    )
-                    for s, part in zip(arrays, each.parts, strict=True)
-                ]
+
+        def fold_one(shadow: Any, part: tuple[int, ...], weight: fold.Weight) -> Any:
+            sharding = by_leaf[part[0]]
+            s, p = (
+                placement.put_on_device(x, sharding) for x in (shadow, gathered[part])
             )
-        return folded
+            folded = fold.fold(s, p, weight, next(seeds), stochastic=stochastic)
+            return placement.put_as_shadow(folded, sharding)
+
+        weights = [fold.split_weight(weight(count)) for weight in newest_weights]
+        return [
+            [
+                fold_one(shadow, part, weight)
+                for shadow, part in zip(arrays, each.parts, strict=True)
+            ]
+            for weight, each, arrays in zip(weights, stored, kept, strict=True)
+        ]
 
     if every == 1:
         kept = fold_all(kept, new)
@@ -119,19 +117,6 @@ class _Stored:
 
 def _gathered(new: list[Any]) -> Any:
     return new[0] if len(new) == 1 else packing.concatenated(new)
-
-
-def _fold_at(
-    sharding: placement.LeafSharding | None,
-    shadow: Any,
-    param: Any,
-    weight: Any,
-    seed: Any,
-    stochastic: bool,
-) -> jax.Array:
-    shadow, param = (placement.put_on_device(x, sharding) for x in (shadow, param))
-    folded = fold.fold(shadow, param, weight, seed, stochastic=stochastic)
-    return placement.put_as_shadow(folded, sharding)
 
 
 def matching_leaves(shadow: Any, params: Any) -> list[Any]:
