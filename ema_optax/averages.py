@@ -140,7 +140,7 @@ class Averages:
         """The names of the averages, sorted; an empty one where one has none."""
         return sorted({average.name for average in self})
 
-    def called(self, name: str | None) -> list[Average]:
+    def of(self, name: str | None) -> list[Average]:
         """Returns the averages of a name, or the only ones.
 
         Raises:
@@ -190,7 +190,12 @@ class Averages:
             rest: Like what `rest` returns.
             shadows: The tree of each average, in their order; one that is computed is
                 not used.
+
+        Raises:
+            ValueError: If they are not as many as the averages.
         """
+        if len(shadows) != len(self):
+            raise ValueError(f"{len(self)} averages take as many, got {len(shadows)}.")
         left = iter(shadows)
         nodes = [
             kind.put_back(node, old, [next(left) for _ in found]) if kind else node
@@ -204,16 +209,23 @@ class Averages:
         return jax.tree.unflatten(self._structure, nodes)
 
 
-def find(opt_state: optax.OptState) -> Averages:
+def find(
+    opt_state: optax.OptState, *, call: str = "shadow_params(opt_state, params)"
+) -> Averages:
     """Returns all averages of an optimizer state, found in one search.
+
+    Args:
+        opt_state: The optimizer state, or the state of an average itself.
+        call: What the user calls with it, for errors.
 
     Raises:
         TypeError: If it is an optimizer.
     """
     if isinstance(opt_state, (optax.GradientTransformation, optax.MultiSteps)):
         raise TypeError(
-            f"This is an optimizer (a {type(opt_state).__name__}), not its state. Pass "
-            "the state that optimizer.init(params) and optimizer.update return."
+            f"This is an optimizer (a {type(opt_state).__name__}), not its state. Call "
+            f"{call} with the state that optimizer.init(params) and optimizer.update "
+            "return."
         )
     return Averages(opt_state)
 

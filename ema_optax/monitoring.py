@@ -22,8 +22,9 @@ def metrics(
     For any logger's scalar call; can be jitted. Over the averaged leaves, with s the
     shadow, p the params, and elements that are not finite left out of sums:
 
-    - `decay`: β at the newest update.
-    - `initial_weight`: what the shadow still holds of the initial params, Πβ.
+    - `decay`: β at the newest update; of `bema_params` 1 − b at its newest fold.
+    - `initial_weight`: what the shadow still holds of the initial params, Πβ over its
+      folds.
     - `distance`: ‖p − s‖ / ‖s‖.
     - `dead_zone`: the distance |p − s| / |s| of an element below which its shadow does
       not move, where it is rounded to nearest: 2^−(m+1) / w, for m bits of mantissa
@@ -31,9 +32,13 @@ def metrics(
       that nears it calls for `rounding="stochastic"` or folds at every k-th update.
     - `nonfinite_params`, `nonfinite_shadow`: numbers of elements.
 
-    The first two are left out where the state does not know its decay: a callable or
-    an injected one. `initial_weight` and `dead_zone` are of folds, so `every` is in
-    them.
+    `decay`, `initial_weight` and `dead_zone` are left out where the state does not know
+    its decay: a callable or an injected one. `initial_weight` and `dead_zone` are of
+    folds, so `every` is in them.
+
+    Of `bema_params` s is the average before its correction: that is what is folded, and
+    stands still where folds are too small. What `shadow_params` adds to it follows the
+    params at every update.
 
     Args:
         opt_state: The optimizer state.
@@ -45,7 +50,8 @@ def metrics(
         float32[] by key, and int32[] for numbers of elements.
 
     Raises:
-        ValueError: If there is no shadow of `ema_params`, or no such name.
+        ValueError: If there is no shadow, or no such name, or it does not fit.
+        TypeError: If `opt_state` is an optimizer.
 
     >>> import optax, ema_optax
     >>> optimizer = optax.chain(optax.sgd(0.1), ema_optax.ema_params(0.999))
@@ -59,9 +65,9 @@ def metrics(
     >>> int(found["nonfinite_params"]), int(found["nonfinite_shadow"])
     (1, 0)
     """
-    found = averages.find(opt_state)
+    found = averages.find(opt_state, call="metrics(opt_state, params)")
     if name is not None or len(found.names) < 2:
-        return _metrics(found.called(name), params)
+        return _metrics(found.of(name), params)
     return {
         f"{key}/{what}" if key else what: value
         for key in found.names

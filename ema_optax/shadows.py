@@ -43,7 +43,7 @@ def shadow_params(
     >>> shadow_params(state, params)
     {'steps': Array(7, dtype=int32), 'w': Array([1, 1], dtype=bfloat16)}
     """
-    found = averages.find(opt_state).called(name)
+    found = averages.find(opt_state).of(name)
     shadow = averages.joined({each.where: each.read(params) for each in found})
     if params is None:
         return jax.tree.map(_own, shadow)

@@ -25,6 +25,14 @@ def betas(kind, steps, *args):
     return np.array([BETAS[kind](t, *args) for t in range(1, steps + 1)], np.float64)
 
 
+def bema_weights(
+    steps, every, ema_power=0.5, lag=10, multiplier=1.0, min_newest_weight=0.0
+):
+    """Returns b = max((ρ + γt)^−κ, min) at each fold up to `steps`, as float64."""
+    t = np.arange(every, steps + 1, every, dtype=np.float64)
+    return np.maximum((lag + multiplier * t) ** -ema_power, min_newest_weight)
+
+
 def average(params, decays, every=1, start=None):
     """Folds float64 params[t] (t = 1 …) one by one; returns the shadow after the last.
 

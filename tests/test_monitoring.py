@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import ema_optax
-from ema_optax import metrics
+from ema_optax import bema_params, metrics
 from ema_optax.placement import in_host_memory
 from tests import reference
 from tests.runs import drifting, follow
@@ -149,6 +150,74 @@ def test_a_decay_that_is_not_written_down_is_left_out():
     found = metrics(ema_optax.ema_params(lambda t: 0.9).init(params), params)
     assert "decay" not in found
     assert "distance" in found
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"every": 7}, 10_000),
+        ({"every": 400, "ema_power": 0.8, "multiplier": 0.1}, 10_399),
+        ({"every": 50, "min_newest_weight": 0.02}, 5_000),
+        ({"every": 1, "ema_power": 1.0, "lag": 1}, 500),
+    ],
+)
+def test_bema_against_float64(options, steps):
+    """β is 1 − b at the newest fold; a fold more or less in Πβ is .2 % or more."""
+    params = {"w": jnp.ones(1)}
+    state = bema_params(**options).init(params)._replace(count=jnp.int32(steps))
+    found = jax.jit(metrics)(state, params)
+    b = reference.bema_weights(steps, **options)
+    assert b.size == steps // options["every"]
+    left = np.prod(1 - b)
+    np.testing.assert_allclose(found["decay"], 1 - b[-1], rtol=3e-7)
+    np.testing.assert_allclose(found["initial_weight"], left, rtol=1e-5)
+    np.testing.assert_allclose(found["dead_zone"], 2.0**-24 / b[-1], rtol=1e-6)
+
+
+def test_the_figures_of_bema_are_of_its_average():
+    """Not of what is read, which follows the params at every update."""
+    params = {"w": jnp.asarray([3.0, 4.0])}
+    transform = bema_params(every=2)
+    state = transform.init(params)
+    _, state = transform.update({"w": jnp.asarray([0.0, 5.0])}, state, params)
+    live = {"w": jnp.asarray([3.0, 9.0])}
+    found = metrics(state, live)
+    np.testing.assert_allclose(found["distance"], 1.0, rtol=1e-6)  # 5 of ‖(3, 4)‖
+    assert found["initial_weight"] == 1
+    np.testing.assert_allclose(found["decay"], 1 - 12**-0.5, rtol=1e-6)  # to come
+    found = metrics(state, {"w": jnp.asarray([jnp.inf, 9.0])})
+    assert (found["nonfinite_params"], found["nonfinite_shadow"]) == (1, 0)
+
+
+def test_bema_beside_named_averages_and_parts():
+    """It has no name; parts with an average of another kind have no decay together."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    both = optax.chain(ema_optax.ema_params({"ema": 0.9}), bema_params())
+    found = metrics(both.init(params), params)
+    alone = metrics(bema_params().init(params), params)
+    assert {"ema/decay", "decay"} <= found.keys()
+    assert len(found) == 12
+    assert alone.items() <= found.items()
+    parts = optax.multi_transform(
+        {"x": ema_optax.ema_params(0.9), "y": bema_params()}, {"a": "x", "b": "y"}
+    )
+    found = metrics(parts.init(params), {"a": params["a"], "b": 3 * params["b"]})
+    assert found.keys() == {"distance", "nonfinite_params", "nonfinite_shadow"}
+    np.testing.assert_allclose(found["distance"], np.sqrt(8 / 4))
+
+
+@pytest.mark.parametrize("transform", [ema_optax.ema_params(0.5), bema_params(every=1)])
+def test_variables_of_nnx(transform):
+    """Params as variables, as a State of arrays, and as a dict: the same figures."""
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    state = transform.init(nnx.as_pure(params))
+    forms = params, nnx.as_pure(params), nnx.to_pure_dict(params)
+    expected = metrics(state, forms[1])
+    assert expected["distance"] == 0
+    for form in forms:
+        assert metrics(state, form) == expected
+        assert metrics(transform.init(form), forms[1]) == expected
 
 
 def test_errors():

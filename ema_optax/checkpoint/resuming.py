@@ -38,7 +38,7 @@ def restore_run(
             "no optimizer state. Resume from a step that EmaSave wrote."
         )
     manifest.check_decays()
-    found = averages.find(opt_state)
+    found = averages.find(opt_state, call="EmaResume(params, opt_state)")
     _check_averages(manifest, found, accept_new_decay)
     kept = [average for average in found if not average.is_computed]
     shadows = joined(kept, lambda average: average.tree)

@@ -65,7 +65,7 @@ def of_run(params: optax.Params, opt_state: optax.OptState, extra: object) -> St
         ValueError: If the state holds no shadow, or names would collide on disk.
         TypeError: If a leaf cannot be stored, or `extra` is not JSON.
     """
-    found = averages.find(opt_state)
+    found = averages.find(opt_state, call="EmaSave(params, opt_state)")
     if not found:
         raise ValueError(
             "There is no shadow in this optimizer state to save. Chain the average "
@@ -86,7 +86,7 @@ def of_shadows(
         ValueError: If there is no shadow, or `dtype` is no floating one.
         TypeError: If `extra` is not JSON.
     """
-    found = averages.find(opt_state)
+    found = averages.find(opt_state, call="SnapshotSave(opt_state)")
     stored = [average for average in found if not average.is_computed]
     if not stored:
         raise ValueError(
