@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from ema_optax import trees
 
@@ -14,7 +15,7 @@ _ALLOWED = ("bfloat16", "float32", "float64")
 _STREAMS = 16  # different sequences of rounding noise
 
 
-def check_shadow_dtype(shadow_dtype: Any) -> np.dtype | None:
+def check_shadow_dtype(shadow_dtype: DTypeLike | None) -> np.dtype | None:
     """Returns `shadow_dtype` as a dtype, or None.
 
     Raises:
@@ -55,7 +56,7 @@ def check_rounding(rounding: str | None, shadow_dtype: np.dtype | None) -> bool:
     return rounding == "stochastic"
 
 
-def stored_dtype(dtype: Any, shadow_dtype: np.dtype | None = None) -> np.dtype:
+def stored_dtype(dtype: DTypeLike, shadow_dtype: np.dtype | None = None) -> np.dtype:
     """Returns the dtype of the shadow of params of `dtype`.
 
     Args:
@@ -74,7 +75,7 @@ def stored_dtype(dtype: Any, shadow_dtype: np.dtype | None = None) -> np.dtype:
     return shadow_dtype
 
 
-def start(param: Any, shadow_dtype: np.dtype | None) -> jax.Array:
+def start(param: ArrayLike, shadow_dtype: np.dtype | None) -> jax.Array:
     """Returns a copy of a param as a shadow, in a buffer of its own, sharded alike."""
     return jnp.array(param, dtype=stored_dtype(jnp.result_type(param), shadow_dtype))
 
@@ -92,7 +93,7 @@ class Weight(NamedTuple):
     factor: jax.Array
 
 
-def split_weight(newest_weight: Any) -> Weight:
+def split_weight(newest_weight: ArrayLike) -> Weight:
     """Returns a scalar weight w in [0, 1] as `fold` takes it."""
     w = jnp.asarray(newest_weight, float)  # float32, or float64 where x64 is enabled
     return Weight(w > 0.5, jnp.where(w > 0.5, w - 1, w))
@@ -103,9 +104,9 @@ def split_weight(newest_weight: Any) -> Weight:
 @functools.partial(jax.jit, static_argnames="stochastic")
 def fold(
     shadow: jax.Array,
-    param: Any,
+    param: ArrayLike,
     weight: Weight,
-    seed: Any,
+    seed: ArrayLike,
     *,
     stochastic: bool = False,
 ) -> jax.Array:
@@ -144,7 +145,7 @@ def _is_finite(x: jax.Array) -> jax.Array:
     return jax.lax.is_finite(x)
 
 
-def _as_held(param: jax.Array, dtype: Any) -> jax.Array:
+def _as_held(param: jax.Array, dtype: np.dtype) -> jax.Array:
     """Returns a param in a wider dtype, rounded as the model holds it.
 
     XLA leaves out the rounding of a sum to 16 bits where it is widened again, and the
@@ -157,7 +158,7 @@ def _as_held(param: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.reduce_precision(wide, kind.nexp, kind.nmant)
 
 
-def fold_seeds(count: Any, leaves: int) -> list[jax.Array]:
+def fold_seeds(count: ArrayLike, leaves: int) -> list[jax.Array]:
     """Returns a seed for each of so many leaves, in the fold at update `count`.
 
     Leaves of the same shape whose seeds are equal share one compiled kernel, so only a
@@ -170,7 +171,7 @@ def fold_seeds(count: Any, leaves: int) -> list[jax.Array]:
     return [salted[leaf % _STREAMS] for leaf in range(leaves)]
 
 
-def _round_stochastically(x: jax.Array, seed: Any) -> jax.Array:
+def _round_stochastically(x: jax.Array, seed: ArrayLike) -> jax.Array:
     """Rounds float32 to a value that bfloat16 holds, up or down by chance.
 
     The chance of rounding up is the share of the way there, so the mean over many folds
@@ -187,7 +188,7 @@ def _round_stochastically(x: jax.Array, seed: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x)
 
 
-def _dithered(change: jax.Array, base: jax.Array, seed: Any) -> jax.Array:
+def _dithered(change: jax.Array, base: jax.Array, seed: ArrayLike) -> jax.Array:
     """Returns a change with noise as wide as the gap to the next float32 on its way.
 
     The sum, rounded to nearest, then moves by chance where it would not, and by the
@@ -204,7 +205,7 @@ def _dithered(change: jax.Array, base: jax.Array, seed: Any) -> jax.Array:
     return jnp.where(back | (change == 0), 0, noisy)
 
 
-def _random_bits(shape: tuple[int, ...], seed: Any) -> jax.Array:
+def _random_bits(shape: tuple[int, ...], seed: ArrayLike) -> jax.Array:
     """Returns uint32 for each element, a hash of its index and the seed."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
@@ -214,7 +215,7 @@ def _random_bits(shape: tuple[int, ...], seed: Any) -> jax.Array:
     return _mix(index ^ seed)
 
 
-def _mix(x: Any) -> Any:
+def _mix(x: jax.Array | np.ndarray) -> Any:
     """A 32-bit integer hash with low bias.
 
     Source: Chris Wellons, "Prospecting for hash functions" (lowbias32).
