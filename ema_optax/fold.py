@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ema_optax import trees
 
@@ -15,7 +15,7 @@ _ALLOWED = ("bfloat16", "float32", "float64")
 _STREAMS = 16  # different sequences of rounding noise
 
 
-def check_shadow_dtype(shadow_dtype: Any) -> np.dtype | None:
+def check_shadow_dtype(shadow_dtype: DTypeLike | None) -> np.dtype | None:
     """Returns `shadow_dtype` as a dtype, or None.
 
     Raises:
@@ -56,7 +56,7 @@ def check_rounding(rounding: str | None, shadow_dtype: np.dtype | None) -> bool:
     return rounding == "stochastic"
 
 
-def stored_dtype(dtype: Any, shadow_dtype: np.dtype | None = None) -> np.dtype:
+def stored_dtype(dtype: DTypeLike, shadow_dtype: np.dtype | None = None) -> np.dtype:
     """Returns the dtype of the shadow of params of `dtype`.
 
     Args:
@@ -106,7 +106,7 @@ def fold(
     shadow: jax.Array,
     param: ArrayLike,
     weight: Weight,
-    seed: jax.Array,
+    seed: ArrayLike,
     *,
     stochastic: bool = False,
 ) -> jax.Array:
@@ -145,7 +145,7 @@ def _is_finite(x: jax.Array) -> jax.Array:
     return jax.lax.is_finite(x)
 
 
-def _as_held(param: jax.Array, dtype: Any) -> jax.Array:
+def _as_held(param: jax.Array, dtype: np.dtype) -> jax.Array:
     """Returns a param in a wider dtype, rounded as the model holds it.
 
     XLA leaves out the rounding of a sum to 16 bits where it is widened again, and the
@@ -171,7 +171,7 @@ def fold_seeds(count: ArrayLike, leaves: int) -> list[jax.Array]:
     return [salted[leaf % _STREAMS] for leaf in range(leaves)]
 
 
-def _round_stochastically(x: jax.Array, seed: jax.Array) -> jax.Array:
+def _round_stochastically(x: jax.Array, seed: ArrayLike) -> jax.Array:
     """Rounds float32 to a value that bfloat16 holds, up or down by chance.
 
     The chance of rounding up is the share of the way there, so the mean over many folds
@@ -188,7 +188,7 @@ def _round_stochastically(x: jax.Array, seed: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x)
 
 
-def _dithered(change: jax.Array, base: jax.Array, seed: jax.Array) -> jax.Array:
+def _dithered(change: jax.Array, base: jax.Array, seed: ArrayLike) -> jax.Array:
     """Returns a change with noise as wide as the gap to the next float32 on its way.
 
     The sum, rounded to nearest, then moves by chance where it would not, and by the
@@ -205,7 +205,7 @@ def _dithered(change: jax.Array, base: jax.Array, seed: jax.Array) -> jax.Array:
     return jnp.where(back | (change == 0), 0, noisy)
 
 
-def _random_bits(shape: tuple[int, ...], seed: Any) -> jax.Array:
+def _random_bits(shape: tuple[int, ...], seed: ArrayLike) -> jax.Array:
     """Returns uint32 for each element, a hash of its index and the seed."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
@@ -215,7 +215,7 @@ def _random_bits(shape: tuple[int, ...], seed: Any) -> jax.Array:
     return _mix(index ^ seed)
 
 
-def _mix(x: Any) -> Any:
+def _mix(x: jax.Array | np.ndarray) -> Any:
     """A 32-bit integer hash with low bias.
 
     Source: Chris Wellons, "Prospecting for hash functions" (lowbias32).

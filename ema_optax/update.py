@@ -12,9 +12,9 @@ from ema_optax import fold, packing, placement, trees
 
 def fold_update(
     shadows: Sequence[Any],
-    newest_weights: Sequence[Callable[[Any], Any]],
-    updates: Any,
-    params: Any,
+    newest_weights: Sequence[Callable[[jax.Array], jax.Array]],
+    updates: optax.Updates,
+    params: optax.Params,
     *,
     count: jax.Array,
     every: int,
@@ -52,7 +52,9 @@ def fold_update(
         gathered = {part: _gathered([new[i] for i in part]) for part in sorted(parts)}
         seeds = iter(fold.fold_seeds(count, sum(map(len, kept))))
 
-        def fold_one(shadow: Any, part: tuple[int, ...], weight: fold.Weight) -> Any:
+        def fold_one(
+            shadow: jax.Array, part: tuple[int, ...], weight: fold.Weight
+        ) -> jax.Array:
             sharding = by_leaf[part[0]]
             s, p = (
                 placement.put_on_device(x, sharding) for x in (shadow, gathered[part])
@@ -88,7 +90,7 @@ class _Stored:
         parts: For each, the numbers of its leaves among those of the params.
     """
 
-    def __init__(self, shadow: Any, params: Any) -> None:
+    def __init__(self, shadow: Any, params: optax.Params) -> None:
         packed = isinstance(shadow, packing.Packed)
         # nnx.Optimizer inits with Flax's variables and updates with their arrays.
         tree = trees.arranged(shadow.outline(), params) if packed else shadow
@@ -115,11 +117,11 @@ class _Stored:
         return jax.tree.unflatten(structure, leaves)
 
 
-def _gathered(new: list[Any]) -> Any:
+def _gathered(new: list[jax.Array]) -> jax.Array:
     return new[0] if len(new) == 1 else packing.concatenated(new)
 
 
-def matching_leaves(shadow: Any, params: Any) -> list[Any]:
+def matching_leaves(shadow: optax.Params, params: optax.Params) -> list[Any]:
     """Returns the leaves of a shadow, placeholders included.
 
     Raises:
@@ -134,7 +136,7 @@ def matching_leaves(shadow: Any, params: Any) -> list[Any]:
     return jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
 
 
-def require_params(params: Any, transform: str) -> None:
+def require_params(params: optax.Params | None, transform: str) -> None:
     """Refuses an update without params.
 
     Raises:
@@ -172,7 +174,7 @@ def check_period(value: object, name: str, static_args: tuple[str, ...]) -> int:
     return int(value)
 
 
-def _matching_updates(updates: Any, structure: Any) -> list[Any]:
+def _matching_updates(updates: optax.Updates, structure: Any) -> list[Any]:
     try:
         return structure.flatten_up_to(updates)
     except ValueError as error:
