@@ -1,6 +1,7 @@
 """Watches which parts of leaves are asked of TensorStore, and when they have come."""
 
 import contextlib
+import weakref
 from unittest import mock
 
 from ema_optax.checkpoint import opening
@@ -14,12 +15,23 @@ class Reads:
         bytes: Of all of them.
         in_flight: Bytes that are asked for, and not yet waited for.
         peak: The most that ever were.
+        held: Bytes of the arrays that have come, and are not let go of.
+        most_held: The most that ever were.
         error: What waiting raises in place of returning data, if anything.
     """
 
     def __init__(self, error=None):
         self.parts, self.bytes, self.in_flight, self.peak = [], 0, 0, 0
-        self.error = error
+        self.error, self.held, self.most_held = error, 0, 0
+
+    def hold(self, data):
+        """Counts an array until it is let go of."""
+        self.held += data.nbytes
+        self.most_held = max(self.most_held, self.held)
+        weakref.finalize(data, self._let_go, data.nbytes)
+
+    def _let_go(self, size):
+        self.held -= size
 
 
 class _Future:
@@ -58,6 +70,7 @@ class _Part:
             reads.in_flight -= size
             if reads.error is not None:
                 raise reads.error
+            reads.hold(data)
             return data
 
         return _Future(self._array.read(), came)

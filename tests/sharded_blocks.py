@@ -1,6 +1,7 @@
 """Blocks of sharded leaves on eight devices; test_blocks has a pytest run it."""
 
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,41 @@ def test_a_shard_that_cuts_through_blocks_reads_no_others(saved):
     assert checksums.size(box) == sum(map(checksums.size, touched))
     if sharding != SHARDINGS["columns"]:
         assert reads.bytes <= WHOLE.nbytes / 4
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_slots_that_overlap_are_read_once(saved, verify):
+    """One leaf on two shardings, and a slot of NumPy: the parts of all come at once."""
+    root, _ = saved
+    like = {
+        name: jax.ShapeDtypeStruct(WHOLE.shape, jnp.float32, sharding=sharding)
+        for name, sharding in SHARDINGS.items()
+    }
+    like["numpy"] = np.zeros_like(WHOLE)
+    with watched() as reads:
+        got = checkpoint.restore(
+            root, "params", like, rename=dict.fromkeys(like, "w"), verify=verify
+        )
+    assert reads.bytes == WHOLE.nbytes
+    for name, leaf in got.items():
+        np.testing.assert_array_equal(np.asarray(leaf), WHOLE, err_msg=name)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_sharding_that_does_not_divide_is_no_damage(tmp_path, verify):
+    """The leaf is named, of numbers as of keys."""
+    keys = jax.random.split(jax.random.key(0), 9)
+    params = {"w": jnp.zeros(9), "k": keys}
+    checkpoint.save(tmp_path, params, TRANSFORM.init(params))
+    for name, dtype in (("w", jnp.float32), ("k", keys.dtype)):
+        like = jax.ShapeDtypeStruct((9,), dtype)
+        like = types.SimpleNamespace(
+            shape=(9,), dtype=like.dtype, sharding=SHARDINGS["rows"]
+        )
+        words = rf"(?s)leaf '{name}' of the params.*not damaged"
+        with pytest.raises(ValueError, match=words) as error:
+            checkpoint.restore(tmp_path, "params", {name: like}, verify=verify)
+        assert not isinstance(error.value, CorruptCheckpointError)
 
 
 def test_damage_in_a_block_is_named_on_any_sharding(saved, tmp_path):
