@@ -8,6 +8,7 @@ collect_ignore = [
     "many_hosts.py",
     "saving_hosts.py",
     "saving_run.py",
+    "sharded_blocks.py",
     "two_processes.py",
     "untrusted_reader.py",
 ]

@@ -116,9 +116,10 @@ def pieces_of(parts: HostParts, shape: Sequence[int]) -> list[Piece]:
     """Returns the checksums of what a process writes of a leaf of a shape."""
     found: list[Piece] = []
     for bounds, array in parts:
-        full = (*shape, *array.shape[len(shape) :])  # the data of keys have one more
-        sharded = [a != b for a, b in zip(array.shape, full, strict=True)]
-        block = block_shape(array.shape, sharded, array.itemsize)
+        block = None
+        if array.ndim == len(shape):  # the data of keys have one more, and lie whole
+            sharded = [a != b for a, b in zip(array.shape, shape, strict=True)]
+            block = block_shape(array.shape, sharded, array.itemsize)
         if block is None:
             found.append(Piece(bounds, digest(array)))
             continue

@@ -78,7 +78,7 @@ def as_cause(error: Exception, what: str = "") -> Exception:
         isinstance(error, RuntimeError) and text.startswith("RESOURCE_EXHAUSTED: ")
     ):  # of Python, or of JAX
         cause = errno.ENOMEM
-    elif not isinstance(error, ValueError):
+    elif not isinstance(error, (ValueError, RecursionError)):  # of JSON without end
         return error
     elif number:
         cause = int(number[1])

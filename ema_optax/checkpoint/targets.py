@@ -24,12 +24,15 @@ class Target:
         sharding: Where it goes; None for NumPy arrays, Python numbers, and arrays that
             are bound to no device.
         dtype: Which it is cast to; None keeps the stored one.
-        make: Makes it of a whole array on the host, where it has no sharding.
+        make: Makes it of a whole array on the host, where it has no sharding or is of
+            keys. Copies for NumPy: another slot may have the same array.
+        is_key: Whether it is of PRNG keys.
     """
 
     sharding: Sharding | None = None
     dtype: np.dtype | None = None
-    make: Callable[[Any], Any] = np.asarray
+    make: Callable[[Any], Any] = np.array
+    is_key: bool = False
 
     def parts(self, shape: Sequence[int]) -> list[Bounds]:
         """Returns the parts of a leaf that this process needs, each once.
@@ -39,7 +42,10 @@ class Target:
         """
         if self.sharding is None:
             return [whole(shape)]
+        self.sharding.check_compatible_aval(tuple(shape))
         indices = self.sharding.addressable_devices_indices_map(tuple(shape))
+        if self.is_key:
+            return [whole(shape)]
         return list(
             dict.fromkeys(bounds_of(index or (), shape) for index in indices.values())
         )
@@ -70,7 +76,7 @@ def place_all(
     moved: dict[int, tuple[np.ndarray, Sharding]] = {}
     for i, (target, parts, shape) in enumerate(leaves):
         parts, sharding = target.cast(parts), target.sharding
-        if sharding is None:  # of keys the data have other bounds
+        if sharding is None or target.is_key:  # whose data have other bounds
             placed.append(
                 target.make(parts.get(whole(shape), next(iter(parts.values()))))
             )
@@ -130,7 +136,7 @@ def _of_keys(entry: LeafEntry, sharding: Sharding | None) -> Target:
         keys = jax.random.wrap_key_data(jnp.asarray(data), impl=entry.key)
         return keys if sharding is None else jax.device_put(keys, sharding)
 
-    return Target(make=make)
+    return Target(sharding, make=make, is_key=True)
 
 
 def _sharding(leaf: Any) -> Sharding | None:
