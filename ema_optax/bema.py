@@ -170,10 +170,10 @@ class BemaAverage(Average):
                 "bema_params(...).init(params), and put other values in with "
                 "state._replace(count=…, average=…, anchor=…)."
             )
-        params = trees.arranged(params, self.tree)
-        leaves = matching_leaves(self.tree, params)
+        arranged = trees.arranged(params, self.tree)
+        leaves = matching_leaves(self.tree, arranged)
         structure = jax.tree.structure(self.tree, is_leaf=trees.is_placeholder)
-        live = structure.flatten_up_to(params)
+        live = structure.flatten_up_to(arranged)
         anchors = structure.flatten_up_to(self.anchor)
         for i, leaf in enumerate(leaves):
             if not trees.is_placeholder(leaf):

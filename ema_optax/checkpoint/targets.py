@@ -42,7 +42,7 @@ class Target:
         """
         if self.sharding is None:
             return [whole(shape)]
-        self.sharding.check_compatible_aval(tuple(shape))
+        self.sharding.shard_shape(tuple(shape))  # raises if it does not divide it
         indices = self.sharding.addressable_devices_indices_map(tuple(shape))
         if self.is_key:
             return [whole(shape)]
