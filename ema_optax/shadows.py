@@ -93,7 +93,7 @@ def with_shadow(train_state: Any, *, name: str | None = None) -> Any:
         )
     params = shadow_params(parts["opt_state"], parts["params"], name=name)
     if isinstance(train_state, Mapping):
-        return type(train_state)({**train_state, "params": params})  # pyright: ignore
+        return type(train_state)({**train_state, "params": params})  # pyright: ignore[reportCallIssue]
     if hasattr(train_state, "replace"):
         return train_state.replace(params=params)
     if hasattr(train_state, "_replace"):

@@ -90,7 +90,7 @@ async def start_save(
         finally:  # nothing of ours may write once this has ended
             await asyncio.to_thread(AllFutures(started).result)
 
-    signalled = ocp.future.CommitFutureAwaitingContractedSignals(  # pyright: ignore
+    signalled = ocp.future.CommitFutureAwaitingContractedSignals(  # pyright: ignore[reportAttributeAccessIssue]
         rest(), name="ema_optax_beside"
     )
     return [RaisedEverywhere(AllFutures([*futures, signalled]), item)]
