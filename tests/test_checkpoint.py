@@ -549,3 +549,19 @@ def test_leaves_of_all_kinds_come_back(tmp_path):
         np.testing.assert_array_equal(restored[name], value)
     assert isinstance(restored["numpy"], np.ndarray)
     assert restored["bool"] is True
+
+
+def test_what_a_manager_says_of_a_step_is_a_target(tmp_path):
+    """Its metadata, as Orbax's guide restores; 64 bits come back as they were saved."""
+    params = {"w": jnp.ones(2), "n": np.array([2**40 + 7]), "x": np.array([1e300])}
+    mask = {"w": True, "n": False, "x": False}
+    state = ema_optax.ema_params(0.9, mask=mask).init(params)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=checkpoint.EmaSave(params, state))
+        manager.wait_until_finished()
+        like = manager.item_metadata(1).tree
+        found = manager.restore(1, args=checkpoint.EmaRestore("params", like=like))
+    assert isinstance(found["w"], jax.Array)
+    for name in params:
+        assert found[name].dtype == params[name].dtype
+        np.testing.assert_array_equal(found[name], params[name])

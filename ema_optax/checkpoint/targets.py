@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
+from orbax.checkpoint.metadata import ShardingMetadata
 
 from ema_optax.checkpoint.checksums import bounds_of, whole
 from ema_optax.checkpoint.entries import LeafEntry
@@ -109,7 +110,8 @@ def target_of(leaf: Any, entry: LeafEntry) -> Target:
     if entry.is_key:
         return _of_keys(entry, _sharding(leaf))
     dtype = np.dtype(leaf.dtype)
-    if isinstance(leaf, (np.ndarray, np.generic)):
+    is_cut = jax.dtypes.canonicalize_dtype(dtype) != dtype  # of 64 bits, without x64
+    if is_cut or isinstance(leaf, (np.ndarray, np.generic)):
         return Target(dtype=dtype)
     return Target(_sharding(leaf), dtype, jnp.asarray)
 
@@ -148,4 +150,7 @@ def _sharding(leaf: Any) -> Sharding | None:
     """
     if isinstance(leaf, jax.Array) and not getattr(leaf, "committed", True):
         return None
-    return getattr(leaf, "sharding", None) or default_sharding()
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, ShardingMetadata):
+        sharding = sharding.to_jax_sharding()  # of a manager's item_metadata
+    return sharding or default_sharding()
