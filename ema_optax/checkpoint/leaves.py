@@ -13,7 +13,6 @@ import json
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -103,9 +102,10 @@ def read(
 
 
 def check(item: epath.Path, described: Manifest) -> None:
-    """Compares all of an item with its checksums; each process takes a share.
+    """Compares all of an item with its checksums, as each process sees it.
 
-    All processes must call it alike.
+    All processes must call it alike. Each reads all: a file system may show one of them
+    what it hides from another.
 
     Raises:
         CorruptCheckpointError: On every process, if data on disk is not what was saved.
@@ -117,9 +117,8 @@ def check(item: epath.Path, described: Manifest) -> None:
             for tree, entry in described.trees.items()
             for path in entry.leaves
         ]
-        share = everything[jax.process_index() :: jax.process_count()]
-        reader = Reader(item, described, share, verify=True)
-        for _ in reader.stream(dict.fromkeys(share)):
+        reader = Reader(item, described, everything, verify=True)
+        for _ in reader.stream(dict.fromkeys(everything)):
             pass  # read, compared and let go of, one after the other
         _check_metadata(item, described)
 
