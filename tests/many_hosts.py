@@ -390,7 +390,7 @@ def one_cannot_save(folder):
     )
     manager = ocp.CheckpointManager(root, options=options)
     args = checkpoint.EmaSave(params, state)
-    attempt(lambda: manager.save(2, args=args), "_host_pieces", "No space", told)
+    attempt(lambda: manager.save(2, args=args), "_host_parts", "No space", told)
     manager.save(3, args=args)
     manager.wait_until_finished()
 
