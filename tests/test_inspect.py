@@ -144,7 +144,7 @@ def test_a_damaged_step(copied: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": 2, "version": "9.1"}, "pip install 'ema-optax>=9.1'"),
+        ({"format": 3, "version": "9.1"}, "pip install 'ema-optax>=9.1'"),
         ({"format": "2"}, "manifest"),
         ({"trees": []}, "manifest"),
         ({"trees": {"state": {"leaves": {"w": 3}}}}, "manifest"),

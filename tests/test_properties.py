@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import ema_optax
-from ema_optax import checkpoint, fold
+from ema_optax import checkpoint, fold, packing
 
 RAN: collections.Counter[str] = collections.Counter()  # examples, by what was tested
 
@@ -281,7 +281,7 @@ def test_a_shadow_stays_in_the_range_of_what_the_params_were(
                 seen.append(parts(leaf))
             # The model goes on from finite params, as after a skipped step.
             params = held if step != 2 else params
-        shadow = [parts(x) for x in jax.tree.leaves(state.shadow)]
+        shadow = [parts(x) for x in jax.tree.leaves(packing.unpacked(state.shadow))]
     for seen, leaf in zip(visited, shadow, strict=True):
         steps = np.stack(seen)
         finite = np.isfinite(steps)
@@ -315,13 +315,13 @@ def test_params_that_do_not_move_are_a_fixed_point(tree, case, seed):
         params = filled(tree, rng, 1.0)
         transform = case.transform()
         state = transform.init(params)
-        start = jax.tree.leaves(state.shadow)
+        start = jax.tree.leaves(packing.unpacked(state.shadow))
         zeros = jax.tree.map(
             lambda p: np.zeros(np.shape(p), jnp.result_type(p)), params
         )
         for _ in range(3):
             _, state = transform.update(zeros, state, params)
-        ends = jax.tree.leaves(state.shadow)
+        ends = jax.tree.leaves(packing.unpacked(state.shadow))
         live = [x for x in jax.tree.leaves(params) if averaged(x)]
         for param, before, after in zip(live, start, ends, strict=True):
             if after.dtype == jnp.bfloat16 and jnp.result_type(param) != jnp.bfloat16:
@@ -362,8 +362,8 @@ def test_jit_equals_no_jit(tree, case, seed):
             largest = [np.maximum(a, b) for a, b in zip(largest, live, strict=True)]
         assert kinds_of(state) == kinds_of(alone)
         pairs = zip(
-            jax.tree.leaves(state.shadow),
-            jax.tree.leaves(alone.shadow),
+            jax.tree.leaves(packing.unpacked(state.shadow)),
+            jax.tree.leaves(packing.unpacked(alone.shadow)),
             largest,
             strict=True,
         )

@@ -72,7 +72,7 @@ def save(
         OSError: If it cannot be written; earlier steps stay as they are.
         ValueError, TypeError: If there is no shadow, or a leaf cannot be stored.
 
-    >>> import tempfile, ema_optax
+    >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
     >>> opt_state = ema_optax.ema_params(0.99).init(params)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +113,7 @@ def save_average(
         OSError: If it cannot be written; earlier steps stay as they are.
         ValueError, TypeError: If a leaf cannot be stored.
 
-    >>> import tempfile, ema_optax
+    >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_average(folder, {"w": jnp.ones(2)}, decay=ema_optax.power(0.03))
     ...     restore(folder, "shadow", like={"w": jnp.zeros(2)})
@@ -179,7 +179,7 @@ def restore(
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If tree, slots, shapes or dtypes do not fit, with the nearest names.
 
-    >>> import tempfile, ema_optax
+    >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
     >>> opt_state = ema_optax.ema_params(0.99).init(params)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -219,7 +219,7 @@ def resume(
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If model or optimizer differ from the saved run's, and how.
 
-    >>> import tempfile, ema_optax
+    >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
     >>> opt_state = ema_optax.ema_params(0.99).init(params)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -246,7 +246,7 @@ def describe(directory: epath.PathLike, *, step: int | None = None) -> Descripti
         CorruptCheckpointError: If the manifest is missing or damaged.
         FileNotFoundError: If there is no such checkpoint.
 
-    >>> import tempfile, ema_optax
+    >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
     >>> opt_state = ema_optax.ema_params(0.99).init(params)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -280,7 +280,7 @@ def verify(directory: epath.PathLike, *, step: int | None = None) -> None:
         CorruptCheckpointError: If data on disk is not what was saved.
         FileNotFoundError: If there is no such checkpoint.
 
-    >>> import tempfile, ema_optax
+    >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
     >>> opt_state = ema_optax.ema_params(0.99).init(params)
     >>> with tempfile.TemporaryDirectory() as folder:
