@@ -183,7 +183,7 @@ class Reader:
 
     def entry(self, place: Place) -> LeafEntry:
         """Returns what the manifest says of a leaf."""
-        return self._described.trees[place.tree].leaves[place.path]
+        return self._described.leaf(place)
 
     def damage(self, place: Place, problem: str) -> CorruptCheckpointError:
         """Returns the error of a leaf that is not what was saved."""

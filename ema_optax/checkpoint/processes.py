@@ -26,11 +26,6 @@ def gathered(number: int) -> list[int]:
     return [int(high) * 2**31 + int(low) for high, low in found]
 
 
-def anywhere(flag: bool) -> bool:
-    """Returns whether a flag is set on any process."""
-    return any(gathered(int(flag)))
-
-
 @contextlib.contextmanager
 def together(elsewhere: Exception) -> Iterator[None]:
     """Raises on every process if what is done within raises on one.
