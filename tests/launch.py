@@ -76,6 +76,23 @@ class Processes:
         )
 
 
+def run_on_eight_devices(path, flags=""):
+    """Runs all tests of a file in a process that has eight devices; all must pass."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
+        "PYTEST_ADDOPTS": "",  # such as workers: not for these few
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", path],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
 @contextlib.contextmanager
 def launched(module, *arguments, count=2, devices=2):
     """Starts `python -m MODULE RANK PORT ARGUMENTS…` for each rank; kills what is left.

@@ -20,15 +20,11 @@ from ema_optax import (
 )
 from ema_optax.average import Average
 from ema_optax.averages import Kind, find, joined
+from tests.same import assert_same
 
 PARAMS = {"a": jnp.arange(2.0), "b": jnp.ones(3), "n": jnp.int32(1)}
 NAMED = ema_params({"slow": 0.99, "fast": lambda t: 0.5}, every=3)
 BEMA = ema_optax.bema_params(every=2)
-
-
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_it_lists_each_average_with_what_is_known_of_it():

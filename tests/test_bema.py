@@ -15,6 +15,7 @@ import ema_optax
 from ema_optax import bema_params, checkpoint, shadow_params
 from tests.reference import relative_rms
 from tests.runs import drifting, follow
+from tests.same import assert_same
 
 BOUND = 2e-6  # a count that is one off in a or in b changes at least twice as much
 
@@ -434,14 +435,6 @@ def make_params():
         "encoder": {"w": jnp.arange(12.0).reshape(4, 3), "empty": jnp.zeros((0, 2))},
         "layers": [jnp.ones(2), (jnp.arange(3, dtype=jnp.bfloat16), None)],
     }
-
-
-def assert_same(actual, expected):
-    """Structures, dtypes and bits are equal."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.fixture(scope="module")

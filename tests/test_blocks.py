@@ -4,8 +4,6 @@ import itertools
 import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import hypothesis.strategies as st
 import jax
@@ -21,7 +19,9 @@ import ema_optax
 from ema_optax import checkpoint
 from ema_optax.checkpoint import CorruptCheckpointError, checksums, manifest, opening
 from ema_optax.checkpoint.pieces import Piece
+from tests import launch
 from tests.reads import watched
+from tests.same import assert_same
 
 BLOCK = 4096
 OPTIMIZER = optax.chain(
@@ -90,16 +90,6 @@ def _chunks(root, tree, path, step=1):
     structures = {name: entry.structure for name, entry in described.trees.items()}
     metadata = opening.Store(item, structures).metadata(tree, path).result()
     return tuple(opening.parse(metadata)["chunks"])
-
-
-def _assert_same(got, expected):
-    """Bit for bit, in dtype and structure."""
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 # What is cut.
@@ -173,7 +163,7 @@ def test_keys_of_many_numbers_are_whole(tmp_path, snapshot):
     [piece] = _sums(tmp_path, 0)["params"]["key"]
     assert piece.bounds == ((0, 1500),) or piece.bounds == ((0, 1500), (0, 2))
     checkpoint.verify(tmp_path)
-    _assert_same(checkpoint.resume(tmp_path, params, state), (params, state))
+    assert_same(checkpoint.resume(tmp_path, params, state), (params, state))
 
 
 SHAPES = [
@@ -208,13 +198,13 @@ def test_all_comes_back_to_the_bit(root, run):
     """By every way of reading, also of parts of it."""
     params, state = run
     checkpoint.verify(root)
-    _assert_same(checkpoint.resume(root, params, OPTIMIZER.init(params)), run)
-    _assert_same(checkpoint.restore(root, "params"), params)
+    assert_same(checkpoint.resume(root, params, OPTIMIZER.init(params)), run)
+    assert_same(checkpoint.restore(root, "params"), params)
     for name in ("a", "b"):
         got = checkpoint.restore(root, f"shadow/{name}", like=params)
         expected = ema_optax.shadow_params(state, params, name=name)
         # JAX has no float64 here; the slot has.
-        _assert_same(got, {**expected, "table": np.float64(expected["table"])})
+        assert_same(got, {**expected, "table": np.float64(expected["table"])})
         stored = checkpoint.stored(root, f"shadow/{name}")
         wide = np.asarray(state[1].shadow[name]["wide"])
         for index in (np.s_[5:7, 3:4], np.s_[23:25, 24:51], np.s_[0:96, 0:100]):
@@ -309,7 +299,7 @@ def test_damage_is_named_by_its_block_and_seen_there_alone(run, tmp_path):
     stored = checkpoint.stored(tmp_path, "shadow/a")
     for index in (np.s_[0:32, 0:100], np.s_[32:64, 0:25], np.s_[64:96, 25:50]):
         np.testing.assert_array_equal(stored.read("wide", index), shadow[index])
-    _assert_same(checkpoint.restore(tmp_path, "params", like=params), params)
+    assert_same(checkpoint.restore(tmp_path, "params", like=params), params)
     unverified = checkpoint.restore(tmp_path, "shadow/a", like=params, verify=False)
     assert (np.asarray(unverified["wide"]) != shadow).sum() == 1
 
@@ -338,17 +328,7 @@ def test_sums_with_a_gap_or_of_another_shape_are_refused(run, tmp_path):
 
 def test_eight_devices():
     """All of sharded_blocks.py, in a process that has them."""
-    flags = "--xla_force_host_platform_device_count=8"
-    env = {name: os.environ[name] for name in os.environ if name != "PYTEST_ADDOPTS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", EIGHT],
-        cwd=EIGHT.parent.parent,
-        env={**env, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    launch.run_on_eight_devices(EIGHT)
 
 
 # The arithmetic of boxes.

@@ -17,6 +17,7 @@ from orbax.checkpoint import v1
 
 import ema_optax
 from ema_optax import checkpoint
+from tests.same import assert_same
 
 
 def make_params():
@@ -64,16 +65,6 @@ def trained(optimizer=None, times=5):
     optimizer = optimizer or make_optimizer()
     params = make_params()
     return update(optimizer, params, optimizer.init(numbers_of(params)), times)
-
-
-def assert_same(actual, expected):
-    """Structures, dtypes and bits are equal."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """Where a shadow lives: the rules, what may be given, one device; and eight."""
 
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import shadow_params
 from ema_optax.placement import in_host_memory, over_axis
+from tests import launch
 
 P = PartitionSpec
 MESH = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
@@ -25,20 +23,8 @@ EIGHT = pathlib.Path(__file__).parent / "eight_devices.py"
 
 def test_eight_devices():
     """All of eight_devices.py, in a process that has them."""
-    flags = "--xla_force_host_platform_device_count=8 "
     # Without it XLA folds bfloat16 params before they are rounded, where it can.
-    flags += "--xla_allow_excess_precision=false"
-    # Options for the tests as a whole, such as workers, are not for these few.
-    env = {name: os.environ[name] for name in os.environ if name != "PYTEST_ADDOPTS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", EIGHT],
-        cwd=EIGHT.parent.parent,
-        env={**env, "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    launch.run_on_eight_devices(EIGHT, "--xla_allow_excess_precision=false")
 
 
 @pytest.mark.parametrize(
