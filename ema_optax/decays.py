@@ -25,7 +25,7 @@ from ema_optax.decay import (
     log_of,
     maker,
 )
-from ema_optax.power_profiles import exponent_from_width
+from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.schedule import schedule
 
 DecayLike: TypeAlias = Scalar | Decay | Callable[[Any], ArrayLike]
@@ -145,8 +145,8 @@ class power(Decay):
 
     Source: Karras et al. 2024, arXiv:2312.02696, section 3.1 (there σ_rel and γ).
 
-    >>> power(0.05)
-    power(exponent=16.97...)
+    >>> power(0.05), power(exponent=7.0)
+    (power(width=0.05), power(exponent=7.0))
     """
 
     exponent: Scalar
@@ -173,6 +173,13 @@ class power(Decay):
                 "is the plain mean; power(width=0.05) takes the width instead."
             )
         self._set(exponent=exponent)
+
+    def __repr__(self) -> str:
+        if is_known(self.exponent) and self.exponent > 0:
+            width = round(width_from_exponent(float(self.exponent)), 6)
+            if width and exponent_from_width(width) == self.exponent:
+                return f"power(width={width})"
+        return super().__repr__()
 
     def _log_product(self, t: Floats, k: int, xp: ModuleType) -> Floats:
         # The product telescopes to (1−k/t)^(γ+1).

@@ -42,7 +42,6 @@ WITHOUT_EXAMPLE = {
     "ema_optax.checkpoint.CorruptCheckpointError": "an error",
     "ema_optax.checkpoint.Description": "returned by describe",
     "ema_optax.checkpoint.EmaCheckpointableHandler": "called by Orbax alone",
-    "ema_optax.checkpoint.EmaHandler": "called by Orbax alone",
     "ema_optax.checkpoint.Leaf": "part of what describe returns",
     "ema_optax.checkpoint.StoredTree": "returned by stored",
     "ema_optax.checkpoint.Tree": "part of what describe returns",

@@ -601,5 +601,5 @@ def test_saving_with_other_params(tmp_path):
     checkpoint.save(tmp_path, params, state)
     restored = checkpoint.restore(tmp_path, like={"w": jnp.zeros(3)})
     np.testing.assert_allclose(restored["w"], numbers["w"] + 10**-0.2, rtol=1e-6)
-    with pytest.raises(ValueError, match="'w' is averaged by bema_params, and not in"):
+    with pytest.raises(ValueError, match="does not sit in these params: it has 'w'"):
         checkpoint.save(tmp_path, {"v": params["w"]}, state, step=1)

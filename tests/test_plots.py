@@ -167,7 +167,7 @@ def test_profiles_says_what_it_shows():
     assert "updates" in ax.get_xlabel()
     assert "plain mean = 1" in ax.get_ylabel()
     (line,) = ax.get_lines()
-    assert line.get_label().startswith("power(exponent=6.9")
+    assert line.get_label().startswith("power(width=0.1)")
 
 
 def test_a_profile_too_narrow_to_draw_whole_says_so():

@@ -20,7 +20,13 @@ from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, read_manifest
 from ema_optax.checkpoint.processes import together
 from ema_optax.checkpoint.rescue import explained, verify_item
 from ema_optax.checkpoint.step import of_trees
-from ema_optax.checkpoint.steps import absolute, find_same_step, find_step
+from ema_optax.checkpoint.steps import (
+    absolute,
+    find,
+    find_same_items,
+    find_same_step,
+    named,
+)
 from ema_optax.decay import Decay
 
 
@@ -36,6 +42,8 @@ class Description:
         trees: `params`, `shadow` or `shadow/NAME`.
         state: The optimizer state without its shadows.
         extra: What `EmaSave` was given.
+        steps: Numbers of all steps of the run.
+        items: Names of the items of ours in the step.
     """
 
     step: int | None
@@ -45,6 +53,8 @@ class Description:
     trees: Mapping[str, TreeEntry]
     state: TreeEntry
     extra: Any
+    steps: tuple[int, ...] = ()
+    items: tuple[str, ...] = ()
 
 
 def save(
@@ -54,6 +64,7 @@ def save(
     *,
     step: int = 0,
     extra: object = None,
+    averaged: str | Mapping[str, str] | None = None,
 ) -> None:
     """Save params, shadows and optimizer state as one step of a directory.
 
@@ -62,15 +73,18 @@ def save(
 
     Args:
         directory: Folder of the run, made if missing.
-        params: The live params.
+        params: The live params, alone or with other state of the model beside them.
         opt_state: The optimizer state, with a shadow anywhere in it.
         step: Number of the step, ≥ 0.
         extra: Anything that is JSON, for `describe`.
+        averaged: Where in `params` the tree sits that the optimizer was given, if it
+            fits at several places; see `EmaSave`.
 
     Raises:
         FileExistsError: If the step is there already; nothing is overwritten.
         OSError: If it cannot be written; earlier steps stay as they are.
-        ValueError, TypeError: If there is no shadow, or a leaf cannot be stored.
+        ValueError, TypeError: If there is no shadow, if it cannot be told of which part
+            of the params it is, or if a leaf cannot be stored.
 
     >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
@@ -80,7 +94,7 @@ def save(
     ...     restore(folder, "shadow", like=params)
     {'w': Array([1., 1.], dtype=float32)}
     """
-    _write(directory, lambda: EmaSave(params, opt_state, extra), step)
+    _write(directory, lambda: EmaSave(params, opt_state, extra, averaged), step)
 
 
 def save_average(
@@ -154,6 +168,7 @@ def restore(
     like: object = None,
     *,
     step: int | None = None,
+    item: str | None = None,
     rename: Mapping[str, str] | None = None,
     verify: bool = True,
 ) -> Any:
@@ -170,6 +185,7 @@ def restore(
             cast to its floats, nothing else is cast. Leaves without a sharding go to
             the default device. None gives nested dicts, in the dtypes stored.
         step: Number of the step; None for the newest that was committed.
+        item: Name of the item, where the step holds several of ours.
         rename: Slots of `like` to stored paths, or beginnings of both:
             `{"encoder/kernel": "my_scope/weights"}`. Two slots may take one leaf.
         verify: Whether to compare what is read with its checksums.
@@ -187,7 +203,7 @@ def restore(
     ...     restore(folder, "params", {"v": jnp.zeros(2)}, rename={"v": "w"})
     {'v': Array([1., 1.], dtype=float32)}
     """
-    found = find_same_step(directory, step)
+    found = find_same_step(directory, step, item)
     return EmaRestore(tree, like, rename, verify).read(found.item)
 
 
@@ -197,6 +213,7 @@ def resume(
     opt_state: optax.OptState,
     *,
     step: int | None = None,
+    item: str | None = None,
     accept_new_decay: bool = False,
     verify: bool = True,
 ) -> tuple[Any, Any]:
@@ -207,6 +224,7 @@ def resume(
         params: Params of the same model, abstract or concrete.
         opt_state: `optimizer.init(params)` of the same optimizer, or its `eval_shape`.
         step: Number of the step; None for the newest that was committed.
+        item: Name of the item, where the step holds several of ours.
         accept_new_decay: Keep the shadow although the chain has another decay or
             `every` than the one it was averaged with.
         verify: Whether to compare what is read with its checksums.
@@ -228,19 +246,22 @@ def resume(
     >>> opt_state.shadow
     {'w': Array([1., 1.], dtype=float32)}
     """
-    found = find_same_step(directory, step)
+    found = find_same_step(directory, step, item)
     args = EmaResume(
         params, opt_state, accept_new_decay=accept_new_decay, verify=verify
     )
     return args.read(found.item)
 
 
-def describe(directory: epath.PathLike, *, step: int | None = None) -> Description:
+def describe(
+    directory: epath.PathLike, *, step: int | None = None, item: str | None = None
+) -> Description:
     """Tell what a step holds, without reading its arrays.
 
     Args:
         directory: The folder of a run, or of one step of it.
         step: Number of the step; None for the newest that was committed.
+        item: Name of the item, where the step holds several of ours.
 
     Raises:
         CorruptCheckpointError: If the manifest is missing or damaged.
@@ -255,26 +276,36 @@ def describe(directory: epath.PathLike, *, step: int | None = None) -> Descripti
     >>> found.step, found.trees["shadow"].decay
     (300, warmup(decay=0.99, offset=10))
     """
-    found = find_step(directory, step)
+    found = find(directory, step)
+    path = named(found.items, item)
     try:
-        manifest = read_manifest(found.item)
+        manifest = read_manifest(path)
         manifest.check_decays()
     except CorruptCheckpointError as error:
-        raise explained(found.item, error, _alone()) from error
+        raise explained(path, error, _alone()) from error
     trees = dict(manifest.trees)
     return Description(
         step=found.number,
-        path=str(found.item),
+        path=str(path),
         version=manifest.version,
         format=manifest.format,
         state=trees.pop(STATE, TreeEntry({}, {})),
         trees=trees,
         extra=manifest.extra,
+        steps=tuple(found.numbers),
+        items=tuple(item.name for item in found.items),
     )
 
 
-def verify(directory: epath.PathLike, *, step: int | None = None) -> None:
+def verify(
+    directory: epath.PathLike, *, step: int | None = None, item: str | None = None
+) -> None:
     """Read a whole step and compare all of it with its checksums.
+
+    Args:
+        directory: The folder of a run, or of one step of it.
+        step: Number of the step; None for the newest that was committed.
+        item: Name of one item to verify; None for all of ours that the step holds.
 
     Raises:
         CorruptCheckpointError: If data on disk is not what was saved.
@@ -287,11 +318,11 @@ def verify(directory: epath.PathLike, *, step: int | None = None) -> None:
     ...     save(folder, params, opt_state, step=300)
     ...     verify(folder)  # and says nothing: all of it is what was saved
     """
-    item = find_same_step(directory, step).item
-    try:
-        verify_item(item)
-    except CorruptCheckpointError as error:
-        raise explained(item, error) from error
+    for found in find_same_items(directory, step, item):
+        try:
+            verify_item(found)
+        except CorruptCheckpointError as error:
+            raise explained(found, error) from error
 
 
 def _alone() -> str | None:

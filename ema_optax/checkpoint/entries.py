@@ -104,6 +104,8 @@ class AverageEntry:
         count: Updates it has seen.
         bema: Arguments of each `bema_params` that it comes from.
         unread: The JSON of a decay that this version cannot read; `decay` is then None.
+        places: Where in the params the averaged tree sits, by the place of its state in
+            the optimizer state; those of which it is the whole are left out.
     """
 
     decay: Decay | None
@@ -111,6 +113,7 @@ class AverageEntry:
     count: Count
     bema: tuple[Mapping[str, float], ...] = ()
     unread: Mapping[str, Json] | None = None
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def to_json(self) -> dict[str, object]:
         """Its part of the manifest.
@@ -126,6 +129,8 @@ class AverageEntry:
         }
         if self.bema:
             entry["bema"] = [dict(arguments) for arguments in self.bema]
+        if self.places:
+            entry["places"] = dict(self.places)
         return entry
 
     @classmethod
@@ -145,6 +150,9 @@ class AverageEntry:
             raise CorruptCheckpointError(
                 f"has the arguments {brief(bema)} of bema_params"
             )
+        places = content.get("places", {})
+        if not is_object(places) or not _are_texts(places):
+            raise CorruptCheckpointError(f"has the places {brief(places)}")
         if is_deep(content):
             raise CorruptCheckpointError(f"is nested more than {DEPTH} deep")
         try:
@@ -152,7 +160,7 @@ class AverageEntry:
         except ValueError:
             known, unread = None, cast("dict[str, Json]", decay)
         arguments = cast("list[dict[str, float]]", bema)
-        return cls(known, every, count, tuple(arguments), unread)
+        return cls(known, every, count, tuple(arguments), unread, places)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -256,6 +264,10 @@ def _is_count(value: object) -> TypeGuard[Count]:
         depth < _NDIM if is_list(node) else is_whole(node) and 0 <= node < _INT
         for node, depth in nodes(value)
     )
+
+
+def _are_texts(value: Mapping[str, object]) -> TypeGuard[Mapping[str, str]]:
+    return all(isinstance(text, str) for text in value.values())
 
 
 def _is_arguments(value: object) -> bool:

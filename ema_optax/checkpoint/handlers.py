@@ -14,16 +14,31 @@ from orbax.checkpoint import multihost, v1
 
 from ema_optax.checkpoint import saving, step
 from ema_optax.checkpoint.errors import CorruptCheckpointError
-from ema_optax.checkpoint.manifest import PARAMS, SHADOW
+from ema_optax.checkpoint.manifest import SHADOW
 from ema_optax.checkpoint.rescue import explained
-from ema_optax.checkpoint.restoring import restore_tree
+from ema_optax.checkpoint.restoring import restore_raw, restore_tree
 from ema_optax.checkpoint.resuming import restore_run
 
 Reading: TypeAlias = Callable[[epath.Path], Any]
 
 
 class EmaHandler(ocp.AsyncCheckpointHandler):
-    """Saves and restores params, shadows and optimizer state as one item."""
+    """Saves and restores params, shadows and optimizer state as one item.
+
+    A manager needs to be given it, as `item_handlers=`, in one case alone: where its
+    first call is a bare `restore(step)`, Orbax binds the item to the handler that the
+    step names, its own, and refuses `EmaRestore`, `EmaResume` and `EmaSave` from there.
+
+    >>> import tempfile, jax.numpy as jnp, ema_optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> opt_state = ema_optax.ema_params(0.99).init(params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ema_optax.checkpoint.save(folder, params, opt_state, step=1)
+    ...     with ocp.CheckpointManager(folder, item_handlers=EmaHandler()) as manager:
+    ...         raw = manager.restore(1)
+    ...         manager.restore(1, args=EmaRestore("shadow", like=raw))
+    {'w': Array([1., 1.], dtype=float32)}
+    """
 
     def __init__(self) -> None:
         self._trees = saving.tree_handler()
@@ -39,9 +54,9 @@ class EmaHandler(ocp.AsyncCheckpointHandler):
         """Saves without a background part."""
         saving.save_now(directory, args.contents, self._trees)
 
-    def restore(self, directory: epath.Path, args: "EmaRestore | None" = None) -> Any:
+    def restore(self, directory: epath.Path, args: "RestoreArgs | None" = None) -> Any:
         """Restores a tree, or a whole run."""
-        return (args or EmaRestore(PARAMS)).read(directory)
+        return (args or RestoreArgs()).read(directory)
 
     def metadata(self, directory: epath.Path) -> Any:
         """Returns Orbax's metadata of the raw params; None where there are none."""
@@ -70,6 +85,15 @@ class EmaSave(ocp.args.CheckpointArgs):
         params: The live params, any tree of arrays.
         opt_state: The optimizer state, with one or more shadows anywhere in it.
         extra: Anything that is JSON, kept in the manifest; `describe` returns it.
+        averaged: Where in `params` the tree sits that the optimizer was given, such as
+            `"params"` of Linen's variables, which hold statistics too; None finds it.
+            Of several averages, each by the place of its state in `opt_state`:
+            `{"generator": "gen/params", "critic": "critic/params"}`.
+
+    Raises:
+        ValueError: If there is no shadow, or it cannot be told of which part of the
+            params it is.
+        TypeError: If a leaf cannot be stored, or `extra` is not JSON.
 
     >>> import tempfile, optax, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
@@ -85,9 +109,12 @@ class EmaSave(ocp.args.CheckpointArgs):
     params: optax.Params
     opt_state: optax.OptState
     extra: Any = None
+    averaged: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        self._contents = step.of_run(self.params, self.opt_state, self.extra)
+        self._contents = step.of_run(
+            self.params, self.opt_state, self.extra, self.averaged
+        )
 
     @property
     def contents(self) -> step.Step:
@@ -97,33 +124,48 @@ class EmaSave(ocp.args.CheckpointArgs):
 
 @ocp.args.register_with_handler(EmaHandler, for_restore=True)
 @dataclasses.dataclass
-class EmaRestore(ocp.args.CheckpointArgs):
-    """Restore one tree into the slots of a model; see `checkpoint.restore`.
+class RestoreArgs(ocp.args.CheckpointArgs):
+    """What `EmaRestore` and `EmaResume` return: an item takes arguments of one type.
 
-    A manager's `restore(step)` without arguments means `EmaRestore()` where this
-    library is imported, and the raw params where it is not.
-
-    >>> EmaRestore("params", like={"w": 0.0}, rename={"w": "dense/kernel"}).tree
-    'params'
+    A manager makes them without any for a bare `restore(step)`, and means what whoever
+    loads the step without this library gets: the raw params.
     """
 
-    tree: str = SHADOW
-    like: Any = None
-    rename: Mapping[str, str] | None = None
-    verify: bool = True
-
-    def __post_init__(self) -> None:
-        self._reading: Reading = lambda item: restore_tree(
-            item, self.tree, self.like, self.rename, verify=self.verify
-        )
+    reading: Reading = restore_raw
 
     def read(self, item: epath.PathLike) -> Any:
         """Reads what was asked for from the folder of an item."""
         item = epath.Path(item)
         try:
-            return self._reading(item)
+            return self.reading(item)
         except CorruptCheckpointError as error:
             raise explained(item, error) from error
+
+
+def EmaRestore(  # noqa: N802 used as the other arguments are
+    tree: str = SHADOW,
+    like: Any = None,
+    rename: Mapping[str, str] | None = None,
+    verify: bool = True,
+) -> RestoreArgs:
+    """Restore one tree into the slots of a model; see `checkpoint.restore`.
+
+    A manager's `restore(step)` without arguments is not `EmaRestore()`: it gives the
+    raw params, as nested dicts and lists, whether this library is imported or not.
+
+    >>> import tempfile, jax.numpy as jnp, ema_optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> opt_state = ema_optax.ema_params(0.99).init(params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with ocp.CheckpointManager(folder) as manager:
+    ...         _ = manager.save(1, args=EmaSave(params, opt_state))
+    ...         manager.wait_until_finished()
+    ...         manager.restore(1, args=EmaRestore("params", like=params))
+    {'w': Array([1., 1.], dtype=float32)}
+    """
+    return RestoreArgs(
+        lambda item: restore_tree(item, tree, like, rename, verify=verify)
+    )
 
 
 def EmaResume(  # noqa: N802 used as the other arguments are
@@ -132,10 +174,8 @@ def EmaResume(  # noqa: N802 used as the other arguments are
     *,
     accept_new_decay: bool = False,
     verify: bool = True,
-) -> EmaRestore:
+) -> RestoreArgs:
     """Restore params and optimizer state exactly, to go on; see `checkpoint.resume`.
-
-    Returns `EmaRestore` arguments: a manager binds an item to one type of them.
 
     >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
@@ -149,11 +189,11 @@ def EmaResume(  # noqa: N802 used as the other arguments are
     >>> opt_state.count
     Array(0, dtype=int32)
     """
-    args = EmaRestore(verify=verify)
-    args._reading = lambda item: restore_run(
-        item, params, opt_state, accept_new_decay=accept_new_decay, verify=verify
+    return RestoreArgs(
+        lambda item: restore_run(
+            item, params, opt_state, accept_new_decay=accept_new_decay, verify=verify
+        )
     )
-    return args
 
 
 def SnapshotSave(  # noqa: N802 used as the other arguments are
@@ -194,7 +234,7 @@ def SnapshotSave(  # noqa: N802 used as the other arguments are
 def save_args(contents: step.Step) -> EmaSave:
     """Returns the arguments that save a step as it was built."""
     args: Any = object.__new__(EmaSave)
-    args.params = args.opt_state = args.extra = None
+    args.params = args.opt_state = args.extra = args.averaged = None
     args._contents = contents
     return args
 
@@ -216,7 +256,7 @@ class EmaCheckpointableHandler(v1.CheckpointableHandler):
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool:
         """Returns whether this says what to load."""
-        return isinstance(abstract_checkpointable, EmaRestore)
+        return isinstance(abstract_checkpointable, RestoreArgs)
 
     async def save(self, directory: Any, checkpointable: EmaSave) -> Any:
         """Does the blocking part and returns the rest as an awaitable."""
@@ -244,7 +284,7 @@ class EmaCheckpointableHandler(v1.CheckpointableHandler):
 
     async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Any:
         """Returns the load as an awaitable; the raw params where nothing is asked."""
-        args = abstract_checkpointable or EmaRestore(PARAMS)
+        args = abstract_checkpointable or RestoreArgs()
 
         async def background() -> Any:
             return await asyncio.to_thread(args.read, epath.Path(directory))

@@ -6,7 +6,7 @@ from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.leaves import check
 from ema_optax.checkpoint.processes import gathered
 from ema_optax.checkpoint.restoring import shared_manifest
-from ema_optax.checkpoint.steps import item_in, number_of, step_folder, steps_in
+from ema_optax.checkpoint.steps import items_in, number_of, step_folder, steps_in
 
 
 def explained(
@@ -25,7 +25,8 @@ def explained(
     if number is None:
         return error
     if rescue is None:
-        whole = newest_whole(root, before=number)
+        name = None if item == step else item.name
+        whole = newest_whole(root, name, before=number)
         rescue = (
             "No older step is whole."
             if whole is None
@@ -36,14 +37,24 @@ def explained(
     )
 
 
-def newest_whole(root: epath.Path, *, before: int) -> int | None:
-    """Returns the newest step below a number whose data all match their checksums.
+def newest_whole(root: epath.Path, name: str | None, *, before: int) -> int | None:
+    """Returns the newest step below a number whose item matches its checksums.
+
+    Args:
+        root: Folder of the run.
+        name: Of the item; None where the step is one.
+        before: What the step is older than.
 
     All processes must call it alike; those that process 0 finds are looked at.
     """
     while True:
-        items = {number: item_in(path) for number, path in steps_in(root).items()}
-        ours = [n for n, item in items.items() if n < before and item is not None]
+        items = {
+            number: item
+            for number, path in steps_in(root).items()
+            for item in items_in(path)
+            if name is None or item == path or item.name == name
+        }
+        ours = [number for number in items if number < before]
         before = gathered(max(ours, default=-1))[0]
         if before < 0:
             return None

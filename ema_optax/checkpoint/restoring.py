@@ -1,6 +1,6 @@
 """Restores a chosen tree into the slots of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,8 +9,9 @@ import numpy as np
 from etils import epath
 
 from ema_optax import text, trees
-from ema_optax.checkpoint.entries import LeafEntry
+from ema_optax.checkpoint.entries import LeafEntry, Structure
 from ema_optax.checkpoint.leaves import Place, elsewhere, read
+from ema_optax.checkpoint.locating import Outline, misfit, places_of, under
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, read_manifest
 from ema_optax.checkpoint.processes import agreed
 from ema_optax.checkpoint.step import is_empty, is_key
@@ -44,17 +45,32 @@ def restore_tree(
         return trees.nested(read(item, manifest, wanted, verify=verify))
     pairs, structure = jax.tree_util.tree_flatten_with_path(like)
     slots = {trees.path_name(path): leaf for path, leaf in pairs}
+    sources = _seen_from(slots, sources, manifest) if not rename else sources
     places = _places(slots, sources, rename or {}, tree)
     wanted = {}
     for slot, place in places.items():
         check_fits(manifest.leaf(place), slots[slot], slot, exact=False)
         wanted[slot] = place, target_of(slots[slot], manifest.leaf(place))
+    _check_averaged(places, manifest, tree)
     leaves = read(item, manifest, wanted, verify=verify)
     filled = [
         leaves[slot] if slot in leaves else without_elements(leaf)
         for slot, leaf in slots.items()
     ]
     return jax.tree.unflatten(structure, filled)
+
+
+def restore_raw(item: epath.Path) -> Any:
+    """Returns the params of an item as Orbax nests them; verified."""
+    manifest = shared_manifest(item)
+    places = sources_of(manifest, PARAMS)
+    leaves = read(
+        item,
+        manifest,
+        {path: (at, default_target(manifest.leaf(at))) for path, at in places.items()},
+        verify=True,
+    )
+    return jax.tree.map(lambda path: leaves[path], manifest.trees[PARAMS].structure)
 
 
 def shared_manifest(item: epath.Path) -> Manifest:
@@ -68,6 +84,23 @@ def sources_of(manifest: Manifest, tree: str) -> dict[str, Place]:
     Raises:
         ValueError: If the checkpoint has no such tree.
     """
+    tree = _chosen(manifest, tree)
+    own = {path: Place(tree, path) for path in manifest.trees[tree].leaves}
+    if tree == PARAMS or PARAMS not in manifest.trees:
+        return own
+    params = {path: Place(PARAMS, path) for path in manifest.trees[PARAMS].leaves}
+    place = _where_it_sits(manifest, tree)
+    if place is None:
+        return own  # whatever else the params have is not of the model that it is of
+    return params | {under(place, path): at for path, at in own.items()}
+
+
+def _chosen(manifest: Manifest, tree: str) -> str:
+    """Returns the name of a tree as it is stored: of an only shadow with its name.
+
+    Raises:
+        ValueError: If the checkpoint has no such tree.
+    """
     have = [name for name in manifest.trees if name != STATE]
     named = [name for name in have if name.startswith(f"{SHADOW}/")]
     if tree == SHADOW and SHADOW not in have and len(named) == 1:
@@ -77,12 +110,77 @@ def sources_of(manifest: Manifest, tree: str) -> dict[str, Place]:
             f"The checkpoint has no tree {tree!r}; it has "
             f"{', '.join(map(repr, have))}. Pass tree={(named or have)[-1]!r}."
         )
-    names = [PARAMS, tree] if PARAMS in have else [tree]
-    return {
-        path: Place(name, path)
-        for name in names
-        for path in manifest.trees[name].leaves
+    return tree
+
+
+def _where_it_sits(manifest: Manifest, tree: str) -> str | None:
+    """Returns where in the params on disk a shadow sits, or None if it does not.
+
+    A step may hold more than the params, or be of a stranger: leaf by leaf the params
+    fill what is not averaged, and must not stand for what is.
+    """
+    entry = manifest.trees[tree]
+    outline = Outline(_shapes(entry.leaves), frozenset(_gaps(entry.structure)))
+    params = _shapes(manifest.trees[PARAMS].leaves)
+    if entry.average and entry.average.places:  # its paths are those of the params
+        return "" if misfit(outline, params, "") is None else None
+    places = places_of(outline, params)
+    return places[0] if len(places) == 1 else None
+
+
+def _shapes(leaves: Mapping[str, LeafEntry]) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in leaves.items()}
+
+
+def _gaps(structure: Structure, at: str = "") -> Iterator[str]:
+    """Yields the paths where a structure has no leaf: it is not averaged there."""
+    if isinstance(structure, str):
+        return
+    pairs = structure.items() if isinstance(structure, dict) else ()
+    if isinstance(structure, list):
+        pairs = ((str(i), node) for i, node in enumerate(structure))
+    empty = True
+    for key, node in pairs:
+        empty = False
+        yield from _gaps(node, under(at, key))
+    if empty:
+        yield at
+
+
+def _seen_from(
+    slots: Mapping[str, Any], sources: Mapping[str, Place], manifest: Manifest
+) -> Mapping[str, Place]:
+    """Returns the sources by the paths that a part of the model has, given alone.
+
+    Such as the params of a step that holds variables with statistics beside them.
+    """
+    wanted = {
+        slot: np.shape(leaf) for slot, leaf in slots.items() if not is_empty(leaf)
     }
+    if set(wanted) <= set(sources):
+        return sources
+    have = {path: manifest.leaf(place).shape for path, place in sources.items()}
+    places = places_of(Outline(wanted), have)
+    if len(places) != 1:
+        return sources
+    return {slot: sources[under(places[0], slot)] for slot in wanted}
+
+
+def _check_averaged(places: Mapping[str, Place], manifest: Manifest, tree: str) -> None:
+    """Refuses to give params alone where a shadow is asked for.
+
+    Raises:
+        ValueError: If no slot takes a leaf of it, where it has any.
+    """
+    tree = _chosen(manifest, tree)
+    averaged = manifest.trees[tree].leaves
+    read_from = {place.tree for place in places.values()}
+    if tree != PARAMS and averaged and read_from == {PARAMS}:
+        raise ValueError(
+            f"None of the slots of `like` is averaged in the {tree}, such as "
+            f"'{next(iter(places))}'. It averages {text.some(averaged)}; for the live "
+            "params pass tree='params'."
+        )
 
 
 def check_fits(entry: LeafEntry, leaf: Any, slot: str, *, exact: bool) -> None:

@@ -8,16 +8,19 @@ import optax
 from etils import epath
 
 from ema_optax import averages, trees
+from ema_optax.average import Average
 from ema_optax.averages import Averages
 from ema_optax.checkpoint.entries import AverageEntry
 from ema_optax.checkpoint.leaves import Place, read
+from ema_optax.checkpoint.locating import under
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
 from ema_optax.checkpoint.restoring import (
     check_fits,
     shared_manifest,
     without_elements,
 )
-from ema_optax.checkpoint.step import bema_arguments, is_empty, joined
+from ema_optax.checkpoint.shadows import bema_arguments
+from ema_optax.checkpoint.step import is_empty
 from ema_optax.checkpoint.targets import Target, target_of
 from ema_optax.states import BemaMadeBy
 
@@ -40,47 +43,68 @@ def restore_run(
     manifest.check_decays()
     found = averages.find(opt_state, call="EmaResume(params, opt_state)")
     _check_averages(manifest, found, accept_new_decay)
-    kept = [average for average in found if not average.is_computed]
-    shadows = joined(kept, lambda average: average.tree)
+    places = [_place_of(manifest, average) for average in found]
     rest = found.rest()
+    ours = {PARAMS: _by_path(params), STATE: _by_path(rest)}
+    computed: set[str] = set()
+    for average, place in zip(found, places, strict=True):
+        paths = _by_path(average.tree, place)
+        if average.is_computed:  # when it is read; what is stored is not read back
+            computed |= set(paths)
+        else:
+            ours.setdefault(tree_of(average.name), {}).update(paths)
     wanted: dict[Place, tuple[Place, Target]] = {}
-    for name, tree in {PARAMS: params, **shadows, STATE: rest}.items():
-        wanted |= _targets(manifest, name, tree, found)
+    for name, of_tree in ours.items():
+        without = computed if name == SHADOW else set[str]()
+        wanted |= _targets(manifest, name, of_tree, without)
     leaves = read(item, manifest, wanted, verify=verify)
 
-    def fill(name: str, tree: object) -> Any:
+    def fill(name: str, tree: object, place: str = "") -> Any:
         def value(path: object, leaf: object) -> Any:
             if is_empty(leaf):
                 return without_elements(leaf)
-            return leaves[Place(name, trees.path_name(path))]
+            return leaves[Place(name, under(place, trees.path_name(path)))]
 
         return jax.tree_util.tree_map_with_path(value, tree)
 
     filled = [
         average.tree
         if average.is_computed
-        else fill(tree_of(average.name), average.tree)
-        for average in found
+        else fill(tree_of(average.name), average.tree, place)
+        for average, place in zip(found, places, strict=True)
     ]
     return fill(PARAMS, params), found.put_back(fill(STATE, rest), filled)
 
 
+def _place_of(manifest: Manifest, average: Average) -> str:
+    """Returns where in the params on disk the tree of an average sits."""
+    name = SHADOW if average.is_computed else tree_of(average.name)
+    return manifest.averages[name].places.get(average.path, "")
+
+
+def _by_path(tree: object, place: str = "") -> dict[str, Any]:
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = {trees.path_name(path): leaf for path, leaf in pairs}
+    return {under(place, path): x for path, x in leaves.items() if not is_empty(x)}
+
+
 def _targets(
-    manifest: Manifest, name: str, tree: object, found: Averages
+    manifest: Manifest, name: str, ours: Mapping[str, Any], without: set[str]
 ) -> dict[Place, tuple[Place, Target]]:
     """Returns the target of each leaf of a tree on disk.
+
+    Args:
+        manifest: What is on disk.
+        name: Of the tree.
+        ours: Its leaves in this run, by path.
+        without: Paths on disk that are not read.
 
     Raises:
         ValueError: If the leaves differ from those on disk.
     """
     stored = dict(manifest.trees[name].leaves) if name in manifest.trees else {}
-    if name == SHADOW:  # what is computed when it is read is not read back
-        for average in found:
-            if average.is_computed:
-                for path, _ in jax.tree_util.tree_flatten_with_path(average.tree)[0]:
-                    stored.pop(trees.path_name(path), None)
-    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-    ours = {trees.path_name(path): x for path, x in pairs if not is_empty(x)}
+    for path in without:
+        stored.pop(path, None)
     called = "optimizer state" if name == STATE else name
     if set(ours) != set(stored):
         odd = min(set(ours) ^ set(stored))

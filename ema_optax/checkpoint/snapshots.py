@@ -19,6 +19,7 @@ def snapshots(
     directory: epath.PathLike,
     *,
     names: Sequence[str] | None = None,
+    item: str | None = None,
     verify: bool = True,
 ) -> list[Snapshot]:
     """Returns every shadow with a power profile in the steps of a directory.
@@ -30,6 +31,7 @@ def snapshots(
     Args:
         directory: The folder of a run, or of one step of it.
         names: Of the shadows to take, where they have names; None takes all.
+        item: Name of the item, where steps hold several.
         verify: Whether to compare what is read with its checksums.
 
     Returns:
@@ -60,19 +62,19 @@ def snapshots(
     if isinstance(names, str):
         names = [names]
     found, others = [], set()
-    for item in all_steps(absolute(directory)):
+    for path in all_steps(absolute(directory), item):
         try:
-            manifest = read_manifest(item)
+            manifest = read_manifest(path)
         except CorruptCheckpointError as error:
             rescue = "To use the others, move its folder elsewhere."
-            raise explained(item, error, rescue) from error
+            raise explained(path, error, rescue) from error
         manifest.check_decays()
         for tree, average in manifest.averages.items():
             decay, taken = average.decay, []
             # A tree that is joined of groups is one average if all of them are.
             asked = not average.bema and (names is None or name_of(tree) in names)
             if asked and isinstance(decay, power):
-                taken = _snapshot(item, manifest, tree, float(decay.exponent), verify)
+                taken = _snapshot(path, manifest, tree, float(decay.exponent), verify)
             found += taken
             if not taken:
                 others.add(

@@ -26,6 +26,7 @@ def stored(
     tree: str = "shadow",
     *,
     step: int | None = None,
+    item: str | None = None,
     verify: bool = True,
 ) -> "StoredTree":
     """Returns a tree of a checkpoint as a source for `reconstruction.merge`.
@@ -37,6 +38,7 @@ def stored(
         directory: The folder of a run, or of one step of it.
         tree: `"params"`, `"shadow"`, or `"shadow/NAME"`.
         step: Number of the step; None for the newest that was committed.
+        item: Name of the item, where the step holds several.
         verify: Whether to compare what is read with its checksums.
 
     Raises:
@@ -55,13 +57,13 @@ def stored(
     ...     reconstruction.merge(last, reconstruction.uniform_coefficients(2))
     {'w': Array([0.5, 0.5], dtype=float32)}
     """
-    item = find_step(directory, step).item
+    found = find_step(directory, step, item).item
     try:
-        described = read_manifest(item)
+        described = read_manifest(found)
     except CorruptCheckpointError as error:
-        raise explained(item, error, _RESCUE) from error
+        raise explained(found, error, _RESCUE) from error
     places = sources_of(described, tree)
-    return StoredTree(item, described, places, verify=verify)
+    return StoredTree(found, described, places, verify=verify)
 
 
 class StoredTree(Source):
@@ -69,6 +71,7 @@ class StoredTree(Source):
 
     Attributes:
         leaves: Shape and dtype of each, by path.
+        entries: What is on disk of each leaf of the model, others among them.
     """
 
     def __init__(
@@ -82,8 +85,9 @@ class StoredTree(Source):
         self._item, self._manifest, self._verify = item, manifest, verify
         self._places = {}
         self.leaves = {}
+        self.entries = {path: manifest.leaf(place) for path, place in places.items()}
         for path, place in places.items():
-            entry = manifest.leaf(place)
+            entry = self.entries[path]
             if jnp.issubdtype(jnp.dtype(entry.dtype), jnp.inexact):
                 self._places[path] = place
                 self.leaves[path] = jax.ShapeDtypeStruct(entry.shape, entry.dtype)

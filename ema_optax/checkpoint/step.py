@@ -5,7 +5,7 @@ Built once for each save, before anything is written, and passed on.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,11 +16,9 @@ import orbax.checkpoint as ocp
 from jax.typing import ArrayLike, DTypeLike
 
 from ema_optax import averages, trees
-from ema_optax.average import Average
 from ema_optax.checkpoint import checksums
 from ema_optax.checkpoint.entries import (
     AverageEntry,
-    Count,
     LeafEntry,
     Structure,
     TreeEntry,
@@ -28,14 +26,12 @@ from ema_optax.checkpoint.entries import (
 from ema_optax.checkpoint.manifest import (
     FORMAT,
     PARAMS,
-    SHADOW,
     STATE,
     WITHOUT_BLOCKS,
     Manifest,
-    tree_of,
 )
+from ema_optax.checkpoint.shadows import Part, entries, joined, parts_of
 from ema_optax.checkpoint.untrusted import DEPTH, is_deep, misplaced
-from ema_optax.states import BemaMadeBy
 from ema_optax.version import __version__
 
 SNAPSHOT_DTYPES = ("float16", "bfloat16", "float32")
@@ -58,11 +54,17 @@ class Step:
     manifest: Manifest
 
 
-def of_run(params: optax.Params, opt_state: optax.OptState, extra: object) -> Step:
+def of_run(
+    params: optax.Params,
+    opt_state: optax.OptState,
+    extra: object,
+    averaged: str | Mapping[str, str] | None,
+) -> Step:
     """Returns a step of params, shadows and state. Computes the shadow of BEMA.
 
     Raises:
-        ValueError: If the state holds no shadow, or names would collide on disk.
+        ValueError: If the state holds no shadow, if it cannot be told of which part of
+            the params it is, or if names would collide on disk.
         TypeError: If a leaf cannot be stored, or `extra` is not JSON.
     """
     found = averages.find(opt_state, call="EmaSave(params, opt_state)")
@@ -72,9 +74,13 @@ def of_run(params: optax.Params, opt_state: optax.OptState, extra: object) -> St
             "last: optax.chain(optimizer, ema_optax.ema_params(0.9999)). Without an "
             "average, save with orbax.checkpoint.args.PyTreeSave."
         )
-    shadows = joined(found, lambda average: _read(average, params))
-    everything = {PARAMS: params, **shadows, STATE: found.rest()}
-    return of_trees(everything, entries(found), extra)
+    try:
+        parts = parts_of(found, params, averaged)
+    except ValueError:
+        _leaves_by_path(PARAMS, params)  # what cannot be stored at all is said first
+        raise
+    everything = {PARAMS: params, **joined(parts), STATE: found.rest()}
+    return of_trees(everything, entries(parts), extra)
 
 
 def of_shadows(
@@ -94,7 +100,8 @@ def of_shadows(
             "optax.chain(optimizer, ema_optax.ema_params({'a': ema_optax.power(0.05), "
             "'b': ema_optax.power(0.1)}))."
         )
-    shadows = joined(stored, lambda average: average.tree)
+    parts = [Part(average, "", average.tree) for average in stored]
+    shadows = joined(parts)
     if dtype is not None:
         if jnp.dtype(dtype).name not in SNAPSHOT_DTYPES:
             raise ValueError(
@@ -102,7 +109,7 @@ def of_shadows(
                 f"for that of the shadow; got {jnp.dtype(dtype).name}."
             )
         shadows = _narrowed(shadows, jnp.dtype(dtype))
-    return of_trees(shadows, entries(stored), extra)
+    return of_trees(shadows, entries(parts), extra)
 
 
 def of_trees(
@@ -150,55 +157,6 @@ def of_trees(
     return Step(stored, leaves, manifest)
 
 
-def joined(
-    found: Iterable[Average], tree_of_average: Callable[[Average], Any]
-) -> dict[str, Any]:
-    """Returns the shadows by the names of their trees, those of disjoint parts joined.
-
-    Args:
-        found: The averages of a state.
-        tree_of_average: From an average to the tree that is meant.
-    """
-    parts: dict[str, dict[str, Any]] = {}
-    for average in found:
-        tree = tree_of_average(average)
-        parts.setdefault(tree_of(average.name), {})[average.where] = tree
-    return {name: averages.joined(trees) for name, trees in parts.items()}
-
-
-def entries(found: Iterable[Average]) -> dict[str, AverageEntry]:
-    """Returns decay, every and count of each shadow's tree.
-
-    Decay and every are None where they are unknown, and where groups of params that
-    are joined in one tree have different ones.
-    """
-    by_tree: dict[str, AverageEntry] = {}
-    computed = []
-    for average in found:
-        if average.is_computed:
-            computed.append(average)
-            continue
-        name, count = tree_of(average.name), _count(average.count)
-        entry = AverageEntry(average.decay, average.every, count)
-        if by_tree.setdefault(name, entry) != entry:
-            by_tree[name] = AverageEntry(None, None, count)
-    if computed:
-        alone = AverageEntry(None, computed[-1].every, _count(computed[-1].count))
-        by_tree[SHADOW] = dataclasses.replace(
-            by_tree.get(SHADOW, alone), bema=bema_arguments(computed)
-        )
-    return by_tree
-
-
-def bema_arguments(found: Iterable[Average]) -> tuple[dict[str, float], ...]:
-    """Returns what each `bema_params` of a state was given."""
-    return tuple(
-        average.made_by._asdict()
-        for average in found
-        if isinstance(average.made_by, BemaMadeBy)
-    )
-
-
 def is_empty(leaf: Any) -> bool:
     """Returns whether a leaf has no elements: Orbax refuses it, nothing is lost."""
     return 0 in np.shape(leaf)
@@ -208,34 +166,6 @@ def is_key(leaf: object) -> bool:
     """Returns whether a leaf is an array of PRNG keys, concrete or abstract."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _read(average: Average, params: optax.Params) -> Any:
-    """Returns the shadow as it is stored; BEMA's is computed from the live params.
-
-    In float32 or wider: restored in the params' dtypes it is what `shadow_params`
-    returns. The params are matched by path, and may have leaves that the optimizer was
-    not given.
-
-    Raises:
-        ValueError: If the params do not fit.
-    """
-    if not average.is_computed:
-        return average.tree
-    pairs = jax.tree_util.tree_flatten_with_path(params)[0]
-    live = {trees.path_name(path): leaf for path, leaf in pairs}
-
-    def param(key_path: object, _: object) -> Any:
-        path = trees.path_name(key_path)
-        if path not in live:
-            raise ValueError(
-                f"'{path}' is averaged by bema_params, and not in the params. Its "
-                "shadow is computed from them: save EmaSave(params, opt_state) with "
-                "the params that the optimizer state belongs to."
-            )
-        return live[path]
-
-    return average.read(jax.tree_util.tree_map_with_path(param, average.tree))
 
 
 def _leaves_by_path(name: str, tree: object) -> dict[str, Any]:
@@ -310,12 +240,6 @@ def _json(extra: object) -> Any:
             f"extra must be JSON, to be written into the manifest: {error}. Arrays "
             "belong into params, or pass array.tolist()."
         ) from error
-
-
-def _count(count: object) -> Count:
-    if isinstance(count, jax.Array) and not count.is_fully_addressable:
-        count = count.addressable_shards[0].data
-    return np.asarray(count).tolist()
 
 
 def _entry(leaf: Any) -> LeafEntry:

@@ -4,8 +4,9 @@ Names and `extra` in a manifest are whatever its writer chose. They are never re
 markup, and what could steer a terminal or reorder a line is written as an escape.
 """
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ema_optax.checkpoint import Description, Tree
@@ -27,6 +28,7 @@ def print_tables(found: Description, *, leaves: bool = False) -> None:
     parsing.print_lines(
         {
             "Step": "not in the path" if found.step is None else found.step,
+            "Steps": _steps(found.steps),
             "Path": found.path,
             "Written by": f"ema_optax {found.version}, format {found.format}",
             "Extra": None if found.extra is None else json.dumps(found.extra),
@@ -68,10 +70,15 @@ def as_json(found: Description, *, whole: bool | None = None) -> str:
     return json.dumps(
         {
             "step": found.step,
+            "steps": list(found.steps),
             "path": found.path,
             "version": found.version,
             "format": found.format,
-            "trees": {name: _tree(tree) for name, tree in found.trees.items()},
+            "trees": {
+                name: _tree(tree)
+                for name, tree in _trees(found).items()
+                if name in found.trees
+            },
             "state": _tree(found.state),
             "extra": found.extra,
             "whole": whole,
@@ -80,8 +87,26 @@ def as_json(found: Description, *, whole: bool | None = None) -> str:
     )
 
 
+def _steps(steps: Sequence[int]) -> str | None:
+    """Returns the steps of a run in words, the newest last."""
+    if len(steps) < 2:
+        return None
+    listed = [str(step) for step in steps]
+    shown = listed if len(listed) <= 8 else [*listed[:3], "…", *listed[-3:]]
+    return f"{len(steps):,}: {', '.join(shown)}"
+
+
 def _trees(found: Description) -> Mapping[str, Tree]:
-    return {**found.trees, "state": found.state}
+    if found.state.leaves:
+        return {**found.trees, "state": found.state}
+    # A single average is stored once, where a stranger looks for the params.
+    params = found.trees.get("params")
+    return {
+        name: dataclasses.replace(params, average=tree.average)
+        if params and not tree.leaves
+        else tree
+        for name, tree in found.trees.items()
+    }
 
 
 def _dtypes(tree: Tree) -> list[str]:

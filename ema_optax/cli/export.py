@@ -102,6 +102,7 @@ def _run(args: argparse.Namespace) -> int:
         args.out,
         tree=args.tree,
         step=args.step,
+        item=args.item,
         dtype=args.dtype,
         rename=args.rename,
         overwrite=args.force,

@@ -1,6 +1,7 @@
 """`ema-optax inspect`: its arguments, and what it does with them."""
 
 import argparse
+from typing import Any
 
 from ema_optax.cli import parsing
 from ema_optax.text import one_line
@@ -17,8 +18,9 @@ def add(commands: parsing.Commands) -> None:
         details=(
             "Prints the step, who wrote it, its trees with their decays and sizes,\n"
             "and the optimizer state, from the manifest alone. DIR is the folder of\n"
-            "a CheckpointManager or of checkpoint.save, or one step in it. Ends with\n"
-            "code 1 where there is no such checkpoint or it is damaged."
+            "a CheckpointManager or of checkpoint.save, one step in it, or the folder\n"
+            "above. Of a step with several items all are told, or --item NAME. Ends\n"
+            "with code 1 where there is no such checkpoint or it is damaged."
         ),
         examples=(
             "  ema-optax inspect run/checkpoints\n"
@@ -57,9 +59,10 @@ def _run(args: argparse.Namespace) -> int:
         return parsing.fail(f"ema-optax inspect: error: {text}")
 
     try:
-        found = checkpoint.describe(args.directory, step=args.step)
-        if not args.json:
-            description.print_tables(found, leaves=args.leaves)
+        run, items = _chosen(args)
+        found = [checkpoint.describe(run, step=args.step, item=name) for name in items]
+        for each in [] if args.json else found:
+            description.print_tables(each, leaves=args.leaves)
     except (BrokenPipeError, ImportError):
         raise
     except Exception as error:
@@ -67,12 +70,31 @@ def _run(args: argparse.Namespace) -> int:
     damage = None
     if args.verify:
         try:
-            checkpoint.verify(args.directory, step=args.step)
+            checkpoint.verify(run, step=args.step, item=args.item)
         except Exception as error:
             damage = error
     if args.json:
         whole = damage is None if args.verify else None
-        print(description.as_json(found, whole=whole), flush=True)
+        texts = [description.as_json(each, whole=whole) for each in found]
+        text = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+        print(text, flush=True)
     elif args.verify and damage is None:
         print("whole: all of it is what was saved", flush=True)
     return 0 if damage is None else fail(damage)
+
+
+def _chosen(args: argparse.Namespace) -> tuple[Any, list[str]]:
+    """Returns the run, which may be one folder deeper, and the names of the items."""
+    from ema_optax.checkpoint.steps import absolute, find, named, runs_in
+
+    run = absolute(args.directory)
+    try:
+        found = find(run, args.step)
+    except FileNotFoundError:
+        deeper = runs_in(run) if run.is_dir() else []
+        if len(deeper) != 1:
+            raise
+        run = deeper[0]
+        found = find(run, args.step)
+    items = [named(found.items, args.item)] if args.item else found.items
+    return run, [item.name for item in items]

@@ -68,13 +68,16 @@ def add_command(
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that choose a step of a run: DIR and `--step N`."""
+    """Adds the arguments that choose a step: DIR, `--step N` and `--item NAME`."""
     parser.add_argument("directory", type=place, metavar="DIR")
     parser.add_argument(
         "--step",
         type=at_least(0),
         metavar="N",
         help="number of the step (default: the newest)",
+    )
+    parser.add_argument(
+        "--item", metavar="NAME", help="of the step's items, where it has several"
     )
 
 

@@ -45,6 +45,7 @@ def export_safetensors(
     *,
     tree: str = "shadow",
     step: int | None = None,
+    item: str | None = None,
     dtype: DTypeLike | None = None,
     rename: Mapping[str, str | None] | None = None,
     overwrite: bool = False,
@@ -65,6 +66,7 @@ def export_safetensors(
         out: The file to write, in a folder that exists.
         tree: `"params"`, `"shadow"`, or `"shadow/NAME"`.
         step: Number of the step; None for the newest that was committed.
+        item: Name of the item, where the step holds several.
         dtype: float32, bfloat16 or float16, which floating leaves are rounded to, the
             others stay; None for those stored.
         rename: Stored paths, or beginnings of both, to names:
@@ -96,22 +98,24 @@ def export_safetensors(
     path = Path(out).expanduser().absolute()
     _check_free(path, overwrite)
     cast = _dtype(dtype)
-    found = checkpoint.describe(directory, step=step)
+    found = checkpoint.describe(directory, step=step, item=item)
     source = checkpoint.stored(found.path, tree)  # also says which trees there are
     tree = _full_name(found, tree)
-    params = found.trees["params"].leaves if "params" in found.trees else {}
-    leaves = {**params, **found.trees[tree].leaves}
+    leaves = source.entries
     names = flat_names(leaves, rename)
     _check_dtypes({stored: leaves[stored] for stored in names})
 
     others = {p: _like(leaves[p]) for p in names if p not in source.leaves}
-    arrays = checkpoint.restore(found.path, tree, others) if others else {}
+    arrays = checkpoint.restore(found.path, "params", others) if others else {}
     tensors: dict[str, np.ndarray] = {}
     for stored, name in names.items():
         # Popped, so that memory holds each leaf once.
         array = arrays.pop(stored, None)
         if array is None:
-            array = _read(found.path, tree, source, stored, leaves[stored])
+            own = stored in found.trees[tree].leaves
+            array = _read(
+                found.path, tree if own else "params", source, stored, leaves[stored]
+            )
         # safetensors takes the memory as it lies.
         tensors[name] = np.asarray(_rounded(array, cast, stored), order="C")
         del array
