@@ -25,6 +25,7 @@ from ema_optax.decays import (
 )
 from ema_optax.derived_decays import scale_to_batch, start_after
 from ema_optax.monitoring import metrics
+from ema_optax.order import OrderWarning
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.profiles import Profile, profile
 from ema_optax.shadows import shadow_params, with_shadow
@@ -47,6 +48,7 @@ __all__ = [
     "Decay",
     "EmaParamsState",
     "NamedShadowsState",
+    "OrderWarning",
     "Profile",
     "bema_params",
     "constant",

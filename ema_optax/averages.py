@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ema_optax import bema, packing, placement, trees
+from ema_optax import bema, mistaken, packing, placement, trees
 from ema_optax.average import Average
 from ema_optax.decay import Decay
+from ema_optax.order import warn_unless_last
 from ema_optax.states import (
     BemaParamsState,
     EmaMadeBy,
@@ -116,12 +117,18 @@ KINDS: Mapping[type, Kind] = {
 class Averages:
     """All averages of an optimizer state, in the order of their places."""
 
-    def __init__(self, opt_state: optax.OptState) -> None:
-        self._type = type(opt_state).__name__
+    def __init__(
+        self, opt_state: optax.OptState, call: str = "", params: object = None
+    ) -> None:
+        self._opt_state, self._call, self._params = opt_state, call, params
         pairs, self._structure = jax.tree_util.tree_flatten_with_path(
             opt_state, is_leaf=lambda node: _kind(node) is not None
         )
         self._nodes = [node for _, node in pairs]
+        for path, node in pairs:
+            if _kind(node):
+                where = trees.path_name(path)
+                warn_unless_last(opt_state, path, where, lambda n: _kind(n) is not None)
         self._found = [
             (kind.averages(trees.path_name(path), node), kind) if kind else ([], None)
             for path, node in pairs
@@ -147,11 +154,7 @@ class Averages:
             ValueError: If there is none, or several and none was named.
         """
         if not self._averages:
-            raise ValueError(
-                f"There is no shadow in this {self._type}. Chain the average "
-                "last: optax.chain(optimizer, ema_optax.ema_params(0.9999)), and pass "
-                "the whole optimizer state."
-            )
+            raise ValueError(self.none())
         names = [found for found in self.names if found]
         unnamed = [average for average in self if not average.name]
         if name is None and (not names or (len(names) == 1 and not unnamed)):
@@ -167,8 +170,17 @@ class Averages:
             have += f" and one without a name at '{min(computed)}'"
             call += ", or with the part of the state that holds the one without"
         raise ValueError(
-            f"The optimizer state has {have}, and {asked}. Call "
-            f"shadow_params(opt_state, params) with {call}."
+            f"The optimizer state has {have}, and {asked}. Call {self._call} with "
+            f"{call}."
+        )
+
+    def none(self) -> str:
+        """Returns what to say where there is no average."""
+        return mistaken.without_average(
+            self._opt_state,
+            self._params,
+            self._call,
+            lambda other: len(Averages(other)) > 0,
         )
 
     def rest(self) -> optax.OptState:
@@ -210,24 +222,23 @@ class Averages:
 
 
 def find(
-    opt_state: optax.OptState, *, call: str = "shadow_params(opt_state, params)"
+    opt_state: optax.OptState,
+    *,
+    call: str = "shadow_params(opt_state, params)",
+    params: object = None,
 ) -> Averages:
     """Returns all averages of an optimizer state, found in one search.
 
     Args:
         opt_state: The optimizer state, or the state of an average itself.
         call: What the user calls with it, for errors.
+        params: What the user passed as params, for errors.
 
     Raises:
-        TypeError: If it is an optimizer.
+        TypeError: If it is an optimizer, or an object of Flax NNX.
     """
-    if isinstance(opt_state, (optax.GradientTransformation, optax.MultiSteps)):
-        raise TypeError(
-            f"This is an optimizer (a {type(opt_state).__name__}), not its state. Call "
-            f"{call} with the state that optimizer.init(params) and optimizer.update "
-            "return."
-        )
-    return Averages(opt_state)
+    mistaken.check_opt_state(opt_state, call)
+    return Averages(opt_state, call, params)
 
 
 def joined(shadows: Mapping[str, optax.Params]) -> optax.Params:

@@ -43,7 +43,8 @@ def ema_params(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps an exponential moving average of the params: the shadow.
 
-    Chain it last, after the optimizer. Updates pass through untouched, and each fold is
+    Chain it last, after the optimizer: before it, it would average params + gradients,
+    of which reading and saving warn. Updates pass through untouched, and each fold is
 
         s ← s + w·(p − s),    w = 1 − Πβ over the updates since the last fold,
 
@@ -321,30 +322,34 @@ def _overwriting(
     leaves, structure = jax.tree.flatten(shadow, is_leaf=trees.is_placeholder)
     old = structure.flatten_up_to(params)
     deltas = structure.flatten_up_to(updates)
+    placed = shardings or (None,) * len(leaves)
+    apart: list[int] = []
     for i, leaf in enumerate(leaves):
         if trees.is_placeholder(leaf):
             continue
-        sharding = shardings[i] if shardings else None
-        if sharding is None:
-            jump = _difference_to(leaf, old[i]).astype(deltas[i].dtype)
-            deltas[i] = jnp.where(due, jump, deltas[i])
-        else:  # fetched only where it is due
-            deltas[i] = jax.lax.cond(
-                due,
-                functools.partial(_jump, sharding),
-                lambda *x: x[2],
-                leaf,
-                old[i],
-                deltas[i],
-            )
+        if placed[i] is not None:
+            apart.append(i)
+            continue
+        jump = _difference_to(leaf, old[i]).astype(deltas[i].dtype)
+        deltas[i] = jnp.where(due, jump, deltas[i])
+
+    def jumps(
+        shadows: list[Any], params: list[Any], deltas: list[Any]
+    ) -> list[jax.Array]:
+        there = [
+            placement.gather(s, placed[i]) for s, i in zip(shadows, apart, strict=True)
+        ]
+        return [
+            _difference_to(*pair).astype(delta.dtype)
+            for *pair, delta in zip(there, params, deltas, strict=True)
+        ]
+
+    if apart:  # fetched only where it is due: one conditional, not one a leaf
+        operands = [[tree[i] for i in apart] for tree in (leaves, old, deltas)]
+        chosen = jax.lax.cond(due, jumps, lambda *x: x[2], *operands)
+        for i, delta in zip(apart, chosen, strict=True):
+            deltas[i] = delta
     return jax.tree.unflatten(structure, deltas)
-
-
-def _jump(
-    sharding: placement.LeafSharding, shadow: Any, param: Any, delta: Any
-) -> jax.Array:
-    there = placement.gather(shadow, sharding)
-    return _difference_to(there, param).astype(delta.dtype)
 
 
 def _difference_to(shadow: jax.Array, param: object) -> jax.Array:

@@ -75,8 +75,15 @@ def stored_dtype(dtype: DTypeLike, shadow_dtype: np.dtype | None = None) -> np.d
     return shadow_dtype
 
 
-def start(param: ArrayLike, shadow_dtype: np.dtype | None) -> jax.Array:
-    """Returns a copy of a param as a shadow, in a buffer of its own, sharded alike."""
+def start(param: ArrayLike, shadow_dtype: np.dtype | None) -> Any:
+    """Returns a copy of a param as a shadow, in a buffer of its own, sharded alike.
+
+    Of an abstract param an abstract shadow: there is nothing to copy, and zeros would
+    be an average of what no model held.
+    """
+    if isinstance(param, jax.ShapeDtypeStruct):
+        dtype = stored_dtype(param.dtype, shadow_dtype)
+        return jax.ShapeDtypeStruct(param.shape, dtype, sharding=param.sharding)
     return jnp.array(param, dtype=stored_dtype(jnp.result_type(param), shadow_dtype))
 
 
@@ -171,6 +178,7 @@ def fold_seeds(count: ArrayLike, leaves: int) -> list[jax.Array]:
     return [salted[leaf % _STREAMS] for leaf in range(leaves)]
 
 
+@jax.custom_jvp
 def _round_stochastically(x: jax.Array, seed: ArrayLike) -> jax.Array:
     """Rounds float32 to a value that bfloat16 holds, up or down by chance.
 
@@ -188,6 +196,16 @@ def _round_stochastically(x: jax.Array, seed: ArrayLike) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x)
 
 
+@_round_stochastically.defjvp
+def _unrounded(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    """The derivative of the fold without its rounding, which steps: straight through.
+
+    Source: Bengio et al. 2013, arXiv:1308.3432.
+    """
+    return _round_stochastically(*primals), tangents[0]
+
+
+@jax.custom_jvp
 def _dithered(change: jax.Array, base: jax.Array, seed: ArrayLike) -> jax.Array:
     """Returns a change with noise as wide as the gap to the next float32 on its way.
 
@@ -203,6 +221,11 @@ def _dithered(change: jax.Array, base: jax.Array, seed: ArrayLike) -> jax.Array:
     noisy = change + (uniform - 0.5) * jnp.where(base == 0, 0, gap)
     back = (noisy > 0) != (change > 0)
     return jnp.where(back | (change == 0), 0, noisy)
+
+
+@_dithered.defjvp
+def _undithered(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    return _dithered(*primals), tangents[0]
 
 
 def _random_bits(shape: tuple[int, ...], seed: ArrayLike) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ema_optax import averages, trees
+from ema_optax import averages, mistaken, trees
 from ema_optax.average import Average
 
 _BLOCK = 4096  # updates whose decays are looked at together
@@ -50,7 +50,8 @@ def metrics(
         float32[] by key, and int32[] for numbers of elements.
 
     Raises:
-        ValueError: If there is no shadow, or no such name, or it does not fit.
+        ValueError: If there is no shadow, or no such name, or it does not fit; or if
+            the state is stacked: `jax.vmap(metrics)` gives the figures of each.
         TypeError: If `opt_state` is an optimizer.
 
     >>> import optax, ema_optax
@@ -65,7 +66,7 @@ def metrics(
     >>> int(found["nonfinite_params"]), int(found["nonfinite_shadow"])
     (1, 0)
     """
-    found = averages.find(opt_state, call="metrics(opt_state, params)")
+    found = averages.find(opt_state, call="metrics(opt_state, params)", params=params)
     if name is not None or len(found.names) < 2:
         return _metrics(found.of(name), params)
     return {
@@ -79,10 +80,10 @@ def metrics(
 
 def _metrics(found: Sequence[Average], params: optax.Params) -> dict[str, jax.Array]:
     shadow = averages.joined({each.where: _kept(each, params) for each in found})
-    params = trees.arranged(params, shadow)
+    shadow = trees.arranged(shadow, params)
     difference = trees.difference(shadow, params, ("shadow", "params"))
     if difference:
-        raise ValueError(f"The shadow does not fit these params: {difference}.")
+        raise ValueError(mistaken.misfit(shadow, params, difference))
     figures: dict[str, jax.Array] = {}
     first = found[0]
     alike = all(
@@ -91,6 +92,12 @@ def _metrics(found: Sequence[Average], params: optax.Params) -> dict[str, jax.Ar
         for each in found
     )
     count = first.count
+    if jnp.ndim(count):
+        raise ValueError(
+            f"The optimizer state is stacked: its count is of shape {count.shape}. "
+            "For figures of each member call jax.vmap(ema_optax.metrics)(opt_state, "
+            "params)."
+        )
     weight = first.weight_of_fold(count) if alike else None
     decay = first.decay_at(count) if alike else None
     if decay is not None:

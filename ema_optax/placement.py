@@ -1,13 +1,20 @@
 """Shardings of shadows: over devices other than the params', or in host memory."""
 
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import (
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from ema_optax import trees
 
@@ -192,6 +199,19 @@ def replicated_on(
     return [devices(*pair) for pair in zip(leaves, known, strict=True)]
 
 
+def default_sharding() -> Sharding:
+    """Returns where `jnp.zeros` puts an array here: see `jax.default_device`."""
+    device: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return SingleDeviceSharding(device)
+
+
+def is_bound(leaf: Any) -> bool:
+    """Returns whether an array has to stay on its devices, if it is one."""
+    return not isinstance(leaf, jax.Array) or bool(getattr(leaf, "committed", True))
+
+
 def put_as_shadow(array: jax.Array, sharding: LeafSharding | None) -> jax.Array:
     """Puts an array where the shadow is stored."""
     return array if sharding is None else _put(array, sharding.shadow)
@@ -216,6 +236,37 @@ def put_as_param(array: Any, sharding: LeafSharding | None) -> jax.Array:
 def gather(shadow: jax.Array, sharding: LeafSharding | None) -> jax.Array:
     """Copies a shadow to where its param is, from the host by way of the devices."""
     return put_as_param(put_on_device(shadow, sharding), sharding)
+
+
+def on_mesh(sharding: Any, meshes: Iterable[Mesh]) -> Any:
+    """Returns a sharding on the first of some meshes that its abstract mesh describes.
+
+    What `jax.eval_shape` or a traced `init` knows of arrays on Explicit axes has no
+    devices. Others are returned as they are, as one that describes none of the meshes.
+    """
+    if not isinstance(sharding, NamedSharding) or not is_abstract(sharding):
+        return sharding
+    for mesh in meshes:
+        if mesh.abstract_mesh == sharding.mesh:
+            kind = sharding.memory_kind
+            return NamedSharding(mesh, sharding.spec, memory_kind=kind)
+    return sharding
+
+
+def is_abstract(sharding: object) -> TypeGuard[NamedSharding]:
+    """Returns whether a sharding is on a mesh without devices."""
+    return isinstance(sharding, NamedSharding) and isinstance(
+        sharding.mesh, AbstractMesh
+    )
+
+
+def meshes_of(tree: object) -> list[Mesh]:
+    """Returns the meshes that arrays of a tree are on, and the one that is set."""
+    leaves = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    named = [each for each in leaves if isinstance(each, NamedSharding)]
+    meshes = dict.fromkeys(each.mesh for each in named if isinstance(each.mesh, Mesh))
+    current = jax.sharding.get_mesh()
+    return [*meshes, *([] if current.empty else [current])]
 
 
 def _for_each(params: optax.Params, given: object, name: str, kinds: Any) -> list[Any]:
@@ -250,6 +301,8 @@ def _no_sharding(what: str) -> TypeError:
 
 
 def _put(array: jax.Array, sharding: Sharding) -> jax.Array:
+    if is_abstract(sharding) and not isinstance(array, Tracer):
+        sharding = on_mesh(sharding, meshes_of([array]))  # as a traced init knew it
     moved = jax.device_put(array, sharding)
     if isinstance(array, Tracer) and not _is_explicit(sharding):
         # Under jit device_put moves between memories, and leaves the sharding to XLA.

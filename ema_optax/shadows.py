@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ema_optax import averages, trees
+from ema_optax import averages, mistaken, trees
 
 
 def shadow_params(
@@ -43,17 +43,19 @@ def shadow_params(
     >>> shadow_params(state, params)
     {'steps': Array(7, dtype=int32), 'w': Array([1, 1], dtype=bfloat16)}
     """
-    found = averages.find(opt_state).of(name)
+    return read(opt_state, params, name, "shadow_params(opt_state, params)")
+
+
+def read(opt_state: Any, params: Any, name: str | None, call: str) -> Any:
+    """Returns the shadow as `shadow_params` does, for a call that errors name."""
+    found = averages.find(opt_state, call=call, params=params).of(name)
     shadow = averages.joined({each.where: each.read(params) for each in found})
     if params is None:
         return jax.tree.map(_own, shadow)
     shadow = trees.arranged(shadow, params)
     difference = trees.difference(shadow, params, ("shadow", "params"))
     if difference:
-        raise ValueError(
-            f"The shadow does not fit these params: {difference}. Pass the params that "
-            "the optimizer state belongs to."
-        )
+        raise ValueError(mistaken.misfit(shadow, params, difference))
     slots, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
     leaves = jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
     return jax.tree.unflatten(structure, map(_fill, leaves, slots))
@@ -91,7 +93,7 @@ def with_shadow(train_state: Any, *, name: str | None = None) -> Any:
             f"{type(train_state).__name__}. For other layouts call "
             "shadow_params(opt_state, params)."
         )
-    params = shadow_params(parts["opt_state"], parts["params"], name=name)
+    params = read(parts["opt_state"], parts["params"], name, "with_shadow(train_state)")
     if isinstance(train_state, Mapping):
         return type(train_state)({**train_state, "params": params})  # pyright: ignore[reportCallIssue]
     if hasattr(train_state, "replace"):

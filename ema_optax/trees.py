@@ -56,13 +56,14 @@ def arranged(tree: object, like: object) -> Any:
     """Returns a tree in the structure of another, where both have the same paths.
 
     So leaves inside Flax's variables fit those outside, and a dict fits a State. Where
-    paths or their order differ, the tree is returned as it is.
+    paths differ, or name two leaves, the tree is returned as it is.
     """
     paths, leaves, structure = flatten(tree)
     like_paths, _, like_structure = flatten(like)
-    if structure == like_structure or paths != like_paths:
+    if structure == like_structure or sorted(paths) != sorted(set(like_paths)):
         return tree
-    return jax.tree.unflatten(like_structure, leaves)
+    by_path = dict(zip(paths, leaves, strict=True))
+    return jax.tree.unflatten(like_structure, [by_path[path] for path in like_paths])
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,10 +117,11 @@ def difference(ours: object, theirs: object, names: tuple[str, str]) -> str | No
             if alone:
                 more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
                 return f"'{alone[0]}'{more} is only in the {name}"
+        kinds = type(ours).__name__, type(theirs).__name__
         return (
-            f"the {names[0]} is built of {our_structure} and the {names[1]} of "
-            f"{their_structure}, with the same leaves"
-        )[:600]
+            f"the {names[0]} and the {names[1]} have the same leaves, and are built of "
+            f"other containers: a {kinds[0]} and a {kinds[1]}"
+        )
     for path, mine, other in zip(our_paths, our_leaves, their_leaves, strict=True):
         if is_placeholder(mine):
             continue

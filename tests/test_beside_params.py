@@ -15,8 +15,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import ema_optax
-from ema_optax import checkpoint, interop, trees
-from ema_optax.checkpoint import locating, manifest
+from ema_optax import checkpoint, interop, locating, trees
+from ema_optax.checkpoint import manifest
 from ema_optax.checkpoint.sealed import write_sealed
 from tests.same import assert_same
 

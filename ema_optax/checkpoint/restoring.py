@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ema_optax import text, trees
+from ema_optax import placement, text, trees
 from ema_optax.checkpoint.entries import LeafEntry, Structure
 from ema_optax.checkpoint.leaves import Place, elsewhere, read
-from ema_optax.checkpoint.locating import Outline, misfit, places_of, under
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, read_manifest
 from ema_optax.checkpoint.processes import agreed
 from ema_optax.checkpoint.step import is_empty, is_key
 from ema_optax.checkpoint.targets import default_target, target_of
+from ema_optax.locating import Outline, misfit, places_of, under
 
 
 def restore_tree(
@@ -30,6 +30,12 @@ def restore_tree(
 
     Leaves that are not averaged come from the params. See `directory.restore`.
     """
+    if not isinstance(tree, str):
+        raise TypeError(
+            f"The name of a tree is a text such as 'shadow' or 'params', got a "
+            f"{type(tree).__name__}. Pass the model by name: restore(directory, "
+            "like=…)."
+        )
     manifest = shared_manifest(item)
     sources = sources_of(manifest, tree)
     if like is None:
@@ -47,10 +53,10 @@ def restore_tree(
     slots = {trees.path_name(path): leaf for path, leaf in pairs}
     sources = _seen_from(slots, sources, manifest) if not rename else sources
     places = _places(slots, sources, rename or {}, tree)
-    wanted = {}
+    wanted, meshes = {}, placement.meshes_of(like)
     for slot, place in places.items():
         check_fits(manifest.leaf(place), slots[slot], slot, exact=False)
-        wanted[slot] = place, target_of(slots[slot], manifest.leaf(place))
+        wanted[slot] = place, target_of(slots[slot], manifest.leaf(place), meshes)
     _check_averaged(places, manifest, tree)
     leaves = read(item, manifest, wanted, verify=verify)
     filled = [
@@ -237,6 +243,12 @@ def _places(
     tree: str,
 ) -> dict[str, Place]:
     """Returns the stored leaf of each slot that has elements."""
+    if rename and set(rename.values()) <= set(slots) and not set(rename) & set(slots):
+        path, slot = next(iter(rename.items()))
+        raise ValueError(
+            "rename maps slots of `like` to stored paths, and here it is the other way "
+            f"round: pass rename={{{slot!r}: {path!r}, …}}."
+        )
     unused = set(rename)
     places = {}
     for slot, leaf in slots.items():

@@ -1,18 +1,18 @@
 """Restores a whole run, to go on with: params and optimizer state exactly."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from etils import epath
+from jax.sharding import Mesh
 
-from ema_optax import averages, trees
+from ema_optax import averages, mistaken, placement, trees
 from ema_optax.average import Average
 from ema_optax.averages import Averages
 from ema_optax.checkpoint.entries import AverageEntry
 from ema_optax.checkpoint.leaves import Place, read
-from ema_optax.checkpoint.locating import under
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
 from ema_optax.checkpoint.restoring import (
     check_fits,
@@ -22,6 +22,7 @@ from ema_optax.checkpoint.restoring import (
 from ema_optax.checkpoint.shadows import bema_arguments
 from ema_optax.checkpoint.step import is_empty
 from ema_optax.checkpoint.targets import Target, target_of
+from ema_optax.locating import under
 from ema_optax.states import BemaMadeBy
 
 
@@ -41,7 +42,11 @@ def restore_run(
             "no optimizer state. Resume from a step that EmaSave wrote."
         )
     manifest.check_decays()
-    found = averages.find(opt_state, call="EmaResume(params, opt_state)")
+    call = "resume(directory, params, opt_state)"
+    mistaken.check_no_nnx(params, "params", call)
+    found = averages.find(opt_state, call=call, params=params)
+    if not found and len(averages.Averages(params)):
+        raise ValueError(found.none())
     _check_averages(manifest, found, accept_new_decay)
     places = [_place_of(manifest, average) for average in found]
     rest = found.rest()
@@ -53,10 +58,11 @@ def restore_run(
             computed |= set(paths)
         else:
             ours.setdefault(tree_of(average.name), {}).update(paths)
+    meshes = placement.meshes_of((params, opt_state))
     wanted: dict[Place, tuple[Place, Target]] = {}
     for name, of_tree in ours.items():
         without = computed if name == SHADOW else set[str]()
-        wanted |= _targets(manifest, name, of_tree, without)
+        wanted |= _targets(manifest, name, of_tree, without, meshes)
     leaves = read(item, manifest, wanted, verify=verify)
 
     def fill(name: str, tree: object, place: str = "") -> Any:
@@ -89,7 +95,11 @@ def _by_path(tree: object, place: str = "") -> dict[str, Any]:
 
 
 def _targets(
-    manifest: Manifest, name: str, ours: Mapping[str, Any], without: set[str]
+    manifest: Manifest,
+    name: str,
+    ours: Mapping[str, Any],
+    without: set[str],
+    meshes: Sequence[Mesh],
 ) -> dict[Place, tuple[Place, Target]]:
     """Returns the target of each leaf of a tree on disk.
 
@@ -98,6 +108,7 @@ def _targets(
         name: Of the tree.
         ours: Its leaves in this run, by path.
         without: Paths on disk that are not read.
+        meshes: What an abstract mesh may stand for.
 
     Raises:
         ValueError: If the leaves differ from those on disk.
@@ -118,7 +129,7 @@ def _targets(
     for path, leaf in ours.items():
         check_fits(stored[path], leaf, f"{called}: {path}", exact=True)
     return {
-        Place(name, path): (Place(name, path), target_of(leaf, stored[path]))
+        Place(name, path): (Place(name, path), target_of(leaf, stored[path], meshes))
         for path, leaf in ours.items()
     }
 

@@ -12,7 +12,8 @@ from ema_optax import averages, text, trees
 from ema_optax.average import Average
 from ema_optax.averages import Averages
 from ema_optax.checkpoint.entries import AverageEntry, Count
-from ema_optax.checkpoint.locating import (
+from ema_optax.checkpoint.manifest import SHADOW, tree_of
+from ema_optax.locating import (
     Outline,
     Shape,
     Shapes,
@@ -22,7 +23,6 @@ from ema_optax.checkpoint.locating import (
     places_of,
     under,
 )
-from ema_optax.checkpoint.manifest import SHADOW, tree_of
 from ema_optax.states import BemaMadeBy
 
 

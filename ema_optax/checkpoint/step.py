@@ -4,6 +4,7 @@ Built once for each save, before anything is written, and passed on.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.typing import ArrayLike, DTypeLike
 
-from ema_optax import averages, trees
+from ema_optax import averages, mistaken, trees
 from ema_optax.checkpoint import checksums
 from ema_optax.checkpoint.entries import (
     AverageEntry,
@@ -67,12 +69,13 @@ def of_run(
             the params it is, or if names would collide on disk.
         TypeError: If a leaf cannot be stored, or `extra` is not JSON.
     """
-    found = averages.find(opt_state, call="EmaSave(params, opt_state)")
+    call = "EmaSave(params, opt_state)"
+    mistaken.check_no_nnx(params, "params", call)
+    found = averages.find(opt_state, call=call, params=params)
     if not found:
         raise ValueError(
-            "There is no shadow in this optimizer state to save. Chain the average "
-            "last: optax.chain(optimizer, ema_optax.ema_params(0.9999)). Without an "
-            "average, save with orbax.checkpoint.args.PyTreeSave."
+            f"{found.none()} Without an average, save with "
+            "orbax.checkpoint.args.StandardSave."
         )
     try:
         parts = parts_of(found, params, averaged)
@@ -193,15 +196,31 @@ def _leaves_by_path(name: str, tree: object) -> dict[str, Any]:
 
 def _storable(leaf: object, what: str) -> Any:
     if isinstance(leaf, (np.generic, complex)):
-        return np.asarray(leaf)  # Orbax would lose the dtype
+        leaf = np.asarray(leaf)  # Orbax would lose the dtype
     if _is_local(leaf):
-        return np.asarray(leaf)  # such as the count that optimizer.init makes
-    if isinstance(leaf, (jax.Array, np.ndarray, bool, int, float)):
+        leaf = np.asarray(leaf)  # such as the count that optimizer.init makes
+    if isinstance(leaf, (jax.Array, np.ndarray)):
+        if not is_key(leaf) and not _has_dtype(str(leaf.dtype)):
+            raise TypeError(
+                f"Cannot save {what}: it is of {leaf.dtype}, which TensorStore, where "
+                "Orbax stores arrays, does not have. Save it as another dtype: "
+                "leaf.astype('float32') or jax.lax.bitcast_convert_type(leaf, 'uint8')."
+            )
+        return leaf
+    if isinstance(leaf, (bool, int, float)):
         return leaf
     raise TypeError(
         f"Cannot save {what}: it is a {type(leaf).__name__}. Keep only arrays and "
         "numbers in params, as equinox.partition(model, equinox.is_array) does."
     )
+
+
+@functools.cache
+def _has_dtype(name: str) -> bool:
+    try:
+        return tensorstore.dtype(name).numpy_dtype.name == jnp.dtype(name).name
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_local(leaf: Any) -> bool:

@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding
 from orbax.checkpoint.metadata import ShardingMetadata
 
+from ema_optax import placement
 from ema_optax.checkpoint.checksums import bounds_of, whole
 from ema_optax.checkpoint.entries import LeafEntry
 from ema_optax.checkpoint.pieces import Bounds
@@ -23,7 +24,8 @@ class Target:
 
     Attributes:
         sharding: Where it goes; None for NumPy arrays, Python numbers, and arrays that
-            are bound to no device.
+            are bound to no device: they lie on the default one, and can be used with
+            arrays on any others.
         dtype: Which it is cast to; None keeps the stored one.
         make: Makes it of a whole array on the host, where it has no sharding or is of
             keys. Copies for NumPy: another slot may have the same array.
@@ -43,6 +45,11 @@ class Target:
         """
         if self.sharding is None:
             return [whole(shape)]
+        if placement.is_abstract(self.sharding):
+            raise ValueError(
+                f"{self.sharding} has no devices. Pass concrete params, whose mesh it "
+                "is then taken to be, or call inside jax.set_mesh(mesh)."
+            )
         check: Any = self.sharding  # whose stubs lack what all shardings have
         check.check_compatible_aval(tuple(shape))
         indices = self.sharding.addressable_devices_indices_map(tuple(shape))
@@ -76,9 +83,13 @@ def place_all(
     """
     placed: list[Any] = []
     moved: dict[int, tuple[np.ndarray, Sharding]] = {}
+    unbound: dict[int, np.ndarray] = {}
     for i, (target, parts, shape) in enumerate(leaves):
         parts, sharding = target.cast(parts), target.sharding
-        if sharding is None or target.is_key:  # whose data have other bounds
+        if target.make is jnp.asarray and sharding is None:
+            unbound[i] = parts[whole(shape)]
+            placed.append(None)
+        elif sharding is None or target.is_key:  # whose data have other bounds
             placed.append(
                 target.make(parts.get(whole(shape), next(iter(parts.values()))))
             )
@@ -96,24 +107,31 @@ def place_all(
                 )
             )
     arrays, shardings = zip(*moved.values(), strict=True) if moved else ((), ())
-    for i, array in zip(
-        moved, jax.device_put(list(arrays), list(shardings)), strict=True
-    ):
+    bound = jax.device_put(list(arrays), list(shardings))
+    free = jax.device_put(list(unbound.values()))
+    for i, array in zip([*moved, *unbound], [*bound, *free], strict=True):
         placed[i] = array
     return placed
 
 
-def target_of(leaf: Any, entry: LeafEntry) -> Target:
-    """Returns the target that a leaf of a model is, concrete or abstract."""
-    if isinstance(leaf, (bool, int, float)):
+def target_of(leaf: Any, entry: LeafEntry, meshes: Sequence[Mesh] = ()) -> Target:
+    """Returns the target that a leaf of a model is, concrete or abstract.
+
+    Args:
+        leaf: Of the model.
+        entry: What is on disk.
+        meshes: For shardings on an abstract mesh, as `jax.eval_shape` gives them: the
+            meshes that it may stand for.
+    """
+    if isinstance(leaf, (bool, int, float, complex)):
         return Target(make=type(leaf))
     if entry.is_key:
-        return _of_keys(entry, _sharding(leaf))
+        return _of_keys(entry, _sharding(leaf, meshes))
     dtype = np.dtype(leaf.dtype)
     is_cut = jax.dtypes.canonicalize_dtype(dtype) != dtype  # of 64 bits, without x64
     if is_cut or isinstance(leaf, (np.ndarray, np.generic)):
         return Target(dtype=dtype)
-    return Target(_sharding(leaf), dtype, jnp.asarray)
+    return Target(_sharding(leaf, meshes), dtype, jnp.asarray)
 
 
 def default_target(entry: LeafEntry) -> Target:
@@ -123,15 +141,10 @@ def default_target(entry: LeafEntry) -> Target:
     64 bits without x64.
     """
     if entry.is_key:
-        return _of_keys(entry, default_sharding())
+        return _of_keys(entry, None)
     dtype = np.dtype(jnp.dtype(entry.dtype))
     fits = jax.dtypes.canonicalize_dtype(dtype) == dtype
-    return Target(default_sharding() if entry.kind == "jax" and fits else None)
-
-
-def default_sharding() -> Sharding:
-    """Returns the place of a leaf without a sharding."""
-    return SingleDeviceSharding(jax.local_devices()[0])
+    return Target(make=jnp.asarray if entry.kind == "jax" and fits else np.array)
 
 
 def _of_keys(entry: LeafEntry, sharding: Sharding | None) -> Target:
@@ -142,15 +155,17 @@ def _of_keys(entry: LeafEntry, sharding: Sharding | None) -> Target:
     return Target(sharding, make=make, is_key=True)
 
 
-def _sharding(leaf: Any) -> Sharding | None:
+def _sharding(leaf: Any, meshes: Sequence[Mesh]) -> Sharding | None:
     """Returns where a leaf goes; None for what is not bound to a device.
 
     Such as the count of a state beside params on a mesh: restored onto a device, it
     could not be used with them.
     """
-    if isinstance(leaf, jax.Array) and not getattr(leaf, "committed", True):
+    if not placement.is_bound(leaf):
         return None
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, ShardingMetadata):
         sharding = sharding.to_jax_sharding()  # of a manager's item_metadata
-    return sharding or default_sharding()
+    if placement.is_abstract(sharding) and sharding.mesh.empty:
+        return None  # of an array that no mesh has a part in
+    return placement.on_mesh(sharding, meshes)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ema_optax import shadows, trees
 from ema_optax.interop.batch_stats import averaged_stats
 from ema_optax.progress import Progress
-from ema_optax.shadows import shadow_params
 
 
 class _Live(NamedTuple):
@@ -71,7 +71,7 @@ def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[
     from flax import nnx
 
     live = _live(model, optimizer)
-    shadow = _shadow(optimizer, live.params, name)
+    shadow = _shadow(optimizer, live.params, name, "swapped")
     before = _held(model, optimizer)
     step = optimizer.step[...]
     outermost = id(model) not in _SWAPPED
@@ -122,7 +122,7 @@ def shadow_copy(model: object, optimizer: object, *, name: str | None = None) ->
     from flax import nnx
 
     live = _live(model, optimizer)
-    shadow = _shadow(optimizer, live.params, name)
+    shadow = _shadow(optimizer, live.params, name, "shadow_copy")
     copy = _copied(model)
     nnx.update(copy, jax.tree.map(_own, live.stats))
     nnx.update(copy, shadow)
@@ -180,6 +180,8 @@ def nnx_split(model: Any, optimizer: Any) -> tuple[Any, Any]:
 def nnx_update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
     """Put the two trees of `nnx_split` back into a module and its optimizer.
 
+    All of it or nothing: where the trees do not fit, both stay as they are.
+
     Args:
         model: A module like the one that was split.
         optimizer: An `nnx.Optimizer` like the one that was split.
@@ -188,6 +190,7 @@ def nnx_update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
 
     Raises:
         TypeError: If they are no module and optimizer.
+        ValueError: If the trees are not of such a module and optimizer.
         RuntimeError: If the module is inside `swapped`, which would undo it.
 
     >>> import optax
@@ -202,17 +205,38 @@ def nnx_update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
     >>> print(model.bias[...], int(optimizer.step[...]))
     [0.] 0
     """
-    from flax import nnx
-
     _check(model, optimizer)
     if id(model) in _SWAPPED:
         raise RuntimeError(
             "The model is inside interop.swapped, which will put its old params back. "
             "Call nnx_update after the with."
         )
+    before = nnx_split(model, optimizer)
+    for given, held, names in (
+        (state, before[0], ("first tree", "model")),
+        (opt_state, before[1], ("second tree", "optimizer")),
+    ):
+        paths = trees.arranged(given, held)
+        difference = trees.difference(paths, held, names)
+        if difference:
+            raise ValueError(
+                f"nnx_update takes what nnx_split gave of such a model and optimizer: "
+                f"{difference}."
+            )
+    try:
+        _put(model, optimizer, state, opt_state)
+    except BaseException:
+        _put(model, optimizer, *before)
+        raise
+
+
+def _put(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
+    from flax import nnx
+
     nnx.update(model, state)
     nnx.update(optimizer.opt_state, nnx.state(opt_state["opt_state"]))
-    optimizer.step[...] = opt_state["step"]
+    # Not in place: device_get leaves a NumPy scalar, which cannot be written to.
+    optimizer.step.set_value(jnp.asarray(opt_state["step"]))
 
 
 def refresh_nnx_batch_stats(
@@ -294,10 +318,11 @@ def _call(model: Any, batch: Any) -> Any:
     return model(batch)
 
 
-def _shadow(optimizer: Any, params: Any, name: str | None) -> Any:
+def _shadow(optimizer: Any, params: Any, name: str | None, call: str) -> Any:
     from flax import nnx
 
-    return shadow_params(nnx.as_pure(optimizer.opt_state), params, name=name)
+    opt_state = nnx.as_pure(optimizer.opt_state)
+    return shadows.read(opt_state, params, name, f"{call}(model, optimizer)")
 
 
 def _live(model: object, optimizer: object) -> _Live:

@@ -10,6 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from ema_optax import selection, trees
+from ema_optax.placement import default_sharding, is_bound
 from ema_optax.reconstruction.sums import InMemory, Source, Target
 
 _Leaf: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
@@ -58,7 +59,8 @@ class Slots:
             kind = dtypes.get(path, slot.dtype)
             if dtype is not None:
                 kind = _in_kind_of(kind, dtype)
-            where = getattr(slot, "sharding", None) or _default_sharding()
+            where = getattr(slot, "sharding", None) if is_bound(slot) else None
+            where = where or default_sharding()
             self.targets[path] = Target(jnp.dtype(kind), where)
         missing = [path for path in stored if path not in self.targets]
         if missing:
@@ -131,7 +133,3 @@ def _in_kind_of(kind: DTypeLike, dtype: DTypeLike) -> DTypeLike:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating one, got {jnp.dtype(dtype)}.")
     return dtype
-
-
-def _default_sharding() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

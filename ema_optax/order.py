@@ -1,0 +1,91 @@
+"""Warns of an average that is not the last of its chain: it folds no model's params."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+import optax
+
+_WATCHES = ("MonitorState", "SnapshotState")  # of Optax: updates pass through these
+
+
+class OrderWarning(UserWarning):
+    """An average comes before transforms that change the updates, in the same chain.
+
+    Chained before the optimizer, `ema_params` averages params + gradients, which no
+    model holds. Where it is meant so, or where a tuple holds states of separate
+    transforms side by side, silence it:
+
+    >>> warnings.simplefilter("ignore", OrderWarning)
+    """
+
+
+def warn_unless_last(
+    opt_state: optax.OptState,
+    path: tuple[Any, ...],
+    where: str,
+    is_average: Callable[[Any], bool],
+) -> None:
+    """Warns if transforms that change updates come after an average in its chain.
+
+    Only the state is known: what comes after is told by the types of Optax's states.
+    That of a transform of the user's own says nothing of what it does.
+
+    Args:
+        opt_state: The optimizer state.
+        path: Of the average's state in it.
+        where: The same in words.
+        is_average: Whether a node is the state of an average.
+    """
+    node: Any = opt_state
+    after: tuple[Any, ...] = ()
+    for key in path:
+        if type(node) is tuple and isinstance(key, jax.tree_util.SequenceKey):
+            after = cast("tuple[Any, ...]", node[key.idx + 1 :])
+        elif not isinstance(node, tuple):
+            after = ()
+        child = _child(node, key)
+        if child is None:
+            return
+        node = child
+    changing = next(filter(None, (_changing(each, is_average) for each in after)), None)
+    if changing:
+        warnings.warn(
+            f"The average at '{where}' of this optimizer state comes before a "
+            f"{changing}: what it folds is not what the model holds after the update. "
+            "Chain it last, optax.chain(optimizer, ema_optax.ema_params(…)); or see "
+            "ema_optax.OrderWarning.",
+            OrderWarning,
+            stacklevel=5,
+        )
+
+
+def _child(node: Any, key: Any) -> Any:
+    if isinstance(key, jax.tree_util.SequenceKey):
+        return node[key.idx]
+    if isinstance(key, jax.tree_util.GetAttrKey):
+        return getattr(node, key.name)
+    if isinstance(key, jax.tree_util.DictKey):
+        return node[key.key]
+    return None  # a node of somebody's own, which does not say what it holds
+
+
+def _changing(node: Any, is_average: Callable[[Any], bool]) -> str | None:
+    """Returns the type of the first state in a node whose transform changes updates."""
+    inside = jax.tree.leaves(node, is_leaf=is_average)
+    if any(map(is_average, inside)):  # an optimizer of its own beside this one
+        return None
+    if isinstance(node, optax.MaskedState):
+        return _changing(node.inner_state, is_average)
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        kind = cast("type[Any]", type(node))
+        changes = kind.__module__.startswith("optax") and kind.__name__ not in _WATCHES
+        return kind.__name__ if changes else None
+    children: list[Any] = []
+    if isinstance(node, (tuple, list)):
+        children = list(cast("tuple[Any, ...]", node))
+    elif isinstance(node, Mapping):
+        children = list(cast("Mapping[Any, Any]", node).values())
+    found = (_changing(child, is_average) for child in children)
+    return next(filter(None, found), None)
