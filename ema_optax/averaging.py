@@ -106,7 +106,8 @@ def ema_params(
     hundreds. What is read, and our checkpoints, are as without it; the state has fewer
     leaves, and its `shadow.tree()` is the tree. Leaves that are sharded or placed are
     left apart; `init` under `jit`, on a mesh whose axes are not Explicit, needs
-    `params_sharding` to know them.
+    `params_sharding` to know them. On TPUs all are left apart: there XLA takes a kernel
+    for each leaf to gather them.
 
     Where it lives: `shadow_sharding` is a sharding, a function from path and param
     (with shape, dtype and sharding) to one, or a tree of these like the params, or a
@@ -156,6 +157,7 @@ def ema_params(
         leaves, structure = jax.tree.flatten(chosen, is_leaf=trees.is_placeholder)
         layout = None
         if pack_small:
+            packing.check_can_pack(params)
             layout = packing.plan(chosen, _kinds(chosen, shardings, params_sharding))
         shadow = {name: started() for name in decays} if several else started()
         return kind(jnp.zeros([], jnp.int32), shadow, made_by.at(shardings))

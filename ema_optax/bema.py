@@ -102,7 +102,7 @@ def bema_params(
         chosen = selection.averaged_only(params, mask)
         # Both in buffers of their own: a step may donate params and state together.
         average = jax.tree.map(lambda p: fold.start(p, dtype), chosen)
-        anchor = jax.tree.map(lambda p: jnp.array(p, jnp.result_type(p)), chosen)
+        anchor = jax.tree.map(lambda p: fold.copied(p, jnp.result_type(p)), chosen)
         return BemaParamsState(jnp.zeros([], jnp.int32), average, anchor, made_by)
 
     def update(

@@ -76,15 +76,19 @@ def stored_dtype(dtype: DTypeLike, shadow_dtype: np.dtype | None = None) -> np.d
 
 
 def start(param: ArrayLike, shadow_dtype: np.dtype | None) -> Any:
-    """Returns a copy of a param as a shadow, in a buffer of its own, sharded alike.
+    """Returns a copy of a param as a shadow, in a buffer of its own, sharded alike."""
+    return copied(param, stored_dtype(jnp.result_type(param), shadow_dtype))
 
-    Of an abstract param an abstract shadow: there is nothing to copy, and zeros would
-    be an average of what no model held.
+
+def copied(param: ArrayLike, dtype: DTypeLike) -> Any:
+    """Returns a copy of a param in a dtype, in a buffer of its own, sharded alike.
+
+    Of an abstract param an abstract one: there is nothing to copy, and zeros would be
+    an average of what no model held.
     """
     if isinstance(param, jax.ShapeDtypeStruct):
-        dtype = stored_dtype(param.dtype, shadow_dtype)
         return jax.ShapeDtypeStruct(param.shape, dtype, sharding=param.sharding)
-    return jnp.array(param, dtype=stored_dtype(jnp.result_type(param), shadow_dtype))
+    return jnp.array(param, dtype=dtype)
 
 
 class Weight(NamedTuple):

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import optax
@@ -30,7 +30,7 @@ def warn_unless_last(
     """Warns if transforms that change updates come after an average in its chain.
 
     Only the state is known: what comes after is told by the types of Optax's states.
-    That of a transform of the user's own says nothing of what it does.
+    Those of a user's own transforms say nothing of what they do.
 
     Args:
         opt_state: The optimizer state.
@@ -39,16 +39,20 @@ def warn_unless_last(
         is_average: Whether a node is the state of an average.
     """
     node: Any = opt_state
+    before: tuple[Any, ...] = ()
     after: tuple[Any, ...] = ()
     for key in path:
         if type(node) is tuple and isinstance(key, jax.tree_util.SequenceKey):
-            after = cast("tuple[Any, ...]", node[key.idx + 1 :])
+            before, after = node[: key.idx], node[key.idx + 1 :]
         elif not isinstance(node, tuple):
-            after = ()
+            before = after = ()
         child = _child(node, key)
         if child is None:
             return
         node = child
+    if not _lacks_a_rate(before):
+        # Alone it says nothing: `scale` and `identity` have the same state.
+        after = tuple(each for each in after if type(each) is not optax.EmptyState)
     changing = next(filter(None, (_changing(each, is_average) for each in after)), None)
     if changing:
         warnings.warn(
@@ -59,6 +63,18 @@ def warn_unless_last(
             OrderWarning,
             stacklevel=5,
         )
+
+
+def _lacks_a_rate(before: tuple[Any, ...]) -> bool:
+    """Returns whether the last of some states is of an update that is not yet scaled.
+
+    As `scale_by_adam` alone is; `adam` is a chain of its own, with the rate in it.
+    """
+    return (
+        bool(before)
+        and type(before[-1]).__name__.startswith("ScaleBy")
+        and (not isinstance(before[-1], optax.ScaleByScheduleState))
+    )
 
 
 def _child(node: Any, key: Any) -> Any:
@@ -79,13 +95,13 @@ def _changing(node: Any, is_average: Callable[[Any], bool]) -> str | None:
     if isinstance(node, optax.MaskedState):
         return _changing(node.inner_state, is_average)
     if isinstance(node, tuple) and hasattr(node, "_fields"):
-        kind = cast("type[Any]", type(node))
+        kind = type(node)
         changes = kind.__module__.startswith("optax") and kind.__name__ not in _WATCHES
         return kind.__name__ if changes else None
     children: list[Any] = []
     if isinstance(node, (tuple, list)):
-        children = list(cast("tuple[Any, ...]", node))
+        children = list(node)
     elif isinstance(node, Mapping):
-        children = list(cast("Mapping[Any, Any]", node).values())
+        children = list(node.values())
     found = (_changing(child, is_average) for child in children)
     return next(filter(None, found), None)

@@ -14,6 +14,7 @@ from ema_optax import trees
 # Bytes of the largest leaf that is packed. From benchmarks/optimizer_step.py: what a
 # kernel and a dispatch for each leaf cost is saved, and each byte is copied once more.
 SMALL = 64 * 1024
+_SPECS = ("sharding", "sharding_names", "out_sharding")  # of Flax's variables
 
 
 class Group(NamedTuple):
@@ -104,6 +105,29 @@ class Packed:
         return Packed(tuple(flat), tuple(apart), self.layout)
 
 
+def check_can_pack(params: Any) -> None:
+    """Refuses params whose packed shadow would lose what is known of each leaf.
+
+    Raises:
+        ValueError: If they are Optax's stand-in for params, or Flax's variables that
+            say how they are sharded.
+    """
+    if type(params).__module__.startswith("optax."):
+        raise ValueError(
+            "pack_small keeps the shadows of several params in one array: "
+            "optax.tree.map_params cannot tell whose it is. Leave pack_small out."
+        )
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "get_metadata"))
+    for node in nodes:
+        known = node.get_metadata() if hasattr(node, "get_metadata") else {}
+        if any(known.get(key) is not None for key in _SPECS):
+            raise ValueError(
+                "pack_small keeps no partition specs, which Flax's variables have here "
+                "(with_partitioning): shadows would lie whole on every device. Leave "
+                "pack_small out."
+            )
+
+
 def plan(tree: object, kinds: Sequence[Hashable | None]) -> Layout:
     """Returns a layout in which small leaves of one kind share a buffer.
 
@@ -130,12 +154,29 @@ def plan(tree: object, kinds: Sequence[Hashable | None]) -> Layout:
 def pack(tree: object, layout: Layout) -> Packed:
     """Returns a tree in a layout.
 
+    Leaves may all have the same further axes in front: of a state that is stacked, as
+    under `jax.vmap`, or replicated.
+
     Raises:
-        ValueError: If the tree has another structure.
+        ValueError: If the tree has another structure, or leaves of other shapes.
     """
     leaves = layout.structure.flatten_up_to(tree)
-    flat = [concatenated([leaves[i] for i in group.leaves]) for group in layout.groups]
+    flat = [_joined([leaves[i] for i in g.leaves], g.shapes) for g in layout.groups]
     return Packed(tuple(flat), tuple(leaves[i] for i in layout.apart()), layout)
+
+
+def _joined(leaves: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> jax.Array:
+    front = jnp.shape(leaves[0])[: jnp.ndim(leaves[0]) - len(shapes[0])]
+    for leaf, shape in zip(leaves, shapes, strict=True):
+        if jnp.shape(leaf) != (*front, *shape):
+            raise ValueError(
+                f"A leaf of shape {jnp.shape(leaf)} takes the place of one of "
+                f"{(*front, *shape)} in a shadow that is packed (pack_small=True): its "
+                "neighbours would get its values. Start with optimizer.init(params)."
+            )
+    if not front:
+        return concatenated(leaves)
+    return jnp.concatenate([jnp.reshape(x, (*front, -1)) for x in leaves], axis=-1)
 
 
 def concatenated(leaves: Sequence[Any]) -> jax.Array:
@@ -177,9 +218,14 @@ def _is_dict_of_packed(node: object) -> bool:
     return isinstance(node, dict) and any(isinstance(v, Packed) for v in node.values())
 
 
-def _part(flat: object, start: int, shape: tuple[int, ...]) -> Any:
+def _part(flat: Any, start: int, shape: tuple[int, ...]) -> Any:
     if isinstance(flat, jax.ShapeDtypeStruct):
+        shape = (*flat.shape[:-1], *shape)
         return jax.ShapeDtypeStruct(shape, flat.dtype, sharding=flat.sharding)
+    front = jnp.shape(flat)[:-1]  # of a state that is stacked or replicated
+    if front:
+        size = math.prod(shape)
+        return jnp.reshape(flat[..., start : start + size], (*front, *shape))
     # Compiled once for each shape, not for each place.
     return _sliced(flat, start, shape)
 

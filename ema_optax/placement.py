@@ -181,11 +181,13 @@ def replicated_on(
 
     Returns:
         For each leaf a value that is equal where devices and memory are; None if the
-        leaf is sharded.
+        leaf is sharded, or on a TPU.
     """
 
     def devices(leaf: Any, known: Sharding | None) -> Hashable | None:
         sharding = known or _sharding_of(leaf)
+        if _platform(sharding) == "tpu":
+            return None
         if sharding is None:
             return ()
         if not sharding.is_fully_replicated:
@@ -308,6 +310,12 @@ def _put(array: jax.Array, sharding: Sharding) -> jax.Array:
         # Under jit device_put moves between memories, and leaves the sharding to XLA.
         moved = jax.lax.with_sharding_constraint(moved, sharding)
     return moved
+
+
+def _platform(sharding: Sharding | None) -> str:
+    if sharding is None or is_abstract(sharding):
+        return jax.default_backend()
+    return next(iter(sharding.device_set)).platform
 
 
 def _is_explicit(sharding: Sharding) -> bool:

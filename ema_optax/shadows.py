@@ -48,6 +48,7 @@ def shadow_params(
 
 def read(opt_state: Any, params: Any, name: str | None, call: str) -> Any:
     """Returns the shadow as `shadow_params` does, for a call that errors name."""
+    mistaken.check_opt_state(opt_state, "shadow_params(opt_state, params)")
     found = averages.find(opt_state, call=call, params=params).of(name)
     shadow = averages.joined({each.where: each.read(params) for each in found})
     if params is None:

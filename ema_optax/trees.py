@@ -117,10 +117,13 @@ def difference(ours: object, theirs: object, names: tuple[str, str]) -> str | No
             if alone:
                 more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
                 return f"'{alone[0]}'{more} is only in the {name}"
-        kinds = type(ours).__name__, type(theirs).__name__
+        mine, other = (
+            f"{str(each).removeprefix('PyTreeDef(')[:60]}…"
+            for each in (our_structure, their_structure)
+        )
         return (
-            f"the {names[0]} and the {names[1]} have the same leaves, and are built of "
-            f"other containers: a {kinds[0]} and a {kinds[1]}"
+            f"the {names[0]} is built of {mine} and the {names[1]} of {other}, with "
+            "the same leaves"
         )
     for path, mine, other in zip(our_paths, our_leaves, their_leaves, strict=True):
         if is_placeholder(mine):

@@ -93,7 +93,9 @@ class _Stored:
     def __init__(self, shadow: Any, params: optax.Params) -> None:
         packed = isinstance(shadow, packing.Packed)
         # nnx.Optimizer inits with Flax's variables and updates with their arrays.
-        tree = trees.arranged(shadow.outline(), params) if packed else shadow
+        tree = shadow.outline() if packed else shadow
+        if packed and trees.flatten(tree)[0] == trees.flatten(params)[0]:
+            tree = trees.arranged(tree, params)
         leaves = matching_leaves(tree, params)
         if packed:
             columns = shadow.columns()

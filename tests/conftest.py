@@ -1,6 +1,7 @@
 """What pytest must not collect: programs that tests start as processes of their own."""
 
 collect_ignore = [
+    "chosen_devices.py",
     "eight_devices.py",
     "killed_hosts.py",
     "launch.py",

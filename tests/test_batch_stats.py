@@ -334,3 +334,74 @@ def test_without_rich_a_bar_that_was_asked_for_is_an_error():
     assert done.stdout.startswith("1 2\n")
     assert "pip install 'ema-optax[cli]'" in done.stdout
     assert done.stderr == ""
+
+
+# Statistics over devices.
+
+
+@pytest.mark.parametrize("names", ["batch", ("x", "y")])
+def test_batch_norm_over_an_axis(names):
+    """Alone a batch is all that there is on its axis: the same as without the axis."""
+    axes = (names,) if isinstance(names, str) else names
+
+    class Model(nn.Module):
+        over: bool
+
+        @nn.compact
+        def __call__(self, x, train=True):
+            for axis in axes:
+                options = {"axis_name": axis if self.over else None, "momentum": 0.9}
+                x = nn.BatchNorm(use_running_average=not train, **options)(x)
+            return x
+
+    batches = [jnp.arange(12.0).reshape(6, 2) * k for k in (1, 2, 5)]
+    variables = Model(over=False).init(jax.random.key(0), batches[0])
+    expected = interop.refresh_batch_stats(Model(over=False).apply, variables, batches)
+    found = interop.refresh_batch_stats(Model(over=True).apply, variables, batches)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-6, 1e-6), found, expected
+    )
+
+    def wrong(*_, **__):
+        raise NameError("of_the_user is not defined")
+
+    with pytest.raises(NameError, match="of_the_user"):
+        interop.refresh_batch_stats(wrong, variables, batches)
+
+
+def test_nnx_batch_norm_over_an_axis():
+    """As in Linen."""
+    batches = [jnp.arange(12.0).reshape(6, 2) * k for k in (1, 2, 5)]
+    models = [
+        nnx.BatchNorm(2, momentum=0.9, axis_name=axis, rngs=nnx.Rngs(0))
+        for axis in (None, "batch")
+    ]
+    for model in models:
+        interop.refresh_nnx_batch_stats(model, batches)
+    for name in ("mean", "var"):
+        plain, over = (np.asarray(getattr(m, name)[...]) for m in models)
+        np.testing.assert_allclose(over, plain, rtol=1e-6)
+        assert plain.any()
+
+
+def test_nnx_spectral_norm_is_told_what_nnx_has():
+    """And with what is told it works."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(2, 2, rngs=rngs)
+            self.spectral = nnx.SpectralNorm(self.dense, rngs=rngs)
+            self.norm = nnx.BatchNorm(2, rngs=rngs)
+
+        def __call__(self, x, update_stats=True):
+            return self.norm(self.spectral(x, update_stats=update_stats))
+
+    model = Model(nnx.Rngs(0))
+    batches = [jnp.arange(4.0).reshape(2, 2), jnp.ones((2, 2))]
+    with pytest.raises(ValueError, match=r"in NNX call it with update_stats=False"):
+        interop.refresh_nnx_batch_stats(model, batches)
+    before = np.asarray(model.norm.mean[...])
+    interop.refresh_nnx_batch_stats(
+        model, batches, call=lambda m, x: m(x, update_stats=False)
+    )
+    assert (np.asarray(model.norm.mean[...]) != before).any()

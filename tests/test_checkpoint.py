@@ -556,3 +556,27 @@ def test_what_a_manager_says_of_a_step_is_a_target(tmp_path):
     for name in params:
         assert found[name].dtype == params[name].dtype
         np.testing.assert_array_equal(found[name], params[name])
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3", "uint4", "uint2", "<U3", "M8[s]"])
+def test_dtypes_that_cannot_be_stored_are_refused_by_path(tmp_path, dtype):
+    """In the params as in the optimizer state; nothing is written."""
+    leaf = jnp.ones(4).astype(dtype) if dtype[0] in "fu" else np.zeros(4, dtype)
+    params = {"w": jnp.ones(2), "quantized": leaf}
+    average = ema_optax.ema_params(0.9, mask={"w": True, "quantized": False})
+    state = average.init(params)
+    with pytest.raises(TypeError, match=r"'quantized' of the params: it is of "):
+        checkpoint.save(tmp_path, params, state)
+    with pytest.raises(TypeError, match="'1/quantized' of the state: it is of "):
+        checkpoint.save(tmp_path, {"w": params["w"]}, (average.init(params), params))
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_complex_numbers_come_back(tmp_path):
+    """Stored as complex128, and back in its slot a number of Python."""
+    params = {"w": jnp.ones(2), "z": 1.5 - 2.5j}
+    state = ema_optax.ema_params(0.9, mask={"w": True, "z": False}).init(params)
+    checkpoint.save(tmp_path, params, state)
+    assert checkpoint.restore(tmp_path, "params", like=params)["z"] == params["z"]
+    assert type(checkpoint.resume(tmp_path, params, state)[0]["z"]) is complex
+    assert checkpoint.restore(tmp_path)["z"] == params["z"]

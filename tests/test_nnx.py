@@ -366,3 +366,33 @@ def test_what_does_not_fit_is_said():
     _assert_same(_arrays(model), before)
     with interop.swapped(model, optimizer):  # the failed ones left nothing behind
         pass
+
+
+def _all_of(model, optimizer):
+    return jax.tree.map(np.array, interop.nnx_split(model, optimizer))
+
+
+@pytest.mark.parametrize("got", ["jax", "device_get"])
+def test_update_puts_back_all_or_nothing(got):
+    """Also where the step is a NumPy scalar; trees of another model change nothing."""
+
+    def make(width=3):
+        model = nnx.Linear(2, width, rngs=nnx.Rngs(0))
+        chain = optax.chain(optax.adam(0.1), ema_optax.ema_params(0.9))
+        return model, nnx.Optimizer(model, chain, wrt=nnx.Param)
+
+    model, optimizer = make()
+    saved = jax.tree.map(jnp.copy, interop.nnx_split(model, optimizer))
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
+    if got == "device_get":
+        nnx.update((model, optimizer), jax.device_get(nnx.state((model, optimizer))))
+    stepped = _all_of(model, optimizer)
+    other = interop.nnx_split(*make(width=4))
+    for wrong in (other, (saved[0], other[1]), (other[0], saved[1])):
+        with pytest.raises(ValueError, match="takes what nnx_split gave"):
+            interop.nnx_update(model, optimizer, *wrong)
+        jax.tree.map(np.testing.assert_array_equal, _all_of(model, optimizer), stepped)
+    interop.nnx_update(model, optimizer, *saved)
+    jax.tree.map(np.testing.assert_array_equal, _all_of(model, optimizer), saved)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
+    assert int(optimizer.step[...]) == 1

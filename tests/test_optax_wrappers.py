@@ -1,5 +1,7 @@
 """Optax's wrappers: of what the average is, read back, and a checkpoint and back."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -264,3 +266,53 @@ def test_schedule_free_state_is_not_mistaken_for_a_shadow(state_dtype):
     )
     with pytest.raises(ValueError, match="There is no shadow"):
         shadow_params(optimizer.init(jnp.zeros(4)))
+
+
+def _numbers(steps):
+    """Params of a quadratic under sharpness-aware steps, in float64, after each."""
+    rate, radius = 0.1, 0.05
+    w = np.array([1.0, -2.0])
+    after = []
+    for _ in range(steps):
+        gradient = w * np.array([1.0, 3.0])
+        probe = w + radius * gradient / np.linalg.norm(gradient)
+        w = w - rate * probe * np.array([1.0, 3.0])
+        after.append(w)
+    return after
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_sharpness_aware_steps(tmp_path, opaque):
+    """Inside `sam` the params of real steps; behind it the perturbed ones too."""
+    beta, steps = 0.5, 6
+    curvature = jnp.array([1.0, 3.0])
+    inner = optax.chain(optax.sgd(0.1), ema_optax.ema_params(ema_optax.constant(beta)))
+    around = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    optimizer = optax.contrib.sam(
+        inner, around, sync_period=2, opaque_mode=opaque, reset_state=True
+    )
+    params = {"w": jnp.array([1.0, -2.0])}
+    state = optimizer.init(params)
+
+    def gradient(params, _=None):
+        return {"w": params["w"] * curvature}
+
+    step = jax.jit(
+        functools.partial(optimizer.update, grad_fn=gradient)
+        if opaque
+        else optimizer.update
+    )
+    for _ in range(steps if opaque else 2 * steps):
+        updates, state = step(gradient(params), state, params)
+        params = optax.apply_updates(params, updates)
+    shadow = np.array([1.0, -2.0])
+    after = _numbers(steps)
+    for w in after:
+        shadow = shadow + (1 - beta) * (w - shadow)
+    np.testing.assert_allclose(params["w"], after[-1], rtol=1e-5)
+    found = ema_optax.shadow_params(state, params)
+    np.testing.assert_allclose(found["w"], shadow, rtol=1e-5)
+    checkpoint.save(tmp_path, params, state)
+    np.testing.assert_allclose(
+        checkpoint.restore(tmp_path, like=params)["w"], shadow, rtol=1e-5
+    )

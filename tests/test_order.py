@@ -41,6 +41,7 @@ RIGHT = {
         optax.adam(0.1), EMA, optax.masked(EMA, {"w": True})
     ),
     "something that watches": optax.chain(optax.adam(0.1), EMA, WATCHES),
+    "what changes nothing": optax.chain(optax.adam(0.1), EMA, optax.identity()),
     "alone": EMA,
     "in steps": optax.MultiSteps(optax.chain(optax.adam(0.1), EMA), 2),
     "nested": optax.chain(optax.chain(optax.adam(0.1), EMA)),

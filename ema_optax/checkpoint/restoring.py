@@ -131,6 +131,8 @@ def _where_it_sits(manifest: Manifest, tree: str) -> str | None:
     if entry.average and entry.average.places:  # its paths are those of the params
         return "" if misfit(outline, params, "") is None else None
     places = places_of(outline, params)
+    if not places and set(outline.shapes) <= set(params):
+        return ""  # of other shapes: what is read says so
     return places[0] if len(places) == 1 else None
 
 
@@ -243,7 +245,7 @@ def _places(
     tree: str,
 ) -> dict[str, Place]:
     """Returns the stored leaf of each slot that has elements."""
-    if rename and set(rename.values()) <= set(slots) and not set(rename) & set(slots):
+    if rename and _is_turned(rename, slots, sources):
         path, slot = next(iter(rename.items()))
         raise ValueError(
             "rename maps slots of `like` to stored paths, and here it is the other way "
@@ -271,6 +273,20 @@ def _places(
             f"{text.nearest(name, slots)}"
         )
     return places
+
+
+def _is_turned(
+    rename: Mapping[str, str], slots: Mapping[str, Any], sources: Mapping[str, Place]
+) -> bool:
+    """Returns whether `rename` maps stored paths to slots, and not slots to paths."""
+
+    def is_stored(path: str) -> bool:
+        return any(f"{at}/".startswith(f"{path}/") for at in sources)
+
+    return all(
+        path not in slots and is_stored(path) and slot in slots and slot not in sources
+        for path, slot in rename.items()
+    )
 
 
 def _prefix(slot: str, rename: Mapping[str, str]) -> str | None:

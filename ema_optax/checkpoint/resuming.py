@@ -50,7 +50,7 @@ def restore_run(
     _check_averages(manifest, found, accept_new_decay)
     places = [_place_of(manifest, average) for average in found]
     rest = found.rest()
-    ours = {PARAMS: _by_path(params), STATE: _by_path(rest)}
+    ours = {PARAMS: _by_path(params)}
     computed: set[str] = set()
     for average, place in zip(found, places, strict=True):
         paths = _by_path(average.tree, place)
@@ -58,6 +58,7 @@ def restore_run(
             computed |= set(paths)
         else:
             ours.setdefault(tree_of(average.name), {}).update(paths)
+    ours[STATE] = _by_path(rest)
     meshes = placement.meshes_of((params, opt_state))
     wanted: dict[Place, tuple[Place, Target]] = {}
     for name, of_tree in ours.items():

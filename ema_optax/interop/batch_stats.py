@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ Run: TypeAlias = Callable[[Any, Any, Any], Any]
 _Called: TypeAlias = Callable[[list[Any], Batch], list[Any]]
 
 _COLLECTION = "batch_stats"
+_UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
 _FAR = 2.0**30  # beside a probe so large, float32 does not see a batch's statistics
 
 
@@ -38,7 +40,8 @@ def refresh_batch_stats(
 
     over all n batches alike, whatever the layers' momentum, as `torch.optim.swa_utils.
     update_bn` does. Each layer normalises with the statistics of the batch, as in
-    training. Layers that do not update theirs keep them.
+    training; of layers with an `axis_name` a batch is all that there is on that axis.
+    Layers that do not update theirs keep them.
 
     Args:
         apply_fn: Called as `apply_fn(variables, batch, mutable=["batch_stats"])`, it
@@ -175,7 +178,30 @@ def averaged_stats(
 def _called(
     run: Run, rest: Mapping[str, Any], stats: optax.Params, batch: Batch
 ) -> optax.Params:
-    return run(rest, stats, batch)
+    names: list[str] = []
+    while True:
+        try:
+            return _over_axes(run, names)(rest, stats, batch)
+        except NameError as error:  # JAX's, of the axis_name of a BatchNorm
+            found = _UNBOUND.search(str(error))
+            if not found or found[1] in names:
+                raise
+            names.append(found[1])
+
+
+def _over_axes(run: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    """Returns `run` under axes of one member each, as on a single device."""
+    if not names:
+        return run
+    inner = jax.vmap(
+        _over_axes(run, names[1:]), in_axes=(None, None, 0), axis_name=names[0]
+    )
+
+    def one(rest: object, stats: object, batch: Batch) -> Any:
+        new = inner(rest, stats, jax.tree.map(lambda x: jnp.asarray(x)[None], batch))
+        return jax.tree.map(lambda x: x[0], new)
+
+    return one
 
 
 @jax.jit
@@ -249,8 +275,9 @@ def _momenta(
             raise ValueError(
                 f"'{paths[i]}' is no running average of what a batch gives, so it has "
                 "no mean over batches. Spectral norm keeps such vectors among the "
-                "batch statistics: give it a collection of its own, with "
-                "collection_name='spectral_stats'."
+                "batch statistics: in Linen give it a collection of its own, with "
+                "collection_name='spectral_stats'; in NNX call it with "
+                "update_stats=False, from call=lambda model, batch: …"
             )
         momenta.append(momentum)
     return momenta

@@ -1,0 +1,12 @@
+"""Default devices and abstract meshes, in a process that has eight devices."""
+
+import pathlib
+
+from tests import launch
+
+CHOSEN = pathlib.Path(__file__).parent / "chosen_devices.py"
+
+
+def test_eight_devices():
+    """All of chosen_devices.py, in a process that has them."""
+    launch.run_on_eight_devices(CHOSEN)
