@@ -69,9 +69,12 @@ def test_a_target_of_eval_shape_on_an_explicit_mesh(tmp_path, spec):
     for given in (abstract, state):
         found = checkpoint.resume(tmp_path, params, given)
         assert_same(found, (params, state))
-        momentum = optax.tree.get(found[1], "mu")
-        for leaf in (found[0]["w"], found[1][-1].shadow["w"], momentum["w"]):
+        for leaf in (found[0]["w"], found[1][-1].shadow["w"]):
             assert leaf.sharding == sharding
+        # With JAX 0.12 eval_shape says nothing of arrays like `jnp.zeros_like`.
+        momentum = optax.tree.get(found[1], "mu")["w"]
+        known = optax.tree.get(given, "mu")["w"].sharding
+        assert momentum.sharding == sharding if known else not momentum.committed
     like = jax.eval_shape(lambda p: jax.tree.map(jnp.copy, p), params)
     assert placement.is_abstract(like["w"].sharding)
     with pytest.raises(ValueError, match=r"has no devices.*not damaged.*") as error:
