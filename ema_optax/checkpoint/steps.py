@@ -196,9 +196,10 @@ def steps_in(root: epath.Path) -> dict[int, epath.Path]:
         match = _STEP_NAME.fullmatch(path.name)
         if match and path.is_dir() and _is_committed(path):
             forms.setdefault(match[1] or "", {})[int(match[2])] = path
-    if "" in forms and _holds_steps(forms[""]):
-        return forms[""]
+    numbers = forms.pop("", {})
     prefixes = [prefix for prefix, found in forms.items() if _holds_steps(found)]
+    if numbers and (not prefixes or _holds_steps(numbers)):
+        return numbers
     if len(prefixes) > 1:
         raise ValueError(
             f"{root} holds steps with several prefixes: "
@@ -208,9 +209,17 @@ def steps_in(root: epath.Path) -> dict[int, epath.Path]:
 
 
 def _holds_steps(folders: dict[int, epath.Path]) -> bool:
-    """Returns whether one of some folders was written as a step."""
+    """Returns whether one of some folders was written as a step, or may have been."""
     newest_first = [folders[number] for number in sorted(folders, reverse=True)]
-    return any((path / _ORBAX_STEP).exists() or items_in(path) for path in newest_first)
+    return any(map(_may_be_step, newest_first))
+
+
+def _may_be_step(path: epath.Path) -> bool:
+    try:
+        next(iter(path.iterdir()), None)
+        return (path / _ORBAX_STEP).exists() or bool(items_in(path))
+    except PermissionError:  # said when it is read, not that there is none
+        return True
 
 
 def _is_committed(path: epath.Path) -> bool:
