@@ -11,6 +11,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
+import numpy as np
+
+from ema_optax import trees
+
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Mapping[str, Shape]
 
@@ -26,6 +30,16 @@ class Outline:
 
     shapes: Shapes
     others: frozenset[str] = frozenset()
+
+
+def outline_of(tree: object) -> Outline:
+    """Returns the outline of an averaged tree, placeholders and all."""
+    paths, leaves, _ = trees.flatten(tree)
+    pairs = list(zip(paths, leaves, strict=True))
+    return Outline(
+        {path: np.shape(x) for path, x in pairs if not trees.is_placeholder(x)},
+        frozenset(path for path, x in pairs if trees.is_placeholder(x)),
+    )
 
 
 def under(place: str, path: str) -> str:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ema_optax import trees
-from ema_optax.locating import Outline, places_of
+from ema_optax.locating import outline_of, places_of
 
 _OBJECTS = {"Module", "Object", "Pytree", "Optimizer"}
 
@@ -95,12 +95,7 @@ def misfit(shadow: object, params: object, difference: str) -> str:
         params: What was passed as the params.
         difference: Where they first differ.
     """
-    paths, leaves, _ = trees.flatten(shadow)
-    pairs = list(zip(paths, leaves, strict=True))
-    outline = Outline(
-        {path: jnp.shape(x) for path, x in pairs if not trees.is_placeholder(x)},
-        frozenset(path for path, x in pairs if trees.is_placeholder(x)),
-    )
+    outline = outline_of(shadow)
     inside = {
         trees.path_name(path): jnp.shape(leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]

@@ -246,7 +246,7 @@ def on_mesh(sharding: Any, meshes: Iterable[Mesh]) -> Any:
     What `jax.eval_shape` or a traced `init` knows of arrays on Explicit axes has no
     devices. Others are returned as they are, as one that describes none of the meshes.
     """
-    if not isinstance(sharding, NamedSharding) or not is_abstract(sharding):
+    if not is_abstract(sharding):
         return sharding
     for mesh in meshes:
         if mesh.abstract_mesh == sharding.mesh:

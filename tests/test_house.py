@@ -31,7 +31,7 @@ HOUSE = {
     "packing": {"trees"},
     "placement": {"trees"},
     "schedule": {"decay"},
-    "locating": set(),
+    "locating": {"trees"},
     "order": set(),
     "mistaken": {"locating", "trees"},
     "decays": {"decay", "power_profiles", "schedule"},

@@ -14,12 +14,12 @@ from ema_optax.averages import Averages
 from ema_optax.checkpoint.entries import AverageEntry, Count
 from ema_optax.checkpoint.manifest import SHADOW, tree_of
 from ema_optax.locating import (
-    Outline,
     Shape,
     Shapes,
     misfit,
     named_alike,
     nearest_misfit,
+    outline_of,
     places_of,
     under,
 )
@@ -152,20 +152,6 @@ def _shapes_of(tree: optax.Params) -> dict[str, Shape]:
     return {trees.path_name(path): np.shape(leaf) for path, leaf in pairs}
 
 
-def _outline_of(average: Average) -> Outline:
-    """Returns what is known of the tree that an average is of."""
-    paths, leaves, _ = trees.flatten(average.tree)
-    pairs = list(zip(paths, leaves, strict=True))
-    return Outline(
-        {
-            path: np.shape(leaf)
-            for path, leaf in pairs
-            if not trees.is_placeholder(leaf)
-        },
-        frozenset(path for path, leaf in pairs if trees.is_placeholder(leaf)),
-    )
-
-
 def _hung(by_place: Mapping[str, Any]) -> Any:
     """Returns one tree of trees that sit at places of it."""
     if list(by_place) == [""]:
@@ -219,7 +205,7 @@ def _asked_of(average: Average, asked: str | Mapping[str, str] | None) -> str | 
 def _place_of(
     average: Average, leaves: Shapes, asked: str | None, params: optax.Params
 ) -> str:
-    outline = _outline_of(average)
+    outline = outline_of(average.tree)
     if asked is not None:
         path = misfit(outline, leaves, asked)
         if path is None:
