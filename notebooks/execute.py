@@ -29,6 +29,8 @@ METADATA = {
 }
 # Signed, with a fraction or an exponent: steps and sizes must be equal to the digit.
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+(?:e[-+]?\d+)?|\.?e[-+]?\d+)")
+# What Orbax logs of a machine that is slow at the moment, and not of the notebook.
+SLOW_DISK = "Waiting for previous save to complete took"
 RELATIVE_TOLERANCE = 1e-5  # float32 on another processor; the last printed digit
 
 
@@ -122,7 +124,22 @@ def execute(notebook):
     notebook.metadata = type(notebook.metadata)(METADATA)
     for cell in notebook.cells:
         cell.metadata.clear()
+        if cell.cell_type == "code":
+            cell.outputs = without_slow_disk(cell.outputs)
     return notebook
+
+
+def without_slow_disk(outputs) -> list:
+    """Returns the outputs of a cell without the lines that only tell of a slow disk."""
+    kept = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            lines = output.text.splitlines(keepends=True)
+            output.text = "".join(line for line in lines if SLOW_DISK not in line)
+            if not output.text.strip():
+                continue
+        kept.append(output)
+    return kept
 
 
 def warnings_in(name: str, notebook) -> list[str]:

@@ -63,6 +63,23 @@ def test_the_comparison_forgives_rounding_only(script):
     assert not script.same_text("", "fold 4: 1.730845")
 
 
+def test_a_slow_disk_is_no_warning_of_the_notebook(script):
+    """Orbax's line on a wait is dropped; another line of the same output stays."""
+    nbformat = pytest.importorskip("nbformat")
+    slow = f"WARNING:absl:{script.SLOW_DISK} 1.965476 seconds. If this is high\n\n"
+
+    def outputs(*texts):
+        new = nbformat.v4.new_output
+        return [new("stream", name="stderr", text=text) for text in texts]
+
+    assert script.without_slow_disk(outputs(slow, slow * 2)) == []
+    (kept,) = script.without_slow_disk(outputs(slow + "UserWarning: x\n"))
+    assert "UserWarning" in kept.text
+    assert script.SLOW_DISK not in kept.text
+    printed = nbformat.v4.new_output("stream", name="stdout", text=slow)
+    assert script.without_slow_disk([printed]) == [printed]
+
+
 def test_a_changed_output_and_a_raising_cell_fail(script, tmp_path):
     """The check fails where it should: a copy of the script beside bad notebooks."""
     nbformat = pytest.importorskip("nbformat")
