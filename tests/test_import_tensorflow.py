@@ -242,6 +242,34 @@ def test_without_a_step(tmp_path: Path):
     assert interop.import_tensorflow(prefix, tmp_path / "out", step=40).step == 40
 
 
+def test_averages_made_in_a_scope_and_a_name_that_is_a_scope(tmp_path: Path):
+    """Both come in as TensorFlow's graph names them, with the values of each."""
+    with tf.Graph().as_default():
+        a = v1.get_variable("a", initializer=np.float32([1, 2]))
+        b = v1.get_variable("a/b", initializer=np.float32([3, 4]))
+        with v1.variable_scope("train"):
+            ema = v1.train.ExponentialMovingAverage(0.5)
+            apply = ema.apply([a, b])
+        grow = v1.group(a.assign_add([8.0, 8.0]), b.assign_add([16.0, 16.0]))
+        saver = v1.train.Saver()
+        with v1.Session() as session:
+            session.run(v1.global_variables_initializer())
+            session.run(apply)
+            session.run(grow)
+            session.run(apply)
+            prefix = saver.save(session, str(tmp_path / "model.ckpt"))
+    done = interop.import_tensorflow(prefix, tmp_path / "out", step=2)
+    assert done.scopes == ("train",)
+    assert done.moved == {"a": "a/value"}
+    assert set(done.averaged) == {"a/value", "a/b"}
+    params = checkpoint.restore(tmp_path / "out", "params")
+    shadow = checkpoint.restore(tmp_path / "out", "shadow")
+    assert params["a"]["value"].tolist() == [9, 10]
+    assert params["a"]["b"].tolist() == [19, 20]
+    assert shadow["a"]["value"].tolist() == [5, 6]
+    assert shadow["a"]["b"].tolist() == [11, 12]
+
+
 class Model(tf.Module):
     """Variables that have names of their own, and others that are nested."""
 

@@ -10,12 +10,14 @@ from ema_optax.interop.tensorflow_names import Roles, Variable, roles
 AVERAGE = "ExponentialMovingAverage"
 
 
-def told(*names: str | Variable, average: str = AVERAGE) -> Roles:
+def told(
+    *names: str | Variable, average: str = AVERAGE, scope: str | None = None
+) -> Roles:
     """Returns the roles of variables, by default of float32[2]."""
     variables = [
         Variable(n, n, (2,), "float32") if isinstance(n, str) else n for n in names
     ]
-    return roles(variables, average, "model.ckpt-7")
+    return roles(variables, average, "model.ckpt-7", scope)
 
 
 def test_params_shadows_and_the_rest():
@@ -61,6 +63,76 @@ def test_params_shadows_and_the_rest():
         "table": "no numbers",
         "q": "quantized",
     }
+
+
+def test_a_parameter_whose_name_is_a_scope():
+    """`a` beside `a/b`: both are parameters, and a nested tree can hold both."""
+    found = told("a", f"a/{AVERAGE}", "a/Adam", "a/b", f"a/b/{AVERAGE}", "a/b/Adam")
+    assert {k: v.name for k, v in found.params.items()} == {
+        "a/value": "a",
+        "a/b": "a/b",
+    }
+    assert {k: v.name for k, v in found.shadow.items()} == {
+        "a/value": f"a/{AVERAGE}",
+        "a/b": f"a/b/{AVERAGE}",
+    }
+    assert set(found.left_out) == {"a/Adam", "a/b/Adam"}
+    taken = told("a", "a/value", f"a/{AVERAGE}", f"a/value/{AVERAGE}")
+    assert {k: v.name for k, v in taken.params.items()} == {
+        "a/value_": "a",
+        "a/value": "a/value",
+    }
+
+
+def test_a_slot_or_a_parameter_beneath_another():
+    """Without an average it is a slot, unless its shape and name are nobody else's."""
+    other = Variable("a/b", "a/b", (3, 4), "float32")
+    rows = [Variable(f"{of}/vr", "", (1,), "float32") for of in "ac"]
+    inside = Variable(f"a/{AVERAGE}/local_step", "", (), "float32")
+    ours = Variable("a/Adam", "", (7,), "float32")
+    found = told(
+        "a", f"a/{AVERAGE}", "c", f"c/{AVERAGE}", "c/own", other, *rows, inside, ours
+    )
+    assert set(found.params) == {"a/value", "a/b", "c"}
+    assert set(found.left_out) == {
+        "a/vr",
+        "c/vr",
+        inside.name,
+        "a/Adam",
+        "c/own",
+    }
+
+
+def test_averages_made_in_a_scope():
+    """TensorFlow puts the scope before the whole name; so it does for slots."""
+    names = ["conv/w", "conv/b", "train/conv/w/Adam"]
+    found = told(*names, f"train/conv/w/{AVERAGE}", f"a/b/conv/b/{AVERAGE}")
+    assert set(found.params) == {"conv/w", "conv/b"}
+    assert {k: v.name for k, v in found.shadow.items()} == {
+        "conv/w": f"train/conv/w/{AVERAGE}",
+        "conv/b": f"a/b/conv/b/{AVERAGE}",
+    }
+    assert found.scopes == ("a/b", "train")
+    assert found.left_out == {"train/conv/w/Adam": "slot 'Adam'"}
+    # Of another shape, it is of a variable that is not there.
+    wide = Variable(f"train/conv/w/{AVERAGE}", "", (9,), "float32")
+    with pytest.raises(ValueError, match="none of the variables"):
+        told("conv/w", wide)
+
+
+def test_averages_in_several_scopes():
+    """Its own place is the first; of two others the caller names one."""
+    near = told("w", f"w/{AVERAGE}", f"train/w/{AVERAGE}")
+    assert near.shadow["w"].name == f"w/{AVERAGE}"
+    assert near.scopes == ("",)
+    assert "'w', of the scope 'train'" in near.left_out[f"train/w/{AVERAGE}"]
+    two = ["w", f"slow/w/{AVERAGE}", f"fast/w/{AVERAGE}"]
+    with pytest.raises(ValueError, match=r"'w' has two averages.*scope='fast'"):
+        told(*two)
+    assert told(*two, scope="slow").shadow["w"].name == f"slow/w/{AVERAGE}"
+    assert told(*two, f"w/{AVERAGE}", scope="").shadow["w"].name == f"w/{AVERAGE}"
+    with pytest.raises(ValueError, match=r"scope 'slwo'. Averages are in 'fast', 'slo"):
+        told(*two, scope="slwo")
 
 
 def test_an_average_of_another_name():

@@ -28,7 +28,9 @@ def add(commands: parsing.Commands) -> None:
         details=(
             "CKPT is the prefix of a checkpoint, run/model.ckpt-300, or its folder:\n"
             "then the latest in it. Variables become params and shadow, nested by\n"
-            "their scopes: enc/w, and as its shadow enc/w/ExponentialMovingAverage.\n"
+            "their scopes: enc/w, and as its shadow enc/w/ExponentialMovingAverage,\n"
+            "also where the averages were made in a scope of their own. Where there\n"
+            "is enc beside enc/w, it becomes enc/value.\n"
             "Values and dtypes stay as they are, and global_step is the step.\n"
             "\n"
             "Lists the variables without a shadow, which are raw in both trees, and\n"
@@ -70,6 +72,12 @@ def add(commands: parsing.Commands) -> None:
         help="last part of the averages' names (default: %(default)s)",
     )
     parser.add_argument(
+        "--scope",
+        type=parsing.place,
+        metavar="SCOPE",
+        help="that the averages were made in, where a variable has several",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
         help="print what was brought as JSON; needs no rich",
@@ -90,6 +98,7 @@ def _run(args: argparse.Namespace) -> int:
         step=args.step,
         decay=args.decay[1] if args.decay else None,
         average=args.average,
+        scope=args.scope,
     )
     if args.json:
         parsing.print_json(dataclasses.asdict(done))
@@ -123,11 +132,15 @@ def _print(done: "Imported") -> None:
             "From": done.source,
             "To": f"{done.path}, step {done.step}",
             "Averaged": f"{len(done.averaged):,} params with a shadow",
+            "Scopes": ", ".join(filter(None, done.scopes)) or None,
         }
     )
     table = tables.table(("not averaged", "what it is", "what became of it"))
     for path in done.raw:
         table.add_row(parsing.printable(path), "no shadow", "raw in both trees")
+    for name, path in done.moved.items():
+        cells = (name, "a scope of others too", f"is {path}")
+        table.add_row(*map(parsing.printable, cells))
     for role in dict.fromkeys(done.left_out.values()):
         names = [name for name, what in done.left_out.items() if what == role]
         cells = (some(names), role, "left out")

@@ -32,6 +32,8 @@ class Imported:
         averaged: Paths of the params that have a shadow.
         raw: Paths of those that have none, and are raw in the shadow too.
         left_out: What else was in it: name → what it is.
+        moved: Variables whose name is a scope of others too: name → path.
+        scopes: Scopes that its averages were made in, `""` for none.
     """
 
     source: str
@@ -40,6 +42,8 @@ class Imported:
     averaged: tuple[str, ...]
     raw: tuple[str, ...]
     left_out: Mapping[str, str]
+    moved: Mapping[str, str]
+    scopes: tuple[str, ...]
 
 
 def import_tensorflow(
@@ -49,12 +53,15 @@ def import_tensorflow(
     step: int | None = None,
     decay: Decay | None = None,
     average: str = AVERAGE,
+    scope: str | None = None,
 ) -> Imported:
     """Turn a TensorFlow checkpoint with averages into one of ours.
 
     Its variables become params and shadow, nested by their scopes: `enc/w` is
-    `["enc"]["w"]`, and `enc/w/ExponentialMovingAverage` its shadow. Values and dtypes
-    stay as they are, bfloat16 and 64 bits included. Optimizer slots and texts are left
+    `["enc"]["w"]`, and `enc/w/ExponentialMovingAverage` its shadow, also where the
+    averages were made inside a scope: `train/enc/w/ExponentialMovingAverage`. Where
+    there is `enc` beside `enc/w`, it becomes `enc/value`. Values and dtypes stay as
+    they are, bfloat16 and 64 bits included. Optimizer slots and texts are left
     out. Read are checkpoints of `tf.compat.v1.train.Saver`, and those of
     `tf.train.Checkpoint` where no two variables have the same name.
 
@@ -69,6 +76,8 @@ def import_tensorflow(
             down. `ExponentialMovingAverage(0.999)` is `constant(0.999)`, and
             `warmup(0.999)` with `num_updates`.
         average: Last part of the names of the averages.
+        scope: The `variable_scope` that the averages were made in, `""` for none; None
+            for any. Needed only where a variable has an average in each of several.
 
     Raises:
         FileExistsError: If the step is in `out` already; nothing is overwritten.
@@ -85,7 +94,7 @@ def import_tensorflow(
     tf = _tensorflow()
     prefix = _prefix(tf, os.path.expanduser(os.fspath(source)))
     with _Reader(tf, prefix) as reader:
-        found = roles(reader.variables(), average, prefix)
+        found = roles(reader.variables(), average, prefix, scope)
         number = _number(found.step, reader, step, prefix)
         params = {path: reader.read(v) for path, v in found.params.items()}
         shadow = {path: reader.read(v) for path, v in found.shadow.items()}
@@ -104,6 +113,8 @@ def import_tensorflow(
         averaged=tuple(found.shadow),
         raw=tuple(path for path in params if path not in shadow),
         left_out=found.left_out,
+        moved={v.name: path for path, v in found.params.items() if path != v.name},
+        scopes=found.scopes,
     )
 
 
