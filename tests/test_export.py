@@ -173,19 +173,22 @@ def test_renaming():
     """The longest beginning counts, in whole keys; None leaves out, "" is all."""
     paths = ["enc/kernel", "enc/bias", "encoder/w", "n"]
     rename = {"": "model", "enc": "e", "enc/bias": "b.w", "n": None}
-    assert flat_names(paths, rename) == {
+    assert flat_names(paths, rename)[0] == {
         "enc/kernel": "e.kernel",
         "enc/bias": "b.w",
         "encoder/w": "model.encoder.w",
     }
-    assert flat_names(["params/w"], {"params": ""}) == {"params/w": "w"}
+    assert flat_names(["params/w"], {"params": ""})[0] == {"params/w": "w"}
 
 
 @pytest.mark.parametrize(
     ("rename", "says"),
     [
-        ({"encc": "x"}, "'encc', and no leaf .* nearest are 'enc', 'enc/b"),
-        ({"en": "x"}, "'en', and no leaf"),
+        (
+            {"encc": "x"},
+            "'encc', which is, or begins, no stored path.* nearest are 'enc', 'enc/b",
+        ),
+        ({"en": "x"}, "'en', which is, or begins, no stored path"),
         ({"enc/kernel": "x", "enc/bias": "x"}, "'enc/kernel' and 'enc/bias' would"),
         ({"w": "enc.kernel"}, "would both be called 'enc.kernel'"),
         ({"w": "__metadata__"}, "'__metadata__', which the format keeps"),

@@ -186,8 +186,11 @@ def restore(
             the default device. None gives nested dicts, in the dtypes stored.
         step: Number of the step; None for the newest that was committed.
         item: Name of the item, where the step holds several of ours.
-        rename: Slots of `like` to stored paths, or beginnings of both:
-            `{"encoder/kernel": "my_scope/weights"}`. Two slots may take one leaf.
+        rename: Slots of `like` to stored paths, or beginnings or patterns of both:
+            `{"encoder/kernel": "my_scope/weights", "**/kernel": "**/weight"}`, where
+            `**` stands for any number of keys and `*` for characters of one. A slot's
+            own path decides alone; else the longest beginning is replaced, and then
+            the first pattern that fits. Two slots may take one leaf.
         verify: Whether to compare what is read with its checksums.
 
     Raises:

@@ -16,6 +16,7 @@ from ema_optax.checkpoint.processes import agreed
 from ema_optax.checkpoint.step import is_empty, is_key
 from ema_optax.checkpoint.targets import default_target, target_of
 from ema_optax.locating import Outline, misfit, places_of, under
+from ema_optax.renaming import Renames
 
 
 def restore_tree(
@@ -251,12 +252,10 @@ def _places(
             "rename maps slots of `like` to stored paths, and here it is the other way "
             f"round: pass rename={{{slot!r}: {path!r}, …}}."
         )
-    unused = set(rename)
+    renames = Renames(rename, "slots of `like` to stored paths")
     places = {}
     for slot, leaf in slots.items():
-        prefix = _prefix(slot, rename)
-        path = slot if prefix is None else rename[prefix] + slot[len(prefix) :]
-        unused.discard(prefix or "")
+        path = str(renames(slot))
         if is_empty(leaf):
             continue
         if path not in sources:
@@ -266,12 +265,7 @@ def _places(
                 f"rename={{{slot!r}: …}}."
             )
         places[slot] = sources[path]
-    if unused:
-        name = min(unused)
-        raise ValueError(
-            f"rename has the slot '{name}', which `like` does not. "
-            f"{text.nearest(name, slots)}"
-        )
+    renames.check_used(slots, "slot of `like`")
     return places
 
 
@@ -287,12 +281,6 @@ def _is_turned(
         path not in slots and is_stored(path) and slot in slots and slot not in sources
         for path, slot in rename.items()
     )
-
-
-def _prefix(slot: str, rename: Mapping[str, str]) -> str | None:
-    """Returns the longest key of `rename` that is the slot or a part of its path."""
-    fits = [key for key in rename if slot == key or slot.startswith(f"{key}/")]
-    return max(fits, key=len, default=None)
 
 
 def _dtype(leaf: Any) -> np.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ema_optax.cli import parsing
 from ema_optax.decay import Decay
+from ema_optax.text import some
 
 _LONGEST = 2**24  # characters of a file of names
 
@@ -33,6 +34,13 @@ def add(commands: parsing.Commands) -> None:
             'fits counts, null leaves out, and the path "" stands for all:\n'
             "\n"
             '  {"": "model", "encoder": "model.enc", "dropout/key": null}\n'
+            "\n"
+            "In a pattern * stands for characters of one key, ** for any number of\n"
+            "keys, and the first pattern that fits counts, after the beginnings:\n"
+            "\n"
+            '  {"**/kernel": "**/weight", "layers_*": "h/*"}\n'
+            "\n"
+            "What each fitted is listed.\n"
             "\n"
             "The file's metadata tell tree, step, decay, every and count."
         ),
@@ -123,4 +131,10 @@ def _run(args: argparse.Namespace) -> int:
             "File": done.path,
         }
     )
+    for key, paths in done.renamed.items():
+        what = (
+            f"{key} -> {'left out' if args.rename[key] is None else args.rename[key]}"
+        )
+        pairs = [f"{path} -> {done.names.get(path, 'left out')}" for path in paths]
+        print(parsing.printable(f"{what}: {len(paths):,} leaves, {some(pairs)}"))
     return 0

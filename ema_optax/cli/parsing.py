@@ -147,7 +147,9 @@ def as_options(text: str) -> str:
     text = text.replace("overwrite=True", "--force")
     if "rename={" in text:
         text = text.replace("rename={", "--rename with {").replace(": None", ": null")
-    return re.sub(r"\b(step|tree|dtype|average)='?([^\s',:;.]+)'?", r"--\1 \2", text)
+    return re.sub(
+        r"\b(step|tree|dtype|average|scope)='?([^\s',:;.]+)'?", r"--\1 \2", text
+    )
 
 
 def printable(text: str) -> str:

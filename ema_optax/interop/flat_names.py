@@ -1,9 +1,9 @@
-"""Flat names of leaves from their paths, renamed by whole leaves or by beginnings."""
+"""Flat names of leaves from their paths, as libraries without nested trees need."""
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import cast
+from collections.abc import Collection, Mapping
 
-from ema_optax.text import brief, nearest
+from ema_optax.renaming import Renames
+from ema_optax.text import brief
 
 _LONGEST = 4096  # characters of a name
 SEPARATOR = "."  # of PyTorch's state dicts, and of Flax models among safetensors
@@ -11,36 +11,27 @@ SEPARATOR = "."  # of PyTorch's state dicts, and of Flax models among safetensor
 
 def flat_names(
     paths: Collection[str], rename: Mapping[str, str | None] | None = None
-) -> dict[str, str]:
-    """Returns the name of each path that is not left out.
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Returns the name of each path that is not left out, and what each key fitted.
 
     Args:
         paths: Stored paths, their keys joined by slashes.
-        rename: A mapping of stored paths, or beginnings of them, to names. The longest
-            that fits counts, `""` fits every path, and None leaves out.
+        rename: A mapping of stored paths, beginnings or patterns of them, to names, as
+            `Renames` reads it. `""` fits every path, and None leaves out.
 
     Raises:
         TypeError: If `rename` is no such mapping.
         ValueError: If it names what is not there, or two leaves have one name.
 
-    >>> flat_names(["dense/kernel", "dense/bias"], {"dense": "model.fc"})
+    >>> flat_names(["dense/kernel", "dense/bias"], {"dense": "model.fc"})[0]
     {'dense/kernel': 'model.fc.kernel', 'dense/bias': 'model.fc.bias'}
     """
-    rename = _checked({} if rename is None else rename)
-    unused = set(rename)
-    for path in paths:
-        unused.difference_update(_beginnings(path))
-    if unused:
-        key = min(unused)
-        some = {part for path in list(paths)[:1000] for part in _beginnings(path)}
-        raise ValueError(
-            f"rename has {brief(key, 200)}, and no leaf has this path or begins with "
-            f"it. {nearest(key, sorted(some - {''}))}"
-        )
+    renames = Renames(rename, separator=SEPARATOR, may_leave_out=True)
+    new = {path: renames(path) for path in paths}
+    renames.check_used(paths, "stored path")
     names: dict[str, str] = {}
     owners: dict[str, str] = {}
-    for path in paths:
-        name = _name(path, rename)
+    for path, name in new.items():
         if name is None:
             continue
         _check(name, path)
@@ -52,39 +43,7 @@ def flat_names(
         names[path], owners[name] = name, path
     if not names:
         raise ValueError("No leaf is left to write: rename leaves all of them out.")
-    return names
-
-
-def _checked(rename: object) -> Mapping[str, str | None]:
-    if not isinstance(rename, Mapping):
-        raise TypeError(
-            f"rename maps stored paths to names, got a {type(rename).__name__}. Pass "
-            '{"encoder": "model.encoder"}.'
-        )
-    for key, value in rename.items():
-        if not isinstance(key, str) or not (value is None or isinstance(value, str)):
-            raise TypeError(
-                f"rename maps stored paths to names, both text, or to None to leave "
-                f"out; got {brief(key)}: {brief(value)}."
-            )
-    return cast(Mapping[str, str | None], rename)
-
-
-def _beginnings(path: str) -> Iterator[str]:
-    """Yields a path and what it begins with, in whole keys, down to nothing."""
-    while path:
-        yield path
-        path = path.rpartition("/")[0]
-    yield ""
-
-
-def _name(path: str, rename: Mapping[str, str | None]) -> str | None:
-    for beginning in _beginnings(path):  # the longest first
-        if beginning in rename:
-            new, rest = rename[beginning], path[len(beginning) :].strip("/")
-            parts = (new, rest.replace("/", SEPARATOR))
-            return None if new is None else SEPARATOR.join(p for p in parts if p)
-    return path.replace("/", SEPARATOR)
+    return names, renames.used
 
 
 def _check(name: str, path: str) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class Exported:
         names: Stored path → name in the file.
         bytes: Of all tensors.
         metadata: In the file's header.
+        renamed: Key of `rename` → the stored paths that it fitted.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Exported:
     names: Mapping[str, str]
     bytes: int
     metadata: Mapping[str, str]
+    renamed: Mapping[str, Sequence[str]]
 
 
 def export_safetensors(
@@ -70,7 +72,10 @@ def export_safetensors(
         dtype: float32, bfloat16 or float16, which floating leaves are rounded to, the
             others stay; None for those stored.
         rename: Stored paths, or beginnings of both, to names:
-            `{"encoder": "model.encoder"}`. None as a name leaves out, `""` as a path
+            `{"encoder": "model.encoder"}`; or patterns, `{"**/kernel": "**/weight"}`,
+            where `**` stands for any number of keys and `*` for characters of one. A
+            leaf's own path decides alone; else the longest beginning is replaced, and
+            then the first pattern that fits. None as a name leaves out, `""` as a path
             stands for all of them.
         overwrite: Whether to replace a file that is there.
 
@@ -102,7 +107,7 @@ def export_safetensors(
     source = checkpoint.stored(found.path, tree)  # also says which trees there are
     tree = _full_name(found, tree)
     leaves = source.entries
-    names = flat_names(leaves, rename)
+    names, renamed = flat_names(leaves, rename)
     _check_dtypes({stored: leaves[stored] for stored in names})
 
     others = {p: _like(leaves[p]) for p in names if p not in source.leaves}
@@ -122,7 +127,7 @@ def export_safetensors(
     metadata = _metadata(found, tree)
     _write(save_file, tensors, path, metadata)
     size = sum(array.nbytes for array in tensors.values())
-    return Exported(path, found.step, tree, names, size, metadata)
+    return Exported(path, found.step, tree, names, size, metadata, renamed)
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
