@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ema_optax import bema, mistaken, packing, placement, trees
+from ema_optax import arguments, bema, mistaken, packing, placement, trees
 from ema_optax.average import Average
 from ema_optax.decay import Decay
 from ema_optax.order import warn_unless_last
@@ -18,6 +18,7 @@ from ema_optax.states import (
     EmaParamsState,
     NamedShadowsState,
 )
+from ema_optax.text import brief
 
 
 class EmaAverage(Average):
@@ -155,6 +156,8 @@ class Averages:
         """
         if not self._averages:
             raise ValueError(self.none())
+        if name is not None:
+            arguments.a_name(name, "name", "slow")
         names = [found for found in self.names if found]
         unnamed = [average for average in self if not average.name]
         if name is None and (not names or (len(names) == 1 and not unnamed)):
@@ -162,7 +165,9 @@ class Averages:
         chosen = [average for average in self if name and average.name == name]
         if chosen:
             return chosen
-        asked = "none was asked for" if name is None else f"{name!r} is none of them"
+        asked = (
+            "none was asked for" if name is None else f"{brief(name)} is none of them"
+        )
         have = f"shadows named {', '.join(names)}" if names else "one unnamed shadow"
         call = f"name={names[0]!r}" if names else "no name"
         computed = [average.where for average in unnamed if average.is_computed]

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from ema_optax import fold, packing, placement, selection, trees
+from ema_optax import arguments, fold, packing, placement, selection, trees
 from ema_optax.decay import Decay, check_decay, check_wide_enough
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.states import (
@@ -19,8 +20,10 @@ from ema_optax.states import (
     NamedShadowsState,
     written,
 )
+from ema_optax.text import brief
 from ema_optax.update import (
     check_period,
+    check_state,
     fold_update,
     matching_leaves,
     require_params,
@@ -156,7 +159,7 @@ def ema_params(
         shardings = placement.leaf_shardings(chosen, shadow_sharding, params_sharding)
         leaves, structure = jax.tree.flatten(chosen, is_leaf=trees.is_placeholder)
         layout = None
-        if pack_small:
+        if arguments.flag(pack_small, "pack_small"):
             packing.check_can_pack(params)
             layout = packing.plan(chosen, _kinds(chosen, shardings, params_sharding))
         shadow = {name: started() for name in decays} if several else started()
@@ -167,6 +170,7 @@ def ema_params(
     ) -> tuple[Any, Any]:
         del extra_args
         require_params(params, "ema_params")
+        check_state(state, EmaParamsState, "ema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
         shardings = state.made_by.shardings if state.made_by else None
         if shardings is None and shadow_sharding is not None:  # by hand, or unpickled
@@ -227,6 +231,8 @@ def update_shadow(
     >>> shadow["w"]
     Array([0.02], dtype=float32)
     """
+    if count is not None:
+        arguments.one_number(count, "count")
     weight = fold.split_weight(_newest_weight(decay, count))
     leaves = matching_leaves(shadow, params)
     paths, _, structure = trees.flatten(shadow)
@@ -256,7 +262,8 @@ def _decays_by_name(
     for name in decay:
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(
-                f"A shadow's name is a non-empty text without '/', got {name!r}. Write "
+                f"A shadow's name is a non-empty text without '/', got "
+                f"{brief(name)}. Write "
                 "ema_params({'fast': 0.99, 'slow': 0.9999})."
             )
     if not decay:
@@ -370,6 +377,11 @@ def _newest_weight(decay: Any, count: Any) -> Any:
                 "1-based number of this fold."
             )
         return decay.newest_weight(count)
+    if np.ndim(decay) and not isinstance(decay, Tracer):
+        raise TypeError(
+            f"update_shadow takes one β, a number in [0, 1), or a Decay; got "
+            f"{brief(decay)}."
+        )
     check_wide_enough(decay)
     if isinstance(decay, Tracer):
         return 1 - decay

@@ -16,6 +16,7 @@ from ema_optax.average import Average
 from ema_optax.states import BemaMadeBy, BemaParamsState
 from ema_optax.update import (
     check_period,
+    check_state,
     fold_update,
     matching_leaves,
     require_params,
@@ -110,6 +111,7 @@ def bema_params(
     ) -> tuple[Any, Any]:
         del extra_args
         require_params(params, "bema_params")
+        check_state(state, BemaParamsState, "bema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
         (average,) = fold_update(
             [state.average],

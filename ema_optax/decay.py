@@ -21,6 +21,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from ema_optax import arguments
+
 Scalar: TypeAlias = float | jax.Array  # an argument: a number, or a traced one
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]] | jax.Array
 _Maker = TypeVar("_Maker", bound=Callable[..., "Decay"])
@@ -262,14 +264,25 @@ def is_known(*values: object) -> bool:
     return not any(isinstance(value, Tracer) for value in values)
 
 
+def is_number(value: Scalar, what: str) -> bool:
+    """Returns whether a number is known now, and not only on the device.
+
+    Raises:
+        TypeError: If it is no number, or several.
+    """
+    arguments.one_number(value, what)
+    return is_known(value)
+
+
 def check_decay(decay: Scalar, call: str) -> None:
     """Raises ValueError unless 0 ≤ decay < 1, saying what to call instead.
 
     Raises:
         TypeError: If it is an array narrower than float32.
     """
+    known = is_number(decay, f"The decay of {call}")
     check_wide_enough(decay)
-    if is_known(decay) and not 0.0 <= decay < 1.0:  # also refuses NaN
+    if known and not 0.0 <= decay < 1.0:  # also refuses NaN
         cause = (
             "At 1 the average never moves (bfloat16 rounds 0.999 to 1)."
             if decay == 1
@@ -297,7 +310,7 @@ def check_wide_enough(decay: object) -> None:
 
 def check_positive(value: Scalar, what: str) -> None:
     """Raises ValueError unless 0 < value < ∞."""
-    if is_known(value) and not 0 < value < math.inf:
+    if is_number(value, what) and not 0 < value < math.inf:
         raise ValueError(f"{what} must be positive and finite, got {value}.")
 
 

@@ -22,11 +22,13 @@ from ema_optax.decay import (
     check_decay,
     check_positive,
     is_known,
+    is_number,
     log_of,
     maker,
 )
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.schedule import schedule
+from ema_optax.text import brief
 
 DecayLike: TypeAlias = Scalar | Decay | Callable[[Any], ArrayLike]
 
@@ -80,7 +82,10 @@ class warmup(Decay):
 
     def __post_init__(self) -> None:
         check_decay(self.decay, self.kind)
-        if is_known(self.offset) and not 1 <= self.offset < math.inf:
+        if (
+            is_number(self.offset, "warmup's offset")
+            and not 1 <= self.offset < math.inf
+        ):
             raise ValueError(
                 f"warmup needs an offset ≥ 1, got {self.offset}: (1+t)/(offset+t) must "
                 "stay at or below 1. TensorFlow's is 10."
@@ -216,9 +221,8 @@ class inverse_power(Decay):
         check_decay(self.decay, self.kind)
         check_positive(self.inv_gamma, "inverse_power's inv_gamma")
         check_positive(self.power, "inverse_power's power")
-        if not is_known(self.decay, self.min_decay):
-            return
-        if not 0 <= self.min_decay <= self.decay:
+        known = is_number(self.min_decay, "inverse_power's min_decay")
+        if known and is_known(self.decay) and not 0 <= self.min_decay <= self.decay:
             raise ValueError(
                 f"inverse_power needs 0 ≤ min_decay ≤ decay, got {self.min_decay} and "
                 f"{self.decay}."
@@ -312,7 +316,7 @@ class half_life(Decay):
     steps: Scalar
 
     def __post_init__(self) -> None:
-        if is_known(self.steps) and not 0 < self.steps < math.inf:
+        if is_number(self.steps, "half_life's steps") and not 0 < self.steps < math.inf:
             raise ValueError(
                 f"half_life needs a positive number of updates, got {self.steps}. "
                 "For a plain decay such as 0.999 use constant(0.999)."
@@ -343,7 +347,7 @@ class fraction(Decay):
     f: Scalar
 
     def __post_init__(self) -> None:
-        if is_known(self.f) and not 0 < self.f <= 1:
+        if is_number(self.f, "fraction's f") and not 0 < self.f <= 1:
             raise ValueError(
                 f"fraction needs a share of the run in (0, 1], got {self.f}. "
                 "For a half-life in updates use half_life(steps)."
@@ -393,8 +397,4 @@ def _got(given: object) -> str:
     if callable(given):
         name = getattr(given, "__name__", "")
         return f"{name} itself. Call it with its arguments, as in warmup(0.9999)."
-    if isinstance(given, (jax.Array, np.ndarray)):
-        return f"an array of shape {np.shape(given)}. {usual}"
-    if isinstance(given, (str, bool, type(None))):
-        return f"{given!r:.80}. {usual}"
-    return f"a {type(given).__name__}. {usual}"
+    return f"{brief(given)}. {usual}"

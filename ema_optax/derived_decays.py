@@ -8,7 +8,7 @@ from types import ModuleType
 
 import jax
 
-from ema_optax.decay import Decay, Floats, Scalar, check_positive, is_known, maker
+from ema_optax.decay import Decay, Floats, Scalar, check_positive, is_number, maker
 from ema_optax.decays import DecayLike, as_decay, fraction, power, warmup
 
 
@@ -36,7 +36,7 @@ class start_after(Decay):
     step: int | jax.Array
 
     def __init__(self, decay: DecayLike, step: int | jax.Array) -> None:
-        if is_known(step) and not 0 <= step < math.inf:
+        if is_number(step, "start_after's step") and not 0 <= step < math.inf:
             raise ValueError(f"start_after needs a number of updates ≥ 0, got {step}.")
         self._set(decay=as_decay(decay, self.kind), step=step)
 

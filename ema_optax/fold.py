@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from ema_optax import trees
+from ema_optax import arguments, trees
+from ema_optax.text import brief
 
 _ALLOWED = ("bfloat16", "float32", "float64")
 _STREAMS = 16  # different sequences of rounding noise
@@ -23,7 +24,7 @@ def check_shadow_dtype(shadow_dtype: DTypeLike | None) -> np.dtype | None:
     """
     if shadow_dtype is None:
         return None
-    dtype = jnp.dtype(shadow_dtype)
+    dtype = arguments.dtype(shadow_dtype, "shadow_dtype")
     if dtype.name not in _ALLOWED:
         raise ValueError(
             f"shadow_dtype must be one of {', '.join(_ALLOWED)}, got {dtype.name}. For "
@@ -45,7 +46,7 @@ def check_rounding(rounding: str | None, shadow_dtype: np.dtype | None) -> bool:
     """
     if rounding not in (None, "nearest", "stochastic"):
         raise ValueError(
-            f"rounding must be 'nearest' or 'stochastic', got {rounding!r}. None "
+            f"rounding must be 'nearest' or 'stochastic', got {brief(rounding)}. None "
             "rounds bfloat16 shadows stochastically and wider ones to nearest."
         )
     if rounding == "nearest" and shadow_dtype == jnp.bfloat16:

@@ -16,7 +16,8 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
-from ema_optax import trees
+from ema_optax import arguments, trees
+from ema_optax.text import brief, structural
 
 __all__ = ["in_host_memory", "over_axis"]
 
@@ -59,6 +60,7 @@ def over_axis(axis: str) -> ShardingRule:
     >>> tuple(over_axis("data")("kernel", param).spec)
     (None, 'data')
     """
+    arguments.a_name(axis, "axis", "data")
 
     def rule(path: str, param: jax.ShapeDtypeStruct) -> Sharding:
         sharding = param.sharding
@@ -164,7 +166,7 @@ def leaf_shardings(
             shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
             shadow = shadow(path, jax.ShapeDtypeStruct(shape, dtype, sharding=param))
             if not isinstance(shadow, Sharding | None):
-                raise _no_sharding(f"shadow_sharding gave {shadow!r} for '{path}'")
+                raise _no_sharding(f"shadow_sharding gave {brief(shadow)} for '{path}'")
         shardings.append(shadow and LeafSharding(shadow, param))
     return tuple(shardings)
 
@@ -282,12 +284,12 @@ def _for_each(params: optax.Params, given: object, name: str, kinds: Any) -> lis
         parts = structure.flatten_up_to(params)
     except ValueError as error:
         raise ValueError(
-            f"{name} does not fit the params: {error} Give one sharding, a function of "
-            "path and param, or a tree of these like the params."
+            f"{name} does not fit the params: {structural(error)} Give one "
+            "sharding, a function of path and param, or a tree of them like the params."
         ) from None
     for value in values:
         if value is not None and not isinstance(value, kinds):
-            raise _no_sharding(f"{name} holds {value!r}")
+            raise _no_sharding(f"{name} holds {brief(value)}")
     return [
         value
         for value, part in zip(values, parts, strict=True)

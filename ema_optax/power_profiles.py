@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 
+from ema_optax import arguments
+
 _WIDEST = 1 / math.sqrt(12)  # the width of the plain mean, exponent 0
 
 
@@ -20,6 +22,7 @@ def width_from_exponent(exponent: float) -> float:
     >>> round(width_from_exponent(6.94), 4)
     0.1
     """
+    arguments.one_number(exponent, "An exponent")
     if not -1 < exponent < math.inf:
         raise ValueError(f"An exponent is above -1 and finite, got {exponent}.")
     g = exponent
@@ -41,6 +44,7 @@ def exponent_from_width(width: float) -> float:
     >>> round(exponent_from_width(0.05), 2)
     16.97
     """
+    arguments.one_number(width, "A width")
     if not 0 < width <= _WIDEST:
         raise ValueError(
             f"A width is in (0, {_WIDEST:.4f}], got {width}: the widest average is the "

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from ema_optax import arguments
 from ema_optax.decays import DecayLike, as_decay
 
 
@@ -49,10 +50,8 @@ def profile(decay: DecayLike, steps: int, every: int = 1) -> Profile:
     >>> round(run.mean_age, 6), round(run.effective_size, 6)  # β/(1−β), (1+β)/(1−β)
     (49.0, 99.0)
     """
-    if steps < 1 or every < 1:
-        raise ValueError(
-            f"profile needs steps ≥ 1 and every ≥ 1, got {steps}, {every}."
-        )
+    steps = arguments.whole(steps, "profile's steps", 1, "steps=1000 is a run so long.")
+    every = arguments.whole(every, "every", 1, "every=1 is every update.")
     folds = np.arange(every, steps + 1, every)
     logs = as_decay(decay, "profile").log_product(folds, every)
     # What later folds leave of this one: Σ of the logs after it.

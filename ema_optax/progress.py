@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from typing import Protocol, TypeAlias, TypeVar
 
-from ema_optax import extras
+from ema_optax import arguments, extras
 
 Progress: TypeAlias = bool | Callable[[int, int], None] | None
 _T = TypeVar("_T")
@@ -33,6 +33,8 @@ def shown(progress: Progress, text: str, total: int | None) -> Iterator[Report]:
     Raises:
         ModuleNotFoundError: If a bar was asked for, and rich is missing.
     """
+    if progress is not None and not callable(progress):
+        progress = arguments.flag(progress, "progress")
     if callable(progress):
         yield lambda done, note=None: progress(done, done if total is None else total)
         return

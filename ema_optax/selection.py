@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ema_optax.text import brief, structural
+
 Mask: TypeAlias = Any | Callable[[Any], Any]
 
 
@@ -43,7 +45,7 @@ def averaged_only(params: Any, mask: Mask | None) -> Any:
         if not isinstance(averaged, (bool, np.bool_)):
             raise ValueError(
                 "mask must hold bools, True where a leaf is averaged, got "
-                f"{averaged!r}."
+                f"{brief(averaged)}."
             )
         return jax.tree.map(
             lambda p: p if averaged and is_averaged(p) else optax.MaskedNode(),
@@ -60,8 +62,8 @@ def averaged_only(params: Any, mask: Mask | None) -> Any:
         parts = structure.flatten_up_to(params)
     except ValueError as error:
         raise ValueError(
-            f"mask does not fit the params: {error} Give a tree of bools like the "
-            "params (or a prefix of it), or a function from params to one."
+            f"mask does not fit the params: {structural(error)} Give a tree of "
+            "bools like the params (or a prefix), or a function from params to one."
         ) from None
     chosen = [choose(m, p) for m, p in zip(jax.tree.leaves(tree), parts, strict=True)]
     return jax.tree.unflatten(structure, chosen)

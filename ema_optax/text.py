@@ -1,6 +1,8 @@
 """Text for errors and tables: bounded values, errors on one line, nearest names."""
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 
 _ITEMS = 32  # of a list or tuple that is written out
@@ -10,10 +12,13 @@ def brief(value: object, limit: int = 100) -> str:
     """Returns a value as Python writes it, of a few words however large it is.
 
     Containers in it are not followed, so that their depth does not matter; a dict or a
-    long list is given by its length. Text is cut off after `limit` characters.
+    long list is given by its length. Text is cut off after `limit` characters. Of what
+    Python writes by its elements, or by an address, only the kind is told.
 
     >>> brief("kernel"), brief([1, [2]]), brief({"a": 1}), brief("a" * 9, limit=4)
     ("'kernel'", '[1, …]', 'a dict of 1', "'aaa…")
+    >>> brief(int), brief(brief), brief(object())
+    ('the class int', 'the function brief', 'an object')
     """
     if isinstance(value, (str, bytes)):
         value = value[: limit + 1]
@@ -22,6 +27,17 @@ def brief(value: object, limit: int = 100) -> str:
         return _cut(f"[{inner}]" if isinstance(value, list) else f"({inner})", limit)
     if _is_deep(value):
         return f"a {type(value).__name__} of {len(value)}"  # pyright: ignore[reportArgumentType]
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        shape = ",".join(map(str, value.shape))  # pyright: ignore[reportAttributeAccessIssue]
+        return f"an array {value.dtype}[{shape}]"  # pyright: ignore[reportAttributeAccessIssue]
+    if type(value).__repr__ is object.__repr__ or not _is_plain(value):
+        name = getattr(value, "__name__", None)
+        if callable(value) and isinstance(name, str):
+            return f"the function {name}"
+        kind = type(value).__name__
+        return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
     try:
         return _cut(repr(value), limit)
     except (ValueError, RecursionError):  # Python writes integers of ≤ 4,300 digits
@@ -81,6 +97,22 @@ def percent(share: float) -> str:
     """
     text = f"{share:.1%}"
     return "" if text == "0.0%" else text
+
+
+def _is_plain(value: object) -> bool:
+    """Returns whether Python writes a value shortly and for people to read."""
+    plain = (str, bytes, bool, int, float, complex, os.PathLike)
+    return value is None or isinstance(value, plain) or hasattr(value, "to_json")
+
+
+def structural(error: object) -> str:
+    """Returns what JAX says of two trees that differ, without the arrays in them.
+
+    >>> structural("Expected list, got {'w': Array([1.], dtype=float32)}.")
+    'Expected list.'
+    """
+    text = re.split(r",? (?:got |value: |; value)", one_line(error, None))[0]
+    return f"{_cut(text.rstrip(' .,;'), 300)}."
 
 
 def _is_deep(value: object) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from ema_optax import fold, packing, placement, trees
+from ema_optax.text import brief, structural
 
 
 def fold_update(
@@ -151,6 +152,19 @@ def require_params(params: optax.Params | None, transform: str) -> None:
         )
 
 
+def check_state(state: object, kind: type, transform: str) -> None:
+    """Refuses what is no state of a transform.
+
+    Raises:
+        TypeError: If it is of another kind.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"The state of {transform} is what its init(params) returned; got "
+            f"{brief(state)}. Call optimizer.update(updates, state, params)."
+        )
+
+
 def check_period(value: object, name: str, static_args: tuple[str, ...]) -> int:
     """Returns a number of updates as an integer.
 
@@ -170,7 +184,7 @@ def check_period(value: object, name: str, static_args: tuple[str, ...]) -> int:
         )
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(
-            f"{name} must be a whole number of updates ≥ 1, got {value!r}. "
+            f"{name} must be a whole number of updates ≥ 1, got {brief(value)}. "
             f"{name}=1 means every update."
         )
     return int(value)
@@ -181,6 +195,6 @@ def _matching_updates(updates: optax.Updates, structure: Any) -> list[Any]:
         return structure.flatten_up_to(updates)
     except ValueError as error:
         raise ValueError(
-            f"Updates and params do not fit each other: {error} Pass the params that "
-            "the gradients were taken for."
+            f"Updates and params do not fit each other: {structural(error)} Pass the "
+            "params that the gradients were taken for."
         ) from None

@@ -16,11 +16,12 @@ from ema_optax import extras
 PACKAGE = pathlib.Path(ema_optax.__file__).parent
 PYPROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
 
-# What each module or folder may import, and imports nothing of ours itself.
-EVERYWHERE = {"extras", "text"}
+# What each module or folder may import, and imports nothing of ours but texts.
+EVERYWHERE = {"arguments", "extras", "text"}
 # Each module or folder, and what else it may import of ours.
 HOUSE = {
     **{name: set() for name in sorted(EVERYWHERE)},
+    "arguments": {"text"},
     "decay": set(),
     "power_profiles": set(),
     "progress": set(),
@@ -120,6 +121,7 @@ HOUSE = {
 ROOMS = {
     "checkpoint": {
         "errors": set(),
+        "paths": set(),
         "retention": set(),
         "untrusted": set(),
         "entries": {"errors", "untrusted"},
@@ -132,7 +134,7 @@ ROOMS = {
         "opening": {"entries", "manifest"},
         "shadows": {"entries", "manifest"},
         "step": {"checksums", "entries", "manifest", "shadows", "untrusted"},
-        "steps": {"manifest", "processes"},
+        "steps": {"manifest", "paths", "processes"},
         "targets": {"checksums", "entries", "pieces"},
         "leaves": {
             "checksums",
@@ -188,12 +190,21 @@ ROOMS = {
             "errors",
             "handlers",
             "manifest",
+            "paths",
             "processes",
             "rescue",
             "step",
             "steps",
         },
-        "snapshots": {"errors", "leaves", "manifest", "rescue", "sources", "steps"},
+        "snapshots": {
+            "errors",
+            "leaves",
+            "manifest",
+            "paths",
+            "rescue",
+            "sources",
+            "steps",
+        },
     },
     "cli": {
         "average_files": {"averages"},
@@ -237,7 +248,7 @@ ROOMS = {
     },
 }
 # Files that other rooms may import too; of the others, only what `__init__` has.
-OPEN = {"checkpoint": {"steps"}, "reconstruction": {"projection"}}
+OPEN = {"checkpoint": {"paths", "steps"}, "reconstruction": {"projection"}}
 
 LONGEST = 400  # lines of a file
 

@@ -11,17 +11,17 @@ import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ema_optax import text
+from ema_optax import arguments, mistaken, text
 from ema_optax.checkpoint.background import ELSEWHERE
 from ema_optax.checkpoint.entries import AverageEntry, TreeEntry
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.handlers import EmaRestore, EmaResume, EmaSave, save_args
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, read_manifest
+from ema_optax.checkpoint.paths import absolute
 from ema_optax.checkpoint.processes import together
 from ema_optax.checkpoint.rescue import explained, verify_item
 from ema_optax.checkpoint.step import of_trees
 from ema_optax.checkpoint.steps import (
-    absolute,
     find,
     find_same_items,
     find_same_step,
@@ -133,6 +133,13 @@ def save_average(
     ...     restore(folder, "shadow", like={"w": jnp.zeros(2)})
     {'w': Array([1., 1.], dtype=float32)}
     """
+    if decay is not None and not isinstance(decay, Decay):
+        raise TypeError(
+            f"decay is what it was averaged with, such as ema_optax.warmup(0.9999), or "
+            f"None where that is not known; got {text.brief(decay)}."
+        )
+    for given, name in ((tree, "an average"), (params, "params")):
+        mistaken.check_no_nnx(given, name, "save_average(directory, tree, params=…)")
     both = {PARAMS: tree} if params is None else {PARAMS: params, SHADOW: tree}
     averages = {SHADOW: AverageEntry(decay, None, step)}
     _write(directory, lambda: save_args(of_trees(both, averages, extra)), step)
@@ -140,8 +147,7 @@ def save_average(
 
 def _write(directory: epath.PathLike, build: Callable[[], EmaSave], step: int) -> None:
     root = absolute(directory)
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"step must be a whole number ≥ 0, got {step!r}.")
+    step = arguments.whole(step, "step", 0, "step=300 is the 300th update.")
     args = None
     with together(RuntimeError(f"Step {step} was not saved: {ELSEWHERE}")):
         if (root / str(step)).exists():

@@ -12,12 +12,15 @@ from etils import epath
 from jax.typing import DTypeLike
 from orbax.checkpoint import multihost, v1
 
+from ema_optax import arguments
 from ema_optax.checkpoint import saving, step
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.manifest import SHADOW
 from ema_optax.checkpoint.rescue import explained
-from ema_optax.checkpoint.restoring import restore_raw, restore_tree
+from ema_optax.checkpoint.restoring import SLOTS, restore_raw, restore_tree
 from ema_optax.checkpoint.resuming import restore_run
+from ema_optax.renaming import Renames
+from ema_optax.text import brief
 
 Reading: TypeAlias = Callable[[epath.Path], Any]
 
@@ -163,6 +166,13 @@ def EmaRestore(  # noqa: N802 used as the other arguments are
     ...         manager.restore(1, args=EmaRestore("params", like=params))
     {'w': Array([1., 1.], dtype=float32)}
     """
+    if not isinstance(tree, str):
+        raise TypeError(
+            f"The name of a tree is a text such as 'shadow' or 'params', got "
+            f"{brief(tree)}. Pass the model by name: restore(directory, like=…)."
+        )
+    Renames(rename, SLOTS)  # says what is wrong with it
+    verify = arguments.flag(verify, "verify")
     return RestoreArgs(
         lambda item: restore_tree(item, tree, like, rename, verify=verify)
     )
@@ -189,6 +199,8 @@ def EmaResume(  # noqa: N802 used as the other arguments are
     >>> opt_state.count
     Array(0, dtype=int32)
     """
+    accept_new_decay = arguments.flag(accept_new_decay, "accept_new_decay")
+    verify = arguments.flag(verify, "verify")
     return RestoreArgs(
         lambda item: restore_run(
             item, params, opt_state, accept_new_decay=accept_new_decay, verify=verify

@@ -18,6 +18,8 @@ from ema_optax.checkpoint.targets import default_target, target_of
 from ema_optax.locating import Outline, misfit, places_of, under
 from ema_optax.renaming import Renames
 
+SLOTS = "slots of `like` to stored paths"  # what `rename` maps
+
 
 def restore_tree(
     item: epath.Path,
@@ -31,12 +33,6 @@ def restore_tree(
 
     Leaves that are not averaged come from the params. See `directory.restore`.
     """
-    if not isinstance(tree, str):
-        raise TypeError(
-            f"The name of a tree is a text such as 'shadow' or 'params', got a "
-            f"{type(tree).__name__}. Pass the model by name: restore(directory, "
-            "like=…)."
-        )
     manifest = shared_manifest(item)
     sources = sources_of(manifest, tree)
     if like is None:
@@ -114,7 +110,7 @@ def _chosen(manifest: Manifest, tree: str) -> str:
         tree = named[0]
     if tree not in have:
         raise ValueError(
-            f"The checkpoint has no tree {tree!r}; it has "
+            f"The checkpoint has no tree {text.brief(tree)}; it has "
             f"{', '.join(map(repr, have))}. Pass tree={(named or have)[-1]!r}."
         )
     return tree
@@ -252,7 +248,7 @@ def _places(
             "rename maps slots of `like` to stored paths, and here it is the other way "
             f"round: pass rename={{{slot!r}: {path!r}, …}}."
         )
-    renames = Renames(rename, "slots of `like` to stored paths")
+    renames = Renames(rename, SLOTS)
     places = {}
     for slot, leaf in slots.items():
         path = str(renames(slot))

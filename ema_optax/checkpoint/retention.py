@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from orbax.checkpoint import checkpoint_managers
 
+from ema_optax import arguments
+
 
 @dataclasses.dataclass(frozen=True)
 class KeepSnapshots(checkpoint_managers.PreservationPolicy):
@@ -34,7 +36,8 @@ class KeepSnapshots(checkpoint_managers.PreservationPolicy):
     at_most: int = 128
 
     def __post_init__(self) -> None:
-        if self.at_most < 2:
+        arguments.one_number(self.at_most, "KeepSnapshots' at_most")
+        if not self.at_most >= 2:
             raise ValueError(f"KeepSnapshots needs at_most ≥ 2, got {self.at_most}.")
 
     def should_preserve(

@@ -132,6 +132,11 @@ def _located(
         ValueError: If one sits nowhere, or may sit at several places.
     """
     leaves = _shapes_of(params)
+    if not (asked is None or isinstance(asked, (str, Mapping))):
+        raise TypeError(
+            f"averaged is a path in the params such as 'params', or maps the averages' "
+            f"paths in the state to such; got {text.brief(asked)}."
+        )
     if isinstance(asked, Mapping):
         unknown = [at for at in asked if not any(_is_of(each, at) for each in found)]
         if unknown:
@@ -212,9 +217,9 @@ def _place_of(
             return asked
         there = leaves.get(under(asked, path))
         raise ValueError(
-            f"{_called(average)} does not sit at averaged={asked!r}: there '{path}' is "
-            f"{'missing' if there is None else there}, and averaged it is "
-            f"{outline.shapes[path]}. {_fits(places_of(outline, leaves))}"
+            f"{_called(average)} does not sit at averaged={text.brief(asked)}: "
+            f"there '{path}' is {'missing' if there is None else there}, and averaged "
+            f"it is {outline.shapes[path]}. {_fits(places_of(outline, leaves))}"
         )
     places = places_of(outline, leaves)
     if len(places) > 1:

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from etils import epath
 
+from ema_optax import arguments, text
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.leaves import Place
 from ema_optax.checkpoint.manifest import Manifest, name_of, read_manifest
+from ema_optax.checkpoint.paths import absolute
 from ema_optax.checkpoint.rescue import explained
 from ema_optax.checkpoint.sources import StoredTree
-from ema_optax.checkpoint.steps import absolute, all_steps
+from ema_optax.checkpoint.steps import all_steps
 from ema_optax.decays import power
 from ema_optax.reconstruction import Snapshot
 
@@ -61,6 +63,9 @@ def snapshots(
     """
     if isinstance(names, str):
         names = [names]
+    if names is not None:
+        names = [arguments.a_name(name, "A name", "slow") for name in list(names)]
+    verify = arguments.flag(verify, "verify")
     found, others = [], set()
     for path in all_steps(absolute(directory), item):
         try:
@@ -81,12 +86,12 @@ def snapshots(
                     f"{tree}: {decay or 'another average'}, {average.count} updates"
                 )
     if not found:
-        named = "" if names is None else f" of the names {', '.join(names)}"
+        named = "" if names is None else f" of the names {text.some(names)}"
         raise ValueError(
             f"{directory} has no shadows{named} with a power profile, folded at least "
-            f"once, to reconstruct averages from; it has {'; '.join(sorted(others))}. "
-            "Train with ema_params({'a': ema_optax.power(0.05), 'b': "
-            "ema_optax.power(0.1)})."
+            f"once, to reconstruct averages from; it has "
+            f"{text.some(sorted(others), 8)}. Train with "
+            "ema_params({'a': ema_optax.power(0.05), 'b': ema_optax.power(0.1)})."
         )
     return _one_of_each(found)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from ema_optax import arguments
 from ema_optax.checkpoint.checksums import bounds_of
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.leaves import Place, Reader
@@ -57,6 +58,8 @@ def stored(
     ...     reconstruction.merge(last, reconstruction.uniform_coefficients(2))
     {'w': Array([0.5, 0.5], dtype=float32)}
     """
+    arguments.a_name(tree, "tree", "shadow")
+    verify = arguments.flag(verify, "verify")
     found = find_step(directory, step, item).item
     try:
         described = read_manifest(found)

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from jax.typing import ArrayLike, DTypeLike
 
-from ema_optax import averages, mistaken, trees
+from ema_optax import arguments, averages, mistaken, trees
 from ema_optax.checkpoint import checksums
 from ema_optax.checkpoint.entries import (
     AverageEntry,
@@ -106,12 +106,13 @@ def of_shadows(
     parts = [Part(average, "", average.tree) for average in stored]
     shadows = joined(parts)
     if dtype is not None:
-        if jnp.dtype(dtype).name not in SNAPSHOT_DTYPES:
+        kind = arguments.dtype(dtype, "dtype")
+        if kind.name not in SNAPSHOT_DTYPES:
             raise ValueError(
                 f"A snapshot's dtype is one of {', '.join(SNAPSHOT_DTYPES)}, or None "
-                f"for that of the shadow; got {jnp.dtype(dtype).name}."
+                f"for that of the shadow; got {kind.name}."
             )
-        shadows = _narrowed(shadows, jnp.dtype(dtype))
+        shadows = _narrowed(shadows, kind)
     return of_trees(shadows, entries(parts), extra)
 
 

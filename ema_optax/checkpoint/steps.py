@@ -1,14 +1,15 @@
 """Finds the steps of a directory, and the item of ours in each."""
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ema_optax import text
+from ema_optax import arguments, text
 from ema_optax.checkpoint import manifest
 from ema_optax.checkpoint.manifest import PARAMS
+from ema_optax.checkpoint.paths import absolute
 from ema_optax.checkpoint.processes import gathered
 
 # 300, step_300, ckpt-00000300; not the 07 of width-0.07.
@@ -87,6 +88,8 @@ def find_same_items(
 def find(directory: epath.PathLike, step: int | None) -> Found:
     """Returns a step of a directory with all items of ours; see `find_step`."""
     root = absolute(directory)
+    if step is not None:
+        step = arguments.whole(step, "step", 0, "step=None is the newest.")
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise FileNotFoundError(
@@ -177,11 +180,6 @@ def all_steps(root: epath.Path, item: str | None = None) -> list[epath.Path]:
     return [find_step(root, None, item).item]  # or says what is there instead
 
 
-def absolute(directory: Any) -> epath.Path:
-    """Returns a directory as Orbax wants it, with `~` replaced."""
-    return epath.Path(directory).expanduser().absolute()
-
-
 def steps_in(root: epath.Path) -> dict[int, epath.Path]:
     """Returns the folders of the committed steps, by number, as their manager does.
 
@@ -270,6 +268,8 @@ def named(items: list[epath.Path], item: str | None) -> epath.Path:
         ValueError: If there are several and none was named, or none of that name.
     """
     names = [path.name for path in items]
+    if item is not None:
+        arguments.a_name(item, "item", names[0])
     if len(items) == 1 and item in (None, names[0]):
         return items[0]
     folder, have = items[0].parent, ", ".join(map(repr, names))

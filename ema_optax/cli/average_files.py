@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ import optax
 from etils import epath
 
 from ema_optax import checkpoint, trees
-from ema_optax.checkpoint.steps import absolute, all_steps
+from ema_optax.checkpoint.paths import absolute
+from ema_optax.checkpoint.steps import all_steps
 from ema_optax.cli.averages import Plan, Row
 from ema_optax.decays import power
 from ema_optax.progress import shown
@@ -129,7 +130,7 @@ def write(plan: Plan, found: Sequence[Reconstruction]) -> None:
 
 
 def _write(plan: Plan, row: Row, average: Reconstruction) -> None:
-    folder = absolute(row.directory)
+    folder = absolute(cast(str, row.directory))
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _no_tracebacks():

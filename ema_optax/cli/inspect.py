@@ -85,7 +85,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _chosen(args: argparse.Namespace) -> tuple[Any, list[str]]:
     """Returns the run, which may be one folder deeper, and the names of the items."""
-    from ema_optax.checkpoint.steps import absolute, find, named, runs_in
+    from ema_optax.checkpoint.paths import absolute
+    from ema_optax.checkpoint.steps import find, named, runs_in
 
     run = absolute(args.directory)
     try:

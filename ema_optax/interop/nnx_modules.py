@@ -13,6 +13,7 @@ from jax.core import Tracer
 from ema_optax import shadows, trees
 from ema_optax.interop.batch_stats import averaged_stats
 from ema_optax.progress import Progress
+from ema_optax.text import brief
 
 
 class _Live(NamedTuple):
@@ -294,6 +295,10 @@ def refresh_nnx_batch_stats(
         raise ValueError(
             f"This {type(model).__name__} has no batch statistics: there is nothing to "
             "refresh. Without BatchNorm, params are all that it needs."
+        )
+    if call is not None and not callable(call):
+        raise TypeError(
+            f"call is a function of the model and a batch, or None; got {brief(call)}."
         )
     run = _Module(graph, call or _call)
     nnx.update(model, averaged_stats(run, rest, stats, batches, progress))

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ema_optax import checkpoint, extras
+from ema_optax import arguments, checkpoint, extras
 from ema_optax.interop.flat_names import flat_names
+from ema_optax.text import brief
 from ema_optax.version import __version__
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -100,7 +101,8 @@ def export_safetensors(
     """
     with extras.needed_by("export_safetensors"):
         from safetensors.numpy import save_file
-    path = Path(out).expanduser().absolute()
+    overwrite = arguments.flag(overwrite, "overwrite")
+    path = Path(arguments.path(out, "out", "model.safetensors")).expanduser().absolute()
     _check_free(path, overwrite)
     cast = _dtype(dtype)
     found = checkpoint.describe(directory, step=step, item=item)
@@ -151,9 +153,9 @@ def _dtype(dtype: DTypeLike | None) -> np.dtype | None:
     if dtype is None:
         return None
     try:
-        name = jnp.dtype(dtype).name
+        name = arguments.dtype(dtype, "dtype").name
     except TypeError:
-        name = str(dtype)
+        name = brief(dtype)
     if name not in DTYPES:
         raise ValueError(
             f"dtype is one of {', '.join(DTYPES)}, or None for those stored; got "

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from ema_optax import arguments
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.plots import style
 from ema_optax.profiles import profile
@@ -53,9 +54,11 @@ def lag(
     """
     raw = np.asarray(values, np.float64)
     named = style.named("lag", decays)
-    at = raw.size if at is None else at
+    at = raw.size if at is None else arguments.whole(at, "at", 1, "None is the last.")
+    if start is not None:
+        arguments.one_number(start, "start")
     _check(raw, at)
-    ax = style.own_axes() if ax is None else ax
+    ax = style.axes(ax)
     updates = np.arange(1, raw.size + 1)
     marker = "." if raw.size <= style.FEW else None
     ax.plot(updates, raw, label="raw", marker=marker, color="0.45", linewidth=1.1)

@@ -50,7 +50,7 @@ def profiles(
     ['short: mean age 721 (7.2%)', 'long: mean age 1,118 (11.2%)']
     """
     named = style.named("profiles", decays)
-    ax = style.own_axes() if ax is None else ax
+    ax = style.axes(ax)
     runs = {name: profile(decay, steps, every) for name, decay in named.items()}
     curves = {name: _density(run, every) for name, run in runs.items()}
     top = _top([float(density.max()) for _, density in curves.values()])

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from ema_optax import arguments
 from ema_optax.plots import style
 
 _START = 0.2  # of the run, where accuracies climb far below what is compared
@@ -46,10 +47,15 @@ def accuracy_over_steps(
             f"{len(steps)} steps, {len(raw)} raw and {len(shadow)} shadow accuracies. "
             "Measure both at the same steps, at least once."
         )
-    ax = style.own_axes() if ax is None else ax
-    marker = "o" if len(steps) <= style.FEW else None
-    ax.plot(steps, raw, label="raw params", marker=marker, **style.RAW)
-    ax.plot(steps, shadow, label="shadow", marker=marker, **style.SHADOW)
+    ax = style.axes(ax)
+    at = arguments.numbers(steps, "steps")
+    marker = "o" if at.size <= style.FEW else None
+    for values, label, look in (
+        (raw, "raw params", style.RAW),
+        (shadow, "shadow", style.SHADOW),
+    ):
+        y = arguments.numbers(values, f"accuracies of the {label}")
+        ax.plot(at, y, label=label, marker=marker, **look)
     style.dress(
         ax,
         title="Test accuracy while training",

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from ema_optax.decays import DecayLike, as_decay
+from ema_optax.text import brief
 
 Named: TypeAlias = Mapping[str, DecayLike]
 
@@ -46,8 +47,17 @@ def named(caller: str, decays: DecayLike | Named) -> Named:
     return found
 
 
-def own_axes() -> Axes:
-    """Returns axes in a figure of their own, without pyplot."""
+def axes(given: object) -> Axes:
+    """Returns the axes that were given, or some in a figure of their own.
+
+    Raises:
+        TypeError: If what was given are no axes of Matplotlib.
+    """
+    if isinstance(given, Axes):
+        return given
+    if given is not None:
+        raise TypeError(f"ax is an Axes of Matplotlib, or None; got {brief(given)}.")
+    # Without pyplot, which would keep it.
     return Figure(figsize=(8, 4.5), dpi=150, layout="constrained").add_subplot()
 
 

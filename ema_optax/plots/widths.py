@@ -13,8 +13,10 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
+from ema_optax import arguments
 from ema_optax.plots import style
 from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
+from ema_optax.text import brief
 
 Accuracy: TypeAlias = float | Sequence[float] | np.ndarray  # of one run, or of several
 
@@ -64,16 +66,18 @@ def accuracy_over_width(
     ['reconstructed', 'raw params: 88.0%', 'best: width 0.05']
     """
     means, lows, highs = _of_runs("accuracy_over_width", widths, accuracies)
-    at = np.asarray(widths, np.float64)
+    at = arguments.numbers(widths, "widths")
     order = np.argsort(at)
     best = int(np.argmax(means))
-    ax = style.own_axes() if ax is None else ax
+    ax = style.axes(ax)
     look = _CURVE if at.size <= _MANY else style.SHADOW
     ax.plot(at[order], means[order], label="reconstructed", **look)
     if np.any(highs > lows):
         label = "range over the runs"
         shade = {"color": style.BLUE, "alpha": 0.13, "linewidth": 0, "label": label}
         ax.fill_between(at[order], lows[order], highs[order], **shade)
+    if trained is not None and not isinstance(trained, Mapping):
+        raise TypeError(f"trained maps widths to accuracies, got {brief(trained)}.")
     if trained:
         tracked, values = list(trained), list(trained.values())
         mean, low, high = _of_runs("accuracy_over_width", tracked, values)
@@ -137,14 +141,15 @@ def error_over_width(
     values, _, _ = _of_runs("error_over_width", widths, errors)
     at = np.asarray(widths, np.float64)
     order = np.argsort(at)
-    ax = style.own_axes() if ax is None else ax
+    ax = style.axes(ax)
     ax.set_yscale("log")
     look = _CURVE if at.size <= _MANY else style.SHADOW
     lines = ax.plot(at[order], values[order], label="profile error", **look)
-    if len(tracked):
+    used = arguments.numbers(tracked, "tracked")
+    if used.size:
         lines += ax.plot(
-            tracked,
-            np.zeros(len(tracked)),
+            used,
+            np.zeros(used.size),
             transform=ax.get_xaxis_transform(),  # at the bottom, whatever is there
             label="tracked widths",
             color=style.BLACK,

@@ -13,10 +13,12 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from ema_optax import arguments
 from ema_optax.decays import DecayLike, as_decay
 from ema_optax.progress import Progress
 from ema_optax.reconstruction.slots import Slots
 from ema_optax.reconstruction.sums import weighted_sums
+from ema_optax.text import brief
 
 
 def merge(
@@ -51,7 +53,11 @@ def merge(
     >>> merge([{"w": 1.0}, {"w": 3.0}], uniform_coefficients(2))
     {'w': Array(2., dtype=float32)}
     """
-    weights = np.asarray(coefficients, np.float64)
+    if not isinstance(trees, Sequence) or isinstance(trees, (str, bytes)):
+        raise TypeError(
+            f"merge takes a list of trees, such as [params, …]; got {brief(trees)}."
+        )
+    weights = arguments.numbers(coefficients, "coefficients")
     if weights.ndim not in (1, 2) or weights.shape[-1] != len(trees) or not len(trees):
         raise ValueError(
             f"merge needs one coefficient for each of the {len(trees)} trees, got "
@@ -83,7 +89,8 @@ def uniform_coefficients(count: int, *, last: int | None = None) -> np.ndarray:
     >>> uniform_coefficients(4, last=2)
     array([0. , 0. , 0.5, 0.5])
     """
-    k = count if last is None else last
+    count = arguments.whole(count, "count", 1, "It is that of the checkpoints.")
+    k = count if last is None else arguments.whole(last, "last", 1, "None is all.")
     if not 1 <= k <= count:
         raise ValueError(
             f"The last {k} of {count} checkpoints: needs 1 ≤ last ≤ count."
@@ -114,7 +121,9 @@ def decay_coefficients(decay: DecayLike, steps: Sequence[int]) -> np.ndarray:
     times = np.asarray(steps)
     whole = times.ndim == 1 and times.size and np.issubdtype(times.dtype, np.integer)
     if not whole or times[0] < 0 or np.any(np.diff(times) <= 0):
-        raise ValueError(f"steps must be ascending whole numbers ≥ 0, got {steps}.")
+        raise ValueError(
+            f"steps must be ascending whole numbers ≥ 0, got {brief(steps)}."
+        )
     chosen = as_decay(decay, "decay_coefficients")
     weights = np.zeros(times.size)
     weights[0] = 1.0
@@ -146,10 +155,10 @@ def lr_decay_coefficients(multipliers: Sequence[float]) -> np.ndarray:
     >>> lr_decay_coefficients([0.75, 0.5, 0.25])  # linear decay: the plain mean
     array([0.25, 0.25, 0.25, 0.25])
     """
-    w = np.asarray(multipliers, np.float64)
+    w = arguments.numbers(multipliers, "multipliers")
     if w.ndim != 1 or not np.all((w >= 0) & (w <= 1)):
         raise ValueError(
-            f"Multipliers of the learning rate are in [0, 1], got {multipliers}."
+            f"Multipliers of the learning rate are in [0, 1], got {brief(multipliers)}."
         )
     return -np.diff(np.concatenate([[1.0], w, [0.0]]))
 
@@ -171,4 +180,5 @@ def lr_decay(coefficients: Sequence[float] | np.ndarray) -> np.ndarray:
     >>> lr_decay([0.25, 0.25, 0.25, 0.25])
     array([0.75, 0.5 , 0.25])
     """
-    return np.cumsum(np.asarray(coefficients, np.float64)[::-1])[::-1][1:]
+    weights = np.atleast_1d(arguments.numbers(coefficients, "coefficients"))
+    return np.cumsum(weights[::-1])[::-1][1:]

@@ -2,17 +2,14 @@
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
-from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from ema_optax import selection
+from ema_optax import arguments, selection
 from ema_optax.power_profiles import exponent_from_width
 from ema_optax.reconstruction import projection
 from ema_optax.reconstruction.widths import reachable
@@ -85,7 +82,7 @@ def plan(
     (25.6, 0.021)
     """
     times = _times(steps, snapshots)
-    kind = jnp.dtype(dtype or "float32")
+    kind = arguments.dtype("float32" if dtype is None else dtype, "dtype")
     ridge = projection.rounding_variance(kind)
     exponents = [exponent_from_width(width) for width in tracked]
     if not exponents:
@@ -109,12 +106,13 @@ def plan(
 
 
 def _times(steps: int | Sequence[int], snapshots: int) -> list[int]:
-    if np.ndim(cast(Any, steps)):
-        found = sorted({int(step) for step in cast(Sequence[int], steps)})
+    if isinstance(steps, (Sequence, np.ndarray)):
+        found = sorted({int(step) for step in arguments.numbers(steps, "steps")})
         if not found:
             raise ValueError("plan needs the length of a run, or steps of snapshots.")
         return found
-    length = operator.index(cast(int, steps))
+    length = arguments.whole(steps, "steps", 1, "steps=100_000 is a run so long.")
+    snapshots = arguments.whole(snapshots, "snapshots", 1, "64 are usual.")
     if not 1 <= snapshots <= length:
         raise ValueError(
             f"plan needs between 1 and {length} snapshots in {length} updates, got "

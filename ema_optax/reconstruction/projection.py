@@ -19,6 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from ema_optax import arguments
+from ema_optax.text import brief
+
 Numbers: TypeAlias = Sequence[float] | np.ndarray
 
 # Profile errors above which `reconstruct` warns of an average, and refuses it.
@@ -93,6 +96,7 @@ def fit(
     """
     t, g = _checked(steps, exponents)
     wanted_t, wanted_g = _checked([step] * len(wanted), wanted)
+    arguments.one_number(ridge, "ridge")
     if not 0 <= ridge < np.inf:
         raise ValueError(f"ridge must be ≥ 0 and finite, got {ridge}.")
     _check_distinct(t, g)
@@ -158,7 +162,10 @@ def rounding_variance(dtype: DTypeLike) -> float:
     >>> round(rounding_variance("float16") ** 0.5, 6)
     0.000207
     """
-    eps = float(jnp.finfo(jnp.dtype(dtype)).eps)
+    kind = arguments.dtype(dtype, "dtype")
+    if not jnp.issubdtype(kind, jnp.floating):
+        raise TypeError(f"dtype must be a floating one, got {kind}.")
+    eps = float(jnp.finfo(kind).eps)
     return eps**2 / 12 * 3 / (8 * math.log(2))  # the mean of 1/m² is 3/(8·ln 2)
 
 
@@ -175,12 +182,13 @@ def _inner(
 
 
 def _checked(steps: object, exponents: object) -> tuple[np.ndarray, np.ndarray]:
-    t = np.asarray(steps, np.float64)
+    t = arguments.numbers(steps, "steps")
     if t.ndim != 1 or not t.size or not np.all((t > 0) & np.isfinite(t)):
         raise ValueError(
-            f"Snapshots have steps > 0, in a sequence of at least one; got {steps!r}."
+            f"Snapshots have steps > 0, in a sequence of at least one; got "
+            f"{brief(steps)}."
         )
-    g = np.asarray(exponents, np.float64)
+    g = arguments.numbers(exponents, "exponents")
     if g.shape not in ((), t.shape):
         raise ValueError(
             f"There are {t.size} steps and exponents of shape {g.shape}: give one for "
@@ -190,7 +198,7 @@ def _checked(steps: object, exponents: object) -> tuple[np.ndarray, np.ndarray]:
     if not np.all((g > -0.5) & np.isfinite(g)):
         raise ValueError(
             f"Profiles can be combined whose exponents are above -1/2, got "
-            f"{exponents!r}. exponent_from_width(0.05) gives that of a width."
+            f"{brief(exponents)}. exponent_from_width(0.05) gives that of a width."
         )
     return t, g
 

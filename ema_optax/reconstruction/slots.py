@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from ema_optax import selection, trees
+from ema_optax import arguments, selection, trees
 from ema_optax.placement import default_sharding, is_bound
 from ema_optax.reconstruction.sums import InMemory, Source, Target
 
@@ -40,6 +40,8 @@ class Slots:
         stored = self.sources[0].leaves
         for number, source in enumerate(self.sources):
             _check_same(stored, source.leaves, number)
+        if dtype is not None:
+            dtype = arguments.dtype(dtype, "dtype")
         self._like = params
         dtypes: dict[str, Any] = {}
         if params is None:

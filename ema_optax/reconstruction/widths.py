@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,14 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
+from ema_optax import arguments
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.progress import Progress
 from ema_optax.reconstruction import projection
 from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
 from ema_optax.reconstruction.slots import Slots
 from ema_optax.reconstruction.sums import Source, weighted_sums
+from ema_optax.text import brief
 
 
 class ReconstructionWarning(UserWarning):
@@ -155,8 +157,8 @@ def reconstruct(
     >>> found.tree["w"].round(), round(found.profile_error, 4)
     (Array([925.], dtype=float32), 0.0025)
     """
-    given = list(snapshots)
-    widths = [float(w) for w in np.atleast_1d(np.asarray(width, np.float64))]
+    given = _listed(snapshots)
+    widths = [float(w) for w in np.atleast_1d(arguments.numbers(width, "width"))]
     last = _last_step(given, step)
     order = sorted(range(len(given)), key=lambda i: given[i].step)
     used = [i for i in order if given[i].step <= last]
@@ -188,6 +190,21 @@ def reconstruct(
     return found[0] if np.ndim(width) == 0 else found
 
 
+def _listed(snapshots: object) -> list[Snapshot]:
+    given: list[Any]
+    try:
+        given = list(cast(Iterable[Any], snapshots))
+    except TypeError:
+        given = [snapshots]
+    for other in given:
+        if not isinstance(other, Snapshot):
+            raise TypeError(
+                "reconstruct takes Snapshots, as checkpoint.snapshots(directory) lists "
+                f"them; got {brief(other)}."
+            )
+    return given
+
+
 def reachable(
     steps: projection.Numbers,
     exponents: projection.Numbers,
@@ -215,6 +232,7 @@ def reachable(
     >>> round(low, 3), round(high, 3)
     (0.021, 0.241)
     """
+    arguments.one_number(error, "error")
     grid = np.geomspace(0.002, 0.28, 500)
     wanted = [exponent_from_width(width) for width in grid]
     _, errors = projection.fit(steps, exponents, wanted, step, ridge=ridge)
@@ -238,6 +256,7 @@ def _last_step(snapshots: Sequence[Snapshot], step: float | None) -> float:
     steps = sorted({snapshot.step for snapshot in snapshots})
     if step is None:
         return steps[-1]
+    arguments.one_number(step, "step")
     if not steps[0] <= step <= steps[-1]:
         where = "before the first" if step < steps[0] else "after the last"
         raise ValueError(
