@@ -166,7 +166,9 @@ def leaf_shardings(
             shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
             shadow = shadow(path, jax.ShapeDtypeStruct(shape, dtype, sharding=param))
             if not isinstance(shadow, Sharding | None):
-                raise _no_sharding(f"shadow_sharding gave {brief(shadow)} for '{path}'")
+                raise _no_sharding(
+                    f"shadow_sharding gave {_shown(shadow)} for '{path}'"
+                )
         shardings.append(shadow and LeafSharding(shadow, param))
     return tuple(shardings)
 
@@ -289,12 +291,16 @@ def _for_each(params: optax.Params, given: object, name: str, kinds: Any) -> lis
         ) from None
     for value in values:
         if value is not None and not isinstance(value, kinds):
-            raise _no_sharding(f"{name} holds {brief(value)}")
+            raise _no_sharding(f"{name} holds {_shown(value)}")
     return [
         value
         for value, part in zip(values, parts, strict=True)
         for _ in trees.flatten(part)[1]
     ]
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, PartitionSpec) else brief(value)
 
 
 def _no_sharding(what: str) -> TypeError:

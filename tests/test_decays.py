@@ -550,9 +550,12 @@ def test_numbers_of_numpy_are_written():
         ),
         (
             lambda: ema_optax.profile(np.ones((2, 3)), 3),
-            "got an array of shape (2, 3). ema_params(0.9999)",
+            "got an array float64[2,3]. ema_params(0.9999)",
         ),
-        (lambda: ema_optax.profile({"a": 0.9}, 3), "got a dict. ema_params(0.9999)"),
+        (
+            lambda: ema_optax.profile({"a": 0.9}, 3),
+            "got a dict of 1. ema_params(0.9999)",
+        ),
     ],
 )
 def test_errors_name_the_call_that_was_written(call, wrong):

@@ -141,8 +141,8 @@ def test_a_single_value_is_visible():
         ([1.0], {}, {}, "one to 6 decays.*got 0"),
         ([1.0], {str(n): 0.9 for n in range(7)}, {}, "one to 6 decays.*got 7"),
         ([1.0, 2.0], 0.9, {"at": 3}, "updates 1 to 2, got at=3"),
-        ([1.0, 2.0], 0.9, {"at": 0}, "updates 1 to 2, got at=0"),
-        ([1.0, 2.0], 0.9, {"every": 0}, "every ≥ 1"),
+        ([1.0, 2.0], 0.9, {"at": 0}, "at must be a whole number ≥ 1, got 0"),
+        ([1.0, 2.0], 0.9, {"every": 0}, "every must be a whole number ≥ 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(values, decays, options, said):

@@ -79,10 +79,15 @@ def test_an_optimizer_for_its_state(run, call):
 
 def test_the_tree_comes_before_the_model(run):
     """`restore(folder, like)`, of which the model's arrays were printed."""
-    for given in (LARGE, PARAMS, [1], None, 3):
-        kind = type(given).__name__
+    for given, told in [
+        (LARGE, "got a dict of 200"),
+        (PARAMS, "got a dict of 1"),
+        ([1], r"got [1]"),
+        (None, "got None"),
+        (3, "got 3"),
+    ]:
         call = lambda given=given: checkpoint.restore(run, given)  # noqa: E731
-        refused(call, f"got a {kind}", "restore(directory, like=…)", error=TypeError)
+        refused(call, told, "restore(directory, like=…)", error=TypeError)
     refused(lambda: checkpoint.restore(run, "shadows"), "no tree 'shadows'", "'shadow'")
 
 

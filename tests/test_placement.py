@@ -146,7 +146,7 @@ def test_the_sharding_of_the_params_may_be_given():
         ),
         (
             {"shadow_sharding": ROWS, "params_sharding": over_axis("data")},
-            "params_sharding holds <function",
+            "params_sharding holds the function rule",
         ),
     ],
 )

@@ -991,7 +991,7 @@ def test_a_plan_reads_as_a_table():
         (100, {"tracked": (0.1, 0.1)}, ValueError, "same step"),
         (100, {"tracked": (0.3,)}, ValueError, r"got 0\.3"),
         (100, {"widths": (0.3,)}, ValueError, r"got 0\.3"),
-        (100.5, {}, TypeError, "integer"),
+        (100.5, {}, TypeError, "whole number"),
     ],
 )
 def test_a_plan_refuses(steps, options, error, message):

@@ -464,7 +464,7 @@ def test_which_steps_and_names_are_snapshots(tmp_path):
         assert facts(wide) == both[::2]
     assert facts(checkpoint.snapshots(tmp_path / "90")) == both[2:4]
     assert facts(checkpoint.snapshots(tmp_path / "90" / "default")) == both[2:4]
-    never = r"folded at least once.*it has shadow/narrow: power\(.*\), 0 updates; shad"
+    never = r"folded at least once.*it has shadow/narrow: power\(.*\), 0 updates, shad"
     with pytest.raises(ValueError, match=never):
         checkpoint.snapshots(tmp_path / "0")
     with pytest.raises(ValueError, match=r"names w, ide .*has shadow/narrow: .*wide:"):

@@ -89,8 +89,9 @@ def uniform_coefficients(count: int, *, last: int | None = None) -> np.ndarray:
     >>> uniform_coefficients(4, last=2)
     array([0. , 0. , 0.5, 0.5])
     """
-    count = arguments.whole(count, "count", 1, "It is that of the checkpoints.")
-    k = count if last is None else arguments.whole(last, "last", 1, "None is all.")
+    arguments.one_number(count, "count")
+    k = count if last is None else last
+    arguments.one_number(k, "last")
     if not 1 <= k <= count:
         raise ValueError(
             f"The last {k} of {count} checkpoints: needs 1 ≤ last ≤ count."

@@ -163,7 +163,7 @@ def rounding_variance(dtype: DTypeLike) -> float:
     0.000207
     """
     kind = arguments.dtype(dtype, "dtype")
-    if not jnp.issubdtype(kind, jnp.floating):
+    if not jnp.issubdtype(kind, jnp.inexact):
         raise TypeError(f"dtype must be a floating one, got {kind}.")
     eps = float(jnp.finfo(kind).eps)
     return eps**2 / 12 * 3 / (8 * math.log(2))  # the mean of 1/m² is 3/(8·ln 2)
