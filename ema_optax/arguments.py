@@ -2,6 +2,7 @@
 
 import operator
 import os
+from pathlib import Path
 from typing import Any, SupportsIndex, cast
 
 import jax
@@ -25,6 +26,22 @@ def path(value: object, name: str, example: str) -> str:
         if isinstance(found, str) and found:
             return found
     raise TypeError(f"{name} is a path such as {example!r}, got {brief(value)}.")
+
+
+def local_file(value: object, name: str, example: str) -> Path:
+    """Returns a file of this machine, its path whole and with `~` replaced.
+
+    Raises:
+        TypeError: If it is no path.
+        ValueError: If it is a URL.
+    """
+    text = path(value, name, example)
+    if "://" in text:
+        raise ValueError(
+            f"{name} is a local file such as {example!r}, got {text}. Write it here, "
+            "and copy it there."
+        )
+    return Path(text).expanduser().absolute()
 
 
 def whole(value: object, name: str, least: int, example: str) -> int:

@@ -10,6 +10,7 @@ answers with noise. The batch of a step is the same on any number of processes.
 """
 
 import argparse
+import os
 import socket
 import subprocess
 import sys
@@ -20,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,7 +71,7 @@ def train(folder: str, steps: int) -> None:
     options = ocp.CheckpointManagerOptions(
         save_interval_steps=SAVE_EVERY, max_to_keep=3
     )
-    at = epath.Path(folder).expanduser().absolute()  # or gs://…
+    at = folder if "://" in folder else os.path.abspath(folder)  # gs:// or a disk
     with ocp.CheckpointManager(at, options=options) as manager:
         newest = manager.latest_step() or 0
         if newest:  # every process reads the parts that its devices hold

@@ -123,18 +123,26 @@ ROOMS = {
         "errors": set(),
         "paths": set(),
         "retention": set(),
-        "untrusted": set(),
+        "storage": set(),
+        "untrusted": {"storage"},
         "entries": {"errors", "untrusted"},
         "processes": {"errors"},
         "sealed": {"errors", "untrusted"},
         "background": {"processes"},
         "pieces": {"entries", "errors", "untrusted"},
         "checksums": {"pieces"},
-        "manifest": {"entries", "errors", "pieces", "sealed", "untrusted"},
+        "manifest": {
+            "entries",
+            "errors",
+            "pieces",
+            "sealed",
+            "storage",
+            "untrusted",
+        },
         "opening": {"entries", "manifest"},
         "shadows": {"entries", "manifest"},
         "step": {"checksums", "entries", "manifest", "shadows", "untrusted"},
-        "steps": {"manifest", "paths", "processes"},
+        "steps": {"manifest", "paths", "processes", "storage"},
         "targets": {"checksums", "entries", "pieces"},
         "leaves": {
             "checksums",
@@ -147,7 +155,14 @@ ROOMS = {
             "targets",
             "untrusted",
         },
-        "saving": {"background", "checksums", "manifest", "processes", "step"},
+        "saving": {
+            "background",
+            "checksums",
+            "manifest",
+            "paths",
+            "processes",
+            "step",
+        },
         "restoring": {
             "entries",
             "leaves",
@@ -174,6 +189,7 @@ ROOMS = {
             "resuming",
             "saving",
             "step",
+            "storage",
         },
         "sources": {
             "checksums",
@@ -195,6 +211,7 @@ ROOMS = {
             "rescue",
             "step",
             "steps",
+            "storage",
         },
         "snapshots": {
             "errors",
@@ -204,6 +221,7 @@ ROOMS = {
             "rescue",
             "sources",
             "steps",
+            "storage",
         },
     },
     "cli": {
@@ -248,7 +266,7 @@ ROOMS = {
     },
 }
 # Files that other rooms may import too; of the others, only what `__init__` has.
-OPEN = {"checkpoint": {"paths", "steps"}, "reconstruction": {"projection"}}
+OPEN = {"checkpoint": {"paths", "steps", "storage"}, "reconstruction": {"projection"}}
 
 LONGEST = 400  # lines of a file
 

@@ -45,6 +45,17 @@ class AllFutures:
             raise errors[0]
 
 
+class Failed:
+    """What has failed before it was begun, and says so when it is waited for."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def result(self, timeout: float | None = None) -> None:
+        """Raises the error."""
+        raise self._error
+
+
 class RaisedEverywhere:
     """A future whose error on one process is one on all, where a save blocks.
 

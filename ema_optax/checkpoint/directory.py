@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ema_optax import arguments, mistaken, text
+from ema_optax.checkpoint import storage
 from ema_optax.checkpoint.background import ELSEWHERE
 from ema_optax.checkpoint.entries import AverageEntry, TreeEntry
 from ema_optax.checkpoint.errors import CorruptCheckpointError
@@ -25,6 +27,7 @@ from ema_optax.checkpoint.steps import (
     find,
     find_same_items,
     find_same_step,
+    is_taken,
     named,
 )
 from ema_optax.decay import Decay
@@ -42,7 +45,6 @@ class Description:
         trees: `params`, `shadow` or `shadow/NAME`.
         state: The optimizer state without its shadows.
         extra: What `EmaSave` was given.
-        steps: Numbers of all steps of the run.
         items: Names of the items of ours in the step.
     """
 
@@ -53,8 +55,15 @@ class Description:
     trees: Mapping[str, TreeEntry]
     state: TreeEntry
     extra: Any
-    steps: tuple[int, ...] = ()
     items: tuple[str, ...] = ()
+    _numbers: Callable[[], list[int]] = dataclasses.field(
+        default=list, repr=False, compare=False
+    )
+
+    @functools.cached_property
+    def steps(self) -> tuple[int, ...]:
+        """Numbers of all committed steps of the run; a bucket is asked for each."""
+        return tuple(self._numbers())
 
 
 def save(
@@ -150,7 +159,8 @@ def _write(directory: epath.PathLike, build: Callable[[], EmaSave], step: int) -
     step = arguments.whole(step, "step", 0, "step=300 is the 300th update.")
     args = None
     with together(RuntimeError(f"Step {step} was not saved: {ELSEWHERE}")):
-        if (root / str(step)).exists():
+        storage.forget_listings()
+        if is_taken(root / str(step)):
             raise FileExistsError(
                 f"{root / str(step)} exists, and nothing is overwritten. Pass another "
                 "step, or remove it first."
@@ -301,8 +311,8 @@ def describe(
         state=trees.pop(STATE, TreeEntry({}, {})),
         trees=trees,
         extra=manifest.extra,
-        steps=tuple(found.numbers),
         items=tuple(item.name for item in found.items),
+        _numbers=found.numbers,
     )
 
 
@@ -343,10 +353,11 @@ def _alone() -> str | None:
 
 def _remove_temporary(root: epath.Path, step: int) -> None:
     """Removes what a failed save left, which would keep the disk full."""
-    if jax.process_index() != 0 or not root.is_dir():
-        return
-    for path in root.iterdir():
-        if path.name.startswith(f"{step}{ocp.step.TMP_DIR_SUFFIX}"):
+    if jax.process_index() != 0 or storage.is_remote(root):
+        return  # in a bucket it is taken for no step, and the next save removes it
+    for name in storage.listed(root) or {}:
+        path = root / name
+        if name.startswith(f"{step}{ocp.step.TMP_DIR_SUFFIX}"):
             for _ in range(10):  # TensorStore's last writes may make it again
                 with contextlib.suppress(OSError):
                     path.rmtree(missing_ok=True)

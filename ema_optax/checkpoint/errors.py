@@ -72,7 +72,9 @@ def as_cause(error: Exception, what: str = "") -> Exception:
     cause: str | int | None
     if isinstance(error, CorruptCheckpointError):
         return error
-    if isinstance(error, OSError):
+    if isinstance(error, PermissionError):
+        cause = errno.EACCES
+    elif isinstance(error, OSError):
         cause = error.errno
     elif isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and text.startswith("RESOURCE_EXHAUSTED: ")

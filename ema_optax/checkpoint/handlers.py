@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from orbax.checkpoint import multihost, v1
 
 from ema_optax import arguments
-from ema_optax.checkpoint import saving, step
+from ema_optax.checkpoint import saving, step, storage
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.manifest import SHADOW
 from ema_optax.checkpoint.rescue import explained
@@ -63,7 +63,7 @@ class EmaHandler(ocp.AsyncCheckpointHandler):
 
     def metadata(self, directory: epath.Path) -> Any:
         """Returns Orbax's metadata of the raw params; None where there are none."""
-        if not (directory / "_METADATA").exists():
+        if "_METADATA" not in (storage.listed(directory) or {}):
             return None
         return self._trees.metadata(directory)
 

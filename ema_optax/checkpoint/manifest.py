@@ -13,6 +13,7 @@ from typing import TypeGuard, TypeVar, cast
 
 from etils import epath  # pyright: ignore[reportMissingTypeStubs]
 
+from ema_optax.checkpoint import storage
 from ema_optax.checkpoint.entries import (
     AverageEntry,
     Json,
@@ -188,7 +189,7 @@ def read_manifest(item: epath.Path) -> Manifest:
     try:
         content = read_sealed(path)
     except CorruptCheckpointError:
-        if (item / FOLDER).is_dir():
+        if (storage.listed(item) or {}).get(FOLDER):
             raise
         raise ValueError(
             f"{item} was not saved by ema_optax, or its folder '{FOLDER}' is gone."

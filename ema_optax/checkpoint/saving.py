@@ -7,6 +7,7 @@ snapshot has that one alone.
 """
 
 import asyncio
+import os
 from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
@@ -21,12 +22,14 @@ from ema_optax.checkpoint import checksums, manifest
 from ema_optax.checkpoint.background import (
     ELSEWHERE,
     AllFutures,
+    Failed,
     Future,
     Gate,
     GatedFolder,
     RaisedEverywhere,
 )
 from ema_optax.checkpoint.manifest import PARAMS, STATE
+from ema_optax.checkpoint.paths import check_store
 from ema_optax.checkpoint.processes import gathered, together
 from ema_optax.checkpoint.step import Step, is_key
 
@@ -55,6 +58,10 @@ async def start_save(
     starting threads. Where this process holds every leaf whole, the second store is
     therefore begun in the background, from views of the leaves on the host.
     """
+    try:
+        check_store(os.fspath(item))
+    except ValueError as error:  # raised here, Orbax would wait at exit for minutes
+        return [Failed(error)]
     refuse_different(step)
     gate = Gate()
     futures: list[Future] = []
@@ -100,6 +107,7 @@ def save_now(
     item: epath.Path, step: Step, handler: ocp.PyTreeCheckpointHandler
 ) -> None:
     """Saves without a background part."""
+    check_store(os.fspath(item))
     refuse_different(step)
     beside = _beside(step)
     with together(OSError(f"{item} is not saved: {ELSEWHERE}")):

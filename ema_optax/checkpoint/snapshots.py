@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from ema_optax import arguments, text
+from ema_optax.checkpoint import storage
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.leaves import Place
 from ema_optax.checkpoint.manifest import Manifest, name_of, read_manifest
@@ -67,12 +68,9 @@ def snapshots(
         names = [arguments.a_name(name, "A name", "slow") for name in list(names)]
     verify = arguments.flag(verify, "verify")
     found, others = [], set()
-    for path in all_steps(absolute(directory), item):
-        try:
-            manifest = read_manifest(path)
-        except CorruptCheckpointError as error:
-            rescue = "To use the others, move its folder elsewhere."
-            raise explained(path, error, rescue) from error
+    items = all_steps(absolute(directory), item)
+    manifests = storage.side_by_side(_manifest_of, items)
+    for path, manifest in zip(items, manifests, strict=True):
         manifest.check_decays()
         for tree, average in manifest.averages.items():
             decay, taken = average.decay, []
@@ -94,6 +92,14 @@ def snapshots(
             "ema_params({'a': ema_optax.power(0.05), 'b': ema_optax.power(0.1)})."
         )
     return _one_of_each(found)
+
+
+def _manifest_of(item: epath.Path) -> Manifest:
+    try:
+        return read_manifest(item)
+    except CorruptCheckpointError as error:
+        rescue = "To use the others, move its folder elsewhere."
+        raise explained(item, error, rescue) from error
 
 
 def _one_of_each(found: Sequence[Snapshot]) -> list[Snapshot]:

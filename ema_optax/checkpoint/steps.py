@@ -1,13 +1,16 @@
 """Finds the steps of a directory, and the item of ours in each."""
 
+import functools
+import json
 import re
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import orbax.checkpoint as ocp
 from etils import epath
 
 from ema_optax import arguments, text
-from ema_optax.checkpoint import manifest
+from ema_optax.checkpoint import manifest, storage
 from ema_optax.checkpoint.manifest import PARAMS
 from ema_optax.checkpoint.paths import absolute
 from ema_optax.checkpoint.processes import gathered
@@ -15,6 +18,8 @@ from ema_optax.checkpoint.processes import gathered
 # 300, step_300, ckpt-00000300; not the 07 of width-0.07.
 _STEP_NAME = re.compile(r"(.*[^0-9.])?([0-9]+)")
 _ORBAX_STEP = "_CHECKPOINT_METADATA"  # what Orbax writes into each step
+_COMMITTED = "commit_success.txt"  # and into those of a bucket, at the end
+_LONGEST = 2**20  # bytes of what is read of the former
 
 
 class Step(NamedTuple):
@@ -30,12 +35,13 @@ class Found(NamedTuple):
     Attributes:
         number: Of the step, or None where the path does not say.
         items: Those of ours in it, at least one.
-        numbers: Of all committed steps of the run; of a step alone its own.
+        numbers: Returns those of all committed steps of the run; of a step alone its
+            own. A bucket is asked for each.
     """
 
     number: int | None
     items: list[epath.Path]
-    numbers: list[int]
+    numbers: Callable[[], list[int]]
 
 
 def find_step(
@@ -90,34 +96,32 @@ def find(directory: epath.PathLike, step: int | None) -> Found:
     root = absolute(directory)
     if step is not None:
         step = arguments.whole(step, "step", 0, "step=None is the newest.")
-    if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
+    entries = storage.listed(root)
+    if entries is None:
         raise FileNotFoundError(
-            f"There is no checkpoint at {root}: it {what}. Pass the folder that "
-            "checkpoint.save or the CheckpointManager was given."
+            f"There is no checkpoint at {root}: it "
+            f"{'is a file' if storage.is_file(root) else 'does not exist'}. Pass the "
+            "folder that checkpoint.save or the CheckpointManager was given."
         )
-    alone = items_in(root)
+    alone = _items_among(root, entries)
     if alone:
         number = number_of(step_folder(alone[0]))
         if step in (None, number):
-            return Found(number, alone, [] if number is None else [number])
-    found = steps_in(root)
-    if not found:
-        deeper = runs_in(root)
-        raise FileNotFoundError(
-            f"{root} holds no checkpoint: no committed step is in it. Pass the folder "
-            "that checkpoint.save or the CheckpointManager was given"
-            + (f", such as {text.some(map(str, deeper))}." if deeper else ".")
-        )
-    if step is not None and step not in found:
-        numbers = ", ".join(map(str, sorted(found)))
-        raise FileNotFoundError(f"{root} has no step {step}; it has {numbers}.")
-    number = max(found) if step is None else step
-    items = items_in(found[number])
+            return Found(number, alone, [number].copy if number is not None else list)
+    folders = _of_one_form(root, entries)
+    if step is None:
+        number, inside = _newest(folders)
+    else:
+        number, inside = step, None
+        if step in folders:
+            inside = storage.listed(folders[step])
+            inside = inside if _is_committed(folders[step], inside) else None
+    if number is None or inside is None:
+        raise FileNotFoundError(_without(root, step, folders))
+    items = _items_among(folders[number], inside)
     if items:
-        return Found(number, items, sorted(found))
-    next(iter(found[number].iterdir()), None)  # raises if it may not be read
-    ours = [n for n in sorted(found) if items_in(found[n])]
+        return Found(number, items, functools.partial(_committed, folders))
+    ours = [n for n in _committed(folders) if items_in(folders[n])]
     raise ValueError(
         f"Step {number} of {root} was not saved by ema_optax, or its folder "
         f"'{manifest.FOLDER}' is gone. "
@@ -126,6 +130,22 @@ def find(directory: epath.PathLike, step: int | None) -> Found:
             if ours
             else "No step there was. Orbax reads its own by args=StandardRestore()."
         )
+    )
+
+
+def _without(
+    root: epath.Path, step: int | None, folders: Mapping[int, epath.Path]
+) -> str:
+    """Returns what to say of a run without the step that was asked for."""
+    committed = _committed(folders)
+    if committed:
+        numbers = ", ".join(map(str, committed))
+        return f"{root} has no step {step}; it has {numbers}."
+    deeper = runs_in(root)
+    return (
+        f"{root} holds no checkpoint: no committed step is in it. Pass the folder "
+        "that checkpoint.save or the CheckpointManager was given"
+        + (f", such as {text.some(map(str, deeper))}." if deeper else ".")
     )
 
 
@@ -171,17 +191,37 @@ def all_steps(root: epath.Path, item: str | None = None) -> list[epath.Path]:
         ValueError: If none was saved by this library, or one holds several items and
             none was named.
     """
-    if root.is_dir() and not items_in(root):
-        found = steps_in(root)
-        of_steps = [items_in(found[number]) for number in sorted(found)]
+    entries = storage.listed(root)
+    if entries is not None and not _items_among(root, entries):
+        folders = _of_one_form(root, entries)
+        of_steps = storage.side_by_side(_items_if_committed, folders.values())
         ours = [named(items, item) for items in of_steps if items]
         if ours:
             return ours
     return [find_step(root, None, item).item]  # or says what is there instead
 
 
+def is_taken(folder: epath.Path) -> bool:
+    """Returns whether a step is there already, or what somebody put in its place."""
+    if not storage.is_remote(folder):
+        return folder.exists()
+    return _is_committed(folder, storage.listed(folder))
+
+
 def steps_in(root: epath.Path) -> dict[int, epath.Path]:
     """Returns the folders of the committed steps, by number, as their manager does.
+
+    Raises:
+        ValueError: If there are steps of several forms.
+    """
+    folders = _of_one_form(root, storage.listed(root) or {})
+    return {number: folders[number] for number in _committed(folders)}
+
+
+def _of_one_form(
+    root: epath.Path, entries: Mapping[str, bool]
+) -> dict[int, epath.Path]:
+    """Returns the folders that are steps by their names, the oldest first.
 
     A manager gives all of its steps names of one form: a number, or a number behind one
     prefix. Other folders of a run may end in a number too, such as `logs-2026`.
@@ -190,11 +230,14 @@ def steps_in(root: epath.Path) -> dict[int, epath.Path]:
         ValueError: If there are steps of several forms.
     """
     forms: dict[str, dict[int, epath.Path]] = {}
-    for path in root.iterdir():
-        match = _STEP_NAME.fullmatch(path.name)
-        if match and path.is_dir() and _is_committed(path):
-            forms.setdefault(match[1] or "", {})[int(match[2])] = path
+    for name, is_folder in entries.items():
+        match = _STEP_NAME.fullmatch(name)
+        if match and is_folder and ocp.step.TMP_DIR_SUFFIX not in name:
+            forms.setdefault(match[1] or "", {})[int(match[2])] = root / name
+    forms = {prefix: dict(sorted(found.items())) for prefix, found in forms.items()}
     numbers = forms.pop("", {})
+    if not forms:
+        return numbers
     prefixes = [prefix for prefix, found in forms.items() if _holds_steps(found)]
     if numbers and (not prefixes or _holds_steps(numbers)):
         return numbers
@@ -206,22 +249,73 @@ def steps_in(root: epath.Path) -> dict[int, epath.Path]:
     return forms[prefixes[0]] if prefixes else {}
 
 
-def _holds_steps(folders: dict[int, epath.Path]) -> bool:
+def _holds_steps(folders: Mapping[int, epath.Path]) -> bool:
     """Returns whether one of some folders was written as a step, or may have been."""
-    newest_first = [folders[number] for number in sorted(folders, reverse=True)]
-    return any(map(_may_be_step, newest_first))
+    return any(_may_be_step(folders[n]) for n in sorted(folders, reverse=True))
 
 
 def _may_be_step(path: epath.Path) -> bool:
     try:
-        next(iter(path.iterdir()), None)
-        return (path / _ORBAX_STEP).exists() or bool(items_in(path))
+        inside = storage.listed(path) or {}
+        return _ORBAX_STEP in inside or bool(_items_among(path, inside))
     except PermissionError:  # said when it is read, not that there is none
         return True
 
 
-def _is_committed(path: epath.Path) -> bool:
-    return ocp.step.TMP_DIR_SUFFIX not in path.name and ocp.step.is_path_finalized(path)
+def _newest(
+    folders: Mapping[int, epath.Path],
+) -> tuple[int | None, Mapping[str, bool] | None]:
+    """Returns the newest step that was committed, and what its folder holds."""
+    for number in sorted(folders, reverse=True):
+        inside = storage.listed(folders[number])  # or raises: there may be a step
+        if _is_committed(folders[number], inside):
+            return number, inside
+    return None, None
+
+
+def _committed(folders: Mapping[int, epath.Path]) -> list[int]:
+    """Returns the numbers of the committed steps; a bucket is asked for each."""
+
+    def is_committed(number: int) -> bool:
+        try:
+            inside = storage.listed(folders[number])
+        except PermissionError:
+            return True
+        return _is_committed(folders[number], inside)
+
+    found = storage.side_by_side(is_committed, folders)
+    return [number for number, good in zip(folders, found, strict=True) if good]
+
+
+def _is_committed(folder: epath.Path, inside: Mapping[str, bool] | None) -> bool:
+    """Returns whether a step was written whole, by what its folder holds.
+
+    In a bucket, and wherever a manager was told `AtomicityOptions(COMMIT_FILE)`, a step
+    has its name from the start, and a file that Orbax writes last, after those of its
+    items. Elsewhere it has its name at the end.
+    """
+    if inside is None:
+        return False
+    if _COMMITTED in inside:
+        return True
+    if storage.is_remote(folder):
+        return False
+    if _ORBAX_STEP not in inside:
+        return True
+    try:
+        told = json.loads(storage.read(folder / _ORBAX_STEP, _LONGEST))
+        begun = told.get("commit_timestamp_nsecs") is None
+    except (OSError, ValueError, AttributeError):  # nothing that Orbax wrote
+        return True
+    names = [name for name in inside if inside[name]]
+    return not begun and not any(
+        _COMMITTED in (storage.listed(folder / name) or {}) for name in names
+    )
+
+
+def _items_if_committed(folder: epath.Path) -> list[epath.Path]:
+    inside = storage.listed(folder)
+    return _items_among(folder, inside or {}) if _is_committed(folder, inside) else []
 
 
 def number_of(path: epath.Path) -> int | None:
@@ -232,25 +326,34 @@ def number_of(path: epath.Path) -> int | None:
 
 def step_folder(item: epath.Path) -> epath.Path:
     """Returns the folder of the step of an item, which may be the item itself."""
-    if (item.parent / _ORBAX_STEP).exists():
+    if _ORBAX_STEP in (storage.listed(item.parent) or {}):
         return item.parent
-    is_step = (item / _ORBAX_STEP).exists() or number_of(item) is not None
+    is_step = number_of(item) is not None or _ORBAX_STEP in (storage.listed(item) or {})
     return item if is_step else item.parent
 
 
 def items_in(folder: epath.Path) -> list[epath.Path]:
     """Returns the items of ours that a step is or holds, whatever they are called."""
-    if (folder / manifest.FOLDER).is_dir():
+    return _items_among(folder, storage.listed(folder) or {})
+
+
+def _items_among(folder: epath.Path, inside: Mapping[str, bool]) -> list[epath.Path]:
+    """Returns the items of ours, by what the folder of a step, or of a run, holds."""
+    if inside.get(manifest.FOLDER):
         return [folder]
-    is_run = not (folder / _ORBAX_STEP).exists()  # what it holds are no items
-    usual = [folder / name for name in ("default", "state", PARAMS)]
-    candidates = usual if is_run else sorted(folder.iterdir())
-    return [path for path in candidates if (path / manifest.FOLDER).is_dir()]
+    names = [name for name in sorted(inside) if inside[name]]
+    if _ORBAX_STEP not in inside:  # what a run holds are no items
+        names = [name for name in ("default", "state", PARAMS) if name in names]
+    found = storage.side_by_side(
+        lambda name: (storage.listed(folder / name) or {}).get(manifest.FOLDER), names
+    )
+    return [folder / name for name, ours in zip(names, found, strict=True) if ours]
 
 
 def runs_in(root: epath.Path) -> list[epath.Path]:
     """Returns the folders of a folder that hold steps of ours."""
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    entries = storage.listed(root) or {}
+    folders = [root / name for name in sorted(entries) if entries[name]]
     return [path for path in folders if _is_run(path)]
 
 

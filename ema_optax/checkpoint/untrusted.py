@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath  # pyright: ignore[reportMissingTypeStubs]
 
+from ema_optax.checkpoint import storage
+
 LIMIT = 2**26  # bytes of a JSON file: some 300,000 leaves; Python makes 20 times of it
 DEPTH = 100  # of nested containers; each costs its reader a few frames
 
@@ -30,15 +32,7 @@ def read_text(path: epath.Path) -> str:
         OSError: If it cannot be read.
         ValueError: If it is no file, is larger, or is no text.
     """
-    if _is_remote(path):
-        if path.stat().length > LIMIT:
-            raise ValueError(f"it has more than {LIMIT:,} bytes")
-        return path.read_text()
-    # Without waiting: a pipe would have no end, or no beginning.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no file")
-        data = file.read(LIMIT + 1)
+    data = storage.read(path, LIMIT + 1)
     if len(data) > LIMIT:
         raise ValueError(f"it has more than {LIMIT:,} bytes")
     return data.decode()
@@ -54,7 +48,7 @@ def refusal(folder: epath.Path, claimed: int) -> str | None:
         folder: A local one. Of a remote one nothing is known: it has no pipes.
         claimed: Bytes of the leaves to read.
     """
-    if _is_remote(folder):
+    if storage.is_remote(folder):
         return None
     size, left = 0, [os.fspath(folder)]
     while left:
@@ -136,7 +130,3 @@ def _itemsize(dtype: str) -> int | None:
         return None
     is_number = known.kind in _NUMBERS or jnp.issubdtype(known, np.number)
     return known.itemsize if is_number and known.name == dtype else None
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)

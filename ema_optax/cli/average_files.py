@@ -14,6 +14,7 @@ import optax
 from etils import epath
 
 from ema_optax import checkpoint, trees
+from ema_optax.checkpoint import storage
 from ema_optax.checkpoint.paths import absolute
 from ema_optax.checkpoint.steps import all_steps
 from ema_optax.cli.averages import Plan, Row
@@ -74,7 +75,7 @@ def check_free(plan: Plan, out: str) -> None:
             )
     for row in plan.rows:
         path = f"{row.directory}/{plan.step}"
-        if absolute(path).exists():
+        if storage.listed(absolute(path)) is not None:
             raise FileExistsError(
                 f"{path} exists, and nothing is overwritten. Remove it, or pass "
                 "another --out."
@@ -131,7 +132,9 @@ def write(plan: Plan, found: Sequence[Reconstruction]) -> None:
 
 def _write(plan: Plan, row: Row, average: Reconstruction) -> None:
     folder = absolute(cast(str, row.directory))
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = []
+    if not storage.is_remote(folder):
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with _no_tracebacks():
             checkpoint.save_average(

@@ -92,7 +92,7 @@ def _chosen(args: argparse.Namespace) -> tuple[Any, list[str]]:
     try:
         found = find(run, args.step)
     except FileNotFoundError:
-        deeper = runs_in(run) if run.is_dir() else []
+        deeper = runs_in(run)
         if len(deeper) != 1:
             raise
         run = deeper[0]

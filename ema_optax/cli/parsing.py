@@ -96,6 +96,8 @@ def at_least(lowest: int, *, at_most: int = 2**31 - 1) -> Callable[[str], int]:
 
 def path(text: str) -> Path:
     """Returns a path of this machine."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"needs a local file, got {text}")
     return Path(place(text))
 
 

@@ -102,7 +102,7 @@ def export_safetensors(
     with extras.needed_by("export_safetensors"):
         from safetensors.numpy import save_file
     overwrite = arguments.flag(overwrite, "overwrite")
-    path = Path(arguments.path(out, "out", "model.safetensors")).expanduser().absolute()
+    path = arguments.local_file(out, "out", "model.safetensors")
     _check_free(path, overwrite)
     cast = _dtype(dtype)
     found = checkpoint.describe(directory, step=step, item=item)

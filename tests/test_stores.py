@@ -1,0 +1,72 @@
+"""What is no folder of a disk, and no bucket that Orbax knows, is refused in words."""
+
+import pathlib
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+import ema_optax
+from ema_optax import checkpoint
+
+PARAMS = {"w": jnp.arange(3.0)}
+STATE = ema_optax.ema_params(0.9).init(PARAMS)
+
+
+@pytest.mark.parametrize("url", ["s3://b/run", "az://b/run", "hf://b/run"])
+def test_other_stores_are_refused_before_anything_is_written(
+    url, tmp_path, monkeypatch
+):
+    """Orbax would write to this machine's disk, and report success."""
+    monkeypatch.chdir(tmp_path)
+    params, state = PARAMS, STATE
+    for call in (
+        lambda: checkpoint.save(url, params, state, step=1),
+        lambda: checkpoint.save_average(url, params),
+        lambda: checkpoint.restore(url),
+        lambda: checkpoint.resume(url, params, state),
+        lambda: checkpoint.describe(url),
+        lambda: checkpoint.snapshots(url),
+        lambda: checkpoint.stored(url),
+        lambda: checkpoint.verify(url),
+    ):
+        with pytest.raises(ValueError, match="Mount the store"):
+            call()
+    with (
+        pytest.raises(ValueError, match="Mount the store"),
+        ocp.CheckpointManager(epath.Path(url).absolute()) as manager,
+    ):
+        manager.save(1, args=checkpoint.EmaSave(params, state))
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {"_CHECKPOINT_METADATA"}  # of Orbax's own manager
+
+
+@pytest.mark.parametrize(
+    "path", [pathlib.Path("gs://b/run"), epath.Path("gs://b/run").absolute()]
+)
+def test_a_url_that_became_a_path(path, tmp_path, monkeypatch):
+    """Pathlib makes one slash of two, and `absolute()` a path of this machine."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"was a URL.*gs://bucket/run"):
+        checkpoint.save(path, PARAMS, STATE, step=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_uncommitted_step_on_a_disk(tmp_path):
+    """Orbax's COMMIT_FILE, its advice for mounts: the name is there from the start."""
+    options = pytest.importorskip("orbax.checkpoint.options")
+    if not hasattr(options, "AtomicityOptions"):
+        pytest.skip("needs Orbax's AtomicityOptions")
+    atomicity = options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE)
+    of_manager = ocp.CheckpointManagerOptions(atomicity_options=atomicity)
+    with ocp.CheckpointManager(tmp_path, options=of_manager) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, args=checkpoint.EmaSave(PARAMS, STATE))
+        manager.wait_until_finished()
+    assert checkpoint.describe(tmp_path).steps == (1, 2, 3)
+    (tmp_path / "3" / "commit_success.txt").unlink()
+    assert checkpoint.describe(tmp_path).step == 2
+    assert checkpoint.describe(tmp_path).steps == (1, 2)
+    with pytest.raises(FileNotFoundError, match="no step 3; it has 1, 2"):
+        checkpoint.restore(tmp_path, "params", step=3)
