@@ -200,6 +200,33 @@ def test_packed_shadows_share_what_is_whole_on_every_device(mesh, place, every):
     assert found == usual
 
 
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data")])
+def test_packing_inside_shard_map(spec):
+    """Leaves that are whole on every device, and leaves of which each holds a part."""
+    mesh = MESHES["Auto-8"]
+    leaves = {f"w{i}": jnp.arange(16.0) + i for i in range(6)}
+
+    def run(**options):
+        optimizer = optax.chain(optax.sgd(0.1), ema_optax.ema_params(0.9, **options))
+        params = jax.device_put(leaves, NamedSharding(mesh, spec))
+        state = optimizer.init(params)
+
+        def step(params, state):
+            grads = jax.tree.map(jnp.ones_like, params)
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        specs = jax.tree.map(
+            lambda x: spec if np.ndim(x) else PartitionSpec(), (params, state)
+        )
+        step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=specs))
+        for _ in range(3):
+            params, state = step(params, state)
+        return shadow_params(state, params)
+
+    assert_same(run(pack_small=True), run(), ulps=4)
+
+
 def test_packing_under_jit_needs_the_params_sharding():
     """Told of it, init leaves apart what is sharded; where axes show it, untold."""
     for name, known in (("Auto-4x2", shardings), ("Explicit-4x2", lambda p: None)):
