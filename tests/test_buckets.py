@@ -290,6 +290,11 @@ def test_a_store_that_does_not_answer_is_told_as_that(runs, bucket):
     with pytest.raises(OSError, match="try again") as caught:
         checkpoint.describe(runs[0])
     assert type(caught.value) is OSError
+    bucket.refuse = lambda m, path: 503 if m in ("POST", "PUT") else None
+    with pytest.raises(OSError, match=r"(?s)Could not write step 9.*earlier steps"):
+        checkpoint.save(runs[0], *RUN[0], step=9)
+    bucket.refuse = None
+    assert checkpoint.describe(runs[0]).steps == (1, 2, 3, 4)
 
 
 KILLED = """

@@ -170,7 +170,7 @@ def _write(directory: epath.PathLike, build: Callable[[], EmaSave], step: int) -
     try:
         with ocp.CheckpointManager(root, options=options) as manager:
             manager.save(step, args=args, force=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, *storage.errors()) as error:
         _remove_temporary(root, step)
         raise OSError(
             f"Could not write step {step} to {root}; earlier steps are as they were. "

@@ -89,6 +89,12 @@ def side_by_side(function: Callable[[Any], _T], items: Iterable[Any]) -> list[_T
         return list(pool.map(function, todo))
 
 
+def errors() -> tuple[type[Exception], ...]:
+    """Returns what a client of a bucket raises that is no OSError."""
+    gcsfs = sys.modules.get("gcsfs")
+    return (gcsfs.retry.HttpError,) if gcsfs else ()
+
+
 def forget_listings() -> None:
     """Lets Orbax see what others wrote since it looked: gcsfs lists a folder once.
 
