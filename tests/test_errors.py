@@ -125,6 +125,18 @@ def test_too_many_open_files(array):
     assert str(cause).endswith("ulimit -n 65536.")
 
 
+def test_details_come_in_any_order():
+    """TensorStore's versions differ in which come first, and so does each process."""
+    details = ["[source locations='a.cc:1\nb.cc:2']", "[tensorstore_spec='{}']"]
+    for order in (details, details[::-1]):
+        text = (
+            f"PERMISSION_DENIED: Error reading w: Permission denied {' '.join(order)}"
+        )
+        told = str(as_cause(ValueError(text), "leaf 'w'"))
+        assert "Error reading w: Permission denied. Give this user access" in told
+        assert ".cc" not in told
+
+
 def test_files_of_another_user(array):
     """In a process that is not root, for whom no file is closed."""
     for path in [*array.rglob("*"), array]:

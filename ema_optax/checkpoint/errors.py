@@ -11,8 +11,9 @@ from ema_optax.text import one_line
 # system's; only those of INVALID_ARGUMENT, as of data that zstd refuses, state neither.
 _STATUS = re.compile(r"([A-Z_]+): ")
 _ERRNO = re.compile(r"\[os_error_code='(\d+)'\]")
+# In any order: the status keeps them by hash.
 _DETAILS = re.compile(
-    r" \[(?:tensorstore_spec|os_error_code|domain|transform)=.*", re.S
+    r" \[(?:tensorstore_spec|os_error_code|domain|transform|source locations)=.*", re.S
 )
 
 
