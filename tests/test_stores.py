@@ -1,6 +1,7 @@
 """What is no folder of a disk, and no bucket that Orbax knows, is refused in words."""
 
 import pathlib
+import sys
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -9,6 +10,7 @@ from etils import epath
 
 import ema_optax
 from ema_optax import checkpoint
+from ema_optax.checkpoint import storage
 
 PARAMS = {"w": jnp.arange(3.0)}
 STATE = ema_optax.ema_params(0.9).init(PARAMS)
@@ -40,6 +42,19 @@ def test_other_stores_are_refused_before_anything_is_written(
         manager.save(1, args=checkpoint.EmaSave(params, state))
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert left <= {"_CHECKPOINT_METADATA"}  # of Orbax's own manager
+
+
+def test_without_the_client_of_buckets_its_extra_is_named(monkeypatch):
+    """Not an OSError of the network, which somebody would try again."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    storage.bucket.cache_clear()
+    for call in (checkpoint.describe, checkpoint.restore, checkpoint.snapshots):
+        with pytest.raises(
+            ModuleNotFoundError, match=r"pip install 'ema-optax\[gcs\]'"
+        ):
+            call("gs://bucket/run")
+    with pytest.raises(ModuleNotFoundError, match=r"ema-optax\[gcs\]"):
+        checkpoint.save("gs://bucket/run", PARAMS, STATE, step=1)
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,10 @@ def forget_listings() -> None:
 
     Those are the clients that epath makes, by its versions.
     """
-    if "gcsfs" in sys.modules:
+    gcsfs = sys.modules.get("gcsfs")
+    if gcsfs:
         for options in ({}, {"finalize_on_close": True}):  # the same ones, not others
-            sys.modules["gcsfs"].GCSFileSystem(**options).invalidate_cache()
+            gcsfs.GCSFileSystem(**options).invalidate_cache()
 
 
 @functools.cache
@@ -117,7 +118,7 @@ def _asked(request: Callable[[], _T], url: str) -> _T:
     """Returns what a request gave; errors are the system's for the same cause."""
     try:
         return request()
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, ImportError):
         raise
     except Exception as error:  # gcsfs, aiohttp and google.auth have classes of theirs
         said = one_line(error)
