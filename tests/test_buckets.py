@@ -17,6 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from orbax.checkpoint import v1
 
 import ema_optax
 from ema_optax import checkpoint, cli, interop, reconstruction
@@ -176,15 +177,13 @@ def test_managers_of_both_interfaces(bucket):
             checkpoint.restore(folder, "shadow/a", PARAMS),
         )
         same(manager.restore(2, args=checkpoint.EmaResume(*RUN[0])), (params, state))
-    v1 = pytest.importorskip("orbax.checkpoint.v1")
-    context = v1.Context(
-        checkpointables_options=v1.options.CheckpointablesOptions.create_with_handlers(
-            state=checkpoint.EmaCheckpointableHandler
-        )
+    at = f"{bucket.url}/v1/7"
+    v1.save_checkpointables(at, {"default": checkpoint.EmaSave(params, state)})
+    asked = {"default": checkpoint.EmaRestore("shadow/a", PARAMS)}
+    same(
+        v1.load_checkpointables(at, asked)["default"],
+        checkpoint.restore(folder, "shadow/a", PARAMS),
     )
-    with context:
-        at = f"{bucket.url}/v1/7"
-        v1.save_checkpointables(at, {"state": checkpoint.EmaSave(params, state)})
     same(checkpoint.resume(at, *RUN[0]), (params, state))
 
 
