@@ -61,8 +61,8 @@ class Renames:
 
     def __call__(self, path: str) -> str | None:
         """Returns what a path becomes; None for left out."""
-        new, rest = path, ""
-        for beginning in beginnings(path):  # the longest first
+        new = path
+        for beginning in _beginnings(path):  # the longest first
             if beginning in self._literal:
                 self.used[beginning].append(path)
                 target = self._literal[beginning]
@@ -95,20 +95,20 @@ class Renames:
         Raises:
             ValueError: If a key fits none of the paths.
         """
-        unused = [key for key, used in self.used.items() if not used]
-        reached = {part for path in paths for part in beginnings(path)}
-        for key in unused:
-            if key in reached:  # its leaves have keys of their own
-                continue
-            what = "fits" if key in self._patterns else "is, or begins,"
-            some = {part for path in list(paths)[:1000] for part in beginnings(path)}
-            raise ValueError(
-                f"rename has {brief(key, 200)}, which {what} no {of}. "
-                f"{nearest(key, sorted(some - {''}))}"
-            )
+        unused = {key for key, used in self.used.items() if not used}
+        for path in paths if unused else ():
+            unused -= set(_beginnings(path))  # its leaves have keys of their own
+        for key in self.used:
+            if key in unused:
+                what = "fits" if key in self._patterns else "is, or begins,"
+                some = {x for path in list(paths)[:1000] for x in _beginnings(path)}
+                raise ValueError(
+                    f"rename has {brief(key, 200)}, which {what} no {of}. "
+                    f"{nearest(key, sorted(some - {''}))}"
+                )
 
 
-def beginnings(path: str) -> Iterator[str]:
+def _beginnings(path: str) -> Iterator[str]:
     """Yields a path and what it begins with, in whole keys, down to nothing."""
     while path:
         yield path

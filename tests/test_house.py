@@ -121,7 +121,7 @@ HOUSE = {
 ROOMS = {
     "checkpoint": {
         "errors": set(),
-        "paths": set(),
+        "paths": {"storage"},
         "retention": set(),
         "storage": set(),
         "untrusted": {"storage"},

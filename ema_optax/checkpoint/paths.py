@@ -5,6 +5,7 @@ import re
 from etils import epath
 
 from ema_optax import arguments
+from ema_optax.checkpoint import storage
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # pathlib makes one slash of two, and `absolute()` of epath a local path of a URL.
@@ -19,10 +20,9 @@ def absolute(directory: epath.PathLike) -> epath.Path:
         ValueError: If it is a URL of a store that Orbax cannot write to.
     """
     path = arguments.path(directory, "The directory of a checkpoint", "run/checkpoints")
-    if path.startswith("gs://"):
-        return epath.Path(path)
     check_store(path)
-    return epath.Path(path).expanduser().absolute()
+    found = epath.Path(path)
+    return found if storage.is_remote(found) else found.expanduser().absolute()
 
 
 def check_store(path: str) -> None:

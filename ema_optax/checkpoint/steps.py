@@ -107,7 +107,7 @@ def find(directory: epath.PathLike, step: int | None) -> Found:
     if alone:
         number = number_of(step_folder(alone[0]))
         if step in (None, number):
-            return Found(number, alone, [number].copy if number is not None else list)
+            return Found(number, alone, ([] if number is None else [number]).copy)
     folders = _of_one_form(root, entries)
     if step is None:
         number, inside = _newest(folders)
