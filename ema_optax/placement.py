@@ -1,6 +1,7 @@
 """Shardings of shadows: over devices other than the params', or in host memory."""
 
-from collections.abc import Callable, Hashable, Iterable
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
@@ -23,6 +24,10 @@ __all__ = ["in_host_memory", "over_axis"]
 
 # From the path of a param, such as "encoder/kernel", and its shape, dtype and sharding.
 ShardingRule: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
+
+
+# Bytes that are on a device at once on their way from the host's memory and back.
+_TOGETHER = 2**25
 
 
 class LeafSharding(NamedTuple):
@@ -96,8 +101,9 @@ def over_axis(axis: str) -> ShardingRule:
 def in_host_memory(place: ShardingRule | None = None) -> ShardingRule:
     """Keeps each shadow in the host's memory, so that it takes none of the device's.
 
-    A fold fetches it leaf by leaf and puts it back, inside jit; with `every=k` the
-    other updates move nothing.
+    A fold fetches it and puts it back inside jit, some leaves at a time: at most 32 MiB
+    of each device's memory, or one larger leaf. With `every=k` the other updates move
+    nothing, on the device as in the host's memory.
 
     On one device JAX pairs donated buffers with results by shape alone, whatever
     memory they lie in, and XLA aborts where host meets device. There donate params and
@@ -228,6 +234,34 @@ def put_on_device(array: jax.Array, sharding: LeafSharding | None) -> jax.Array:
     if sharding is None:
         return array
     return _put(array, sharding.shadow.with_memory_kind("device"))
+
+
+def host_groups(
+    arrays: Mapping[int, jax.Array], shardings: Mapping[int, LeafSharding | None]
+) -> list[list[int]]:
+    """Lists the arrays in the host's memory, in groups that are fetched together.
+
+    Args:
+        arrays: Shadows by number.
+        shardings: For each number that of the shadow and its param.
+
+    Returns:
+        Groups of numbers: each of at most 32 MiB on a device, or of one larger array.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for n, array in arrays.items():
+        sharding = shardings[n]
+        if sharding is None or sharding.shadow.memory_kind != "pinned_host":
+            continue
+        shape = sharding.shadow.shard_shape(array.shape)
+        size = math.prod(shape) * array.dtype.itemsize
+        if size > room:
+            groups.append([])
+            room = _TOGETHER
+        groups[-1].append(n)
+        room -= size
+    return groups
 
 
 def put_as_param(array: Any, sharding: LeafSharding | None) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from ema_optax import fold, packing, placement, trees
+from ema_optax import due, fold, packing, placement, trees
 from ema_optax.text import brief, structural
 
 
@@ -46,41 +46,48 @@ def fold_update(
         i: placement.put_as_param(optax.apply_updates(old[i], deltas[i]), by_leaf[i])
         for i in averaged
     }
-    kept = [each.arrays for each in stored]
+    parts = [part for each in stored for part in each.parts]
+    decays = [i for i, each in enumerate(stored) for _ in each.parts]
+    arrays = dict(enumerate(array for each in stored for array in each.arrays))
+    sharding = {n: by_leaf[part[0]] for n, part in enumerate(parts)}
 
-    def fold_all(kept: list[list[Any]], new: dict[int, Any]) -> list[list[Any]]:
-        parts = {part for each in stored for part in each.parts}
-        gathered = {part: _gathered([new[i] for i in part]) for part in sorted(parts)}
-        seeds = iter(fold.fold_seeds(count, sum(map(len, kept))))
+    def fold_all(held: dict[int, Any], given: Any) -> dict[int, Any]:
+        weights, seeds, new = given
+        return {
+            n: fold.fold(s, new[n], weights[decays[n]], seeds[n], stochastic=stochastic)
+            for n, s in held.items()
+        }
 
-        def fold_one(
-            shadow: jax.Array, part: tuple[int, ...], weight: fold.Weight
-        ) -> jax.Array:
-            sharding = by_leaf[part[0]]
-            s, p = (
-                placement.put_on_device(x, sharding) for x in (shadow, gathered[part])
-            )
-            folded = fold.fold(s, p, weight, next(seeds), stochastic=stochastic)
-            return placement.put_as_shadow(folded, sharding)
-
-        weights = [fold.split_weight(weight(count)) for weight in newest_weights]
-        return [
-            [
-                fold_one(shadow, part, weight)
-                for shadow, part in zip(arrays, each.parts, strict=True)
-            ]
-            for weight, each, arrays in zip(weights, stored, kept, strict=True)
-        ]
-
-    if every == 1:
-        kept = fold_all(kept, new)
-    else:
-        # The new params are an operand: a branch that closed over params and
-        # updates would make XLA copy both trees at every step.
-        kept = jax.lax.cond(
-            count % every == 0, fold_all, lambda kept, new: kept, kept, new
+    def fold_there(held: dict[int, Any], given: Any) -> dict[int, Any]:
+        """Folds shadows where they are folded, and puts them where they are stored."""
+        in_place, weights, seeds, new = given
+        chosen = dict.fromkeys(parts[n] for n in held)
+        gathered = {part: _gathered([new[i] for i in part]) for part in chosen}
+        held, there = (
+            {n: placement.put_on_device(x, sharding[n]) for n, x in each.items()}
+            for each in (held, {n: gathered[parts[n]] for n in held})
         )
-    return [each.with_arrays(new) for each, new in zip(stored, kept, strict=True)]
+        given = weights, seeds, there
+        if in_place is None:
+            folded = fold_all(held, given)
+        else:  # over what was fetched, or the device holds it twice
+            folded = due.where_due(fold_all, in_place, held, given)
+        return {n: placement.put_as_shadow(s, sharding[n]) for n, s in folded.items()}
+
+    # True at every update for every=1, which XLA does not know.
+    is_due = count > 0 if every == 1 else count % every == 0
+    weights = [fold.split_weight(weight(count)) for weight in newest_weights]
+    given = weights, fold.fold_seeds(count, len(parts)), new
+    groups = placement.host_groups(arrays, sharding)
+    in_host = {n: arrays.pop(n) for group in groups for n in group}
+    if every == 1:
+        arrays = fold_there(arrays, (None, *given))
+    elif arrays:
+        arrays = due.where_due(fold_there, is_due, arrays, (None, *given))
+    if in_host:
+        arrays |= due.in_turn(fold_there, is_due, in_host, (is_due, *given), groups)
+    ordered = (arrays[n] for n in range(len(arrays)))
+    return [each.with_arrays([next(ordered) for _ in each.arrays]) for each in stored]
 
 
 class _Stored:

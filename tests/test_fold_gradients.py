@@ -8,6 +8,7 @@ import pytest
 
 import ema_optax
 from ema_optax import metrics, shadow_params
+from ema_optax.placement import in_host_memory
 
 BETA = 0.75
 DTYPES = {
@@ -43,6 +44,30 @@ def test_gradients_pass_the_rounding_straight_through(options, folds):
     for _ in range(folds):
         _, state = average.update({"w": zeros}, state, {"w": p})
     np.testing.assert_allclose(state.shadow["w"], expected, rtol=3e-2)
+
+
+@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize("every", [1, 2])
+def test_derivatives_pass_where_a_fold_is_due(every, host):
+    """In both modes; forward alone from the host, where JAX moves no cotangent."""
+    c = jnp.array([1.0, -2.0, 3.0])
+    place = in_host_memory() if host else None
+
+    def loss(p):
+        average = ema_optax.ema_params(
+            ema_optax.constant(BETA), every=every, shadow_sharding=place
+        )
+        state = average.init({"w": jnp.zeros(3)})
+        step = jax.jit(lambda state, p: average.update({"w": 0 * p}, state, {"w": p}))
+        for _ in range(4):
+            state = step(state, p)[1]
+        return jnp.sum(c * shadow_params(state, {"w": p})["w"])
+
+    p, expected = jnp.array([0.3, -0.7, 1.1]), c * (1 - BETA**4)
+    _, along = jax.jvp(loss, (p,), (c,))
+    np.testing.assert_allclose(along, expected @ c, rtol=1e-6)
+    if not host:
+        np.testing.assert_allclose(jax.grad(loss)(p), expected, rtol=1e-6)
 
 
 def test_figures_of_a_stacked_state():

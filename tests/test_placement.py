@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import ema_optax
-from ema_optax import shadow_params
-from ema_optax.placement import in_host_memory, over_axis
+from ema_optax import placement, shadow_params
+from ema_optax.placement import LeafSharding, host_groups, in_host_memory, over_axis
 from tests import launch
 
 P = PartitionSpec
@@ -208,6 +208,47 @@ def test_one_device_and_its_host(mesh, every):
         np.testing.assert_array_equal(found, plain.shadow["w"])
     moves = re.findall('"pinned_host"', step.lower(held, state).as_text())
     assert moves  # put back; on CPU compiled away
+
+
+def test_shadows_leave_the_host_in_bounded_groups():
+    """Each leaf of more than 32 MiB alone, as it lies on one device; none twice."""
+    here, there = (LeafSharding(x, EVERYWHERE) for x in (EVERYWHERE, HOST))
+    sizes = [3, 9, 20, 4, 4, 40, 1, 31]  # MiB
+    arrays = {
+        n: jax.ShapeDtypeStruct((size, 2**18), "f4") for n, size in enumerate(sizes)
+    }
+    shardings = dict.fromkeys(arrays, there) | {3: here, 4: None}
+    groups = host_groups(arrays, shardings)
+    assert groups == [[0, 1, 2], [5], [6, 7]]
+    assert host_groups(arrays, dict.fromkeys(arrays, here)) == []
+    mesh = AbstractMesh((8,), ("data",))
+    rows = NamedSharding(mesh, P(None, "data"), memory_kind="pinned_host")
+    split = dict.fromkeys(arrays, LeafSharding(rows, rows))
+    assert host_groups(arrays, split) == [[*arrays]]  # 14 MiB on each of eight
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_groups_change_no_number(every, monkeypatch):
+    """One loop a group, in one program; to the bit what one loop for all makes."""
+    params = {str(i): jnp.linspace(0, 1, 4 + i).astype("f4") for i in range(5)}
+    ends = []
+    for room in (2**25, 4):  # bytes: all at once, and each alone
+        monkeypatch.setattr(placement, "_TOGETHER", room)
+        transform = ema_optax.ema_params(
+            {"a": 0.9, "b": 0.99},
+            every=every,
+            shadow_dtype="bfloat16",  # whose seeds differ from leaf to leaf
+            shadow_sharding=in_host_memory(),
+        )
+        state = transform.init(params)
+        step = jax.jit(lambda state, p, t=transform: t.update(p, state, p)[1])
+        for _ in range(4):
+            state = step(state, params)
+        loops = step.lower(state, params).as_text().count("stablehlo.while")
+        ends.append((loops, state.shadow))
+    (few, together), (many, apart) = ends
+    assert (few, many) == (1 + 2, 1 + 2 * 10)
+    jax.tree.map(np.testing.assert_array_equal, apart, together)
 
 
 def test_what_is_read_is_a_copy():
