@@ -266,9 +266,26 @@ def installed():
 
 
 def torch_model(params, dtype=None):
-    """Returns a module with a copy of these params."""
+    """Returns a module with a copy of these params, on a GPU where JAX's are.
+
+    Raises:
+        ImportError: If torch cannot follow JAX to the GPU.
+    """
     import numpy as np
     import torch
 
     arrays = [np.array(leaf, np.float32) for leaf in jax.tree.leaves(params)]
-    return torch.nn.ParameterList([torch.from_numpy(a) for a in arrays]).to(dtype)
+    model = torch.nn.ParameterList([torch.from_numpy(a) for a in arrays])
+    if jax.default_backend() != "gpu":
+        return model.to(dtype)
+    if not torch.cuda.is_available():
+        raise ImportError("this torch has no CUDA")
+    return model.to("cuda", dtype)
+
+
+def torch_wait():
+    """Waits until a GPU has done what torch gave it; on the CPU all is done."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -7,6 +7,9 @@ with params, gradients and state donated as in training. Bytes and memory come f
 XLA's own analysis of the compiled step and are deterministic, in units of the params'
 bytes. Times are medians of ratios of neighbouring runs; compare rows, not machines.
 `naive` is the fold that everybody writes: s + (1−β)·(p − s), mapped over the tree.
+
+On a GPU the table also has kernels, the device's time and the host's, apart, and the
+floor, which is what the bytes allow.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import statistics
 import sys
 import time
 
+import device_time
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,10 +82,28 @@ def compile_step(optimizer, params):
     return compiled, time.process_time() - start
 
 
+def least_bytes(optimizer, params):
+    """Returns the bytes that a step must move: 7 trees for Adam, 2 for an average.
+
+    Params and state are read and written, gradients read. A shadow that is folded at
+    every k-th update counts as a k-th.
+    """
+
+    def size(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    moved = 3 * size(params)
+    for state in jax.eval_shape(optimizer.init, params):
+        every = getattr(getattr(state, "made_by", None), "every", 1)
+        moved += 2 * size(state) / every
+    return moved
+
+
 def measure(params, rows, rounds, compiles=3):
     """Returns figures by row name: bytes, temporary memory, compile and step ratios.
 
-    Those of time are quartiles over so many rounds, of compilation medians.
+    Those of time are quartiles over so many rounds, of compilation medians. "device" is
+    None without a GPU.
     """
     adam = optax.adam(1e-3)
     optimizers = {"Adam": adam}
@@ -107,6 +129,13 @@ def measure(params, rows, rounds, compiles=3):
             if i:  # after one of warm-up
                 seconds[name].append(time.perf_counter() - start)
     for name in optimizers:
+
+        def call(name=name):
+            carries[name] = compiled[name](*carries[name], params)
+
+        def wait(name=name):
+            jax.block_until_ready(carries[name])
+
         ratios = [s / a for s, a in zip(seconds[name], seconds["Adam"], strict=True)]
         compiled_in = zip(compile_seconds[name], compile_seconds["Adam"], strict=True)
         figures[name] = {
@@ -114,6 +143,8 @@ def measure(params, rows, rounds, compiles=3):
             "temp": compiled[name].memory_analysis().temp_size_in_bytes / size,
             "time": statistics.quantiles(ratios, n=4, method="inclusive"),
             "compile": statistics.median(s / a for s, a in compiled_in),
+            "least": least_bytes(optimizers[name], params),
+            "device": device_time.measure(call, wait, STEPS_A_RUN),
         }
     return figures
 
@@ -127,18 +158,28 @@ def as_table(figures, leaves, side):
 
 def rows_of(figures):
     """Returns the figures as a Markdown table."""
-    lines = [
-        "| Adam + | bytes accessed | temporary | time / Adam | compile / Adam |",
-        "|---|---|---|---|---|",
-    ]
+    header = ["Adam +", "bytes accessed", "temporary", "time / Adam", "compile / Adam"]
+    adam = figures["Adam"]
+    if adam["device"]:
+        header += ["floor", "device time / Adam", *device_time.HEADER]
+    lines = [header, ["---"] * len(header)]
     for name, row in figures.items():
         low, median, high = row["time"]
-        lines.append(
-            f"| {'(alone)' if name == 'Adam' else name} | {row['bytes']:.2f} | "
-            f"{row['temp']:.2f} | {median:.2f} ({low:.2f}–{high:.2f}) | "
-            f"{row['compile']:.2f} |"
-        )
-    return "\n".join(lines)
+        cells = [
+            "(alone)" if name == "Adam" else name,
+            f"{row['bytes']:.2f}",
+            f"{row['temp']:.2f}",
+            f"{median:.2f} ({low:.2f}–{high:.2f})",
+            f"{row['compile']:.2f}",
+        ]
+        if row["device"]:
+            cells += [
+                f"{row['least'] / adam['least']:.3f}",
+                f"{row['device'].device / adam['device'].device:.3f}",
+                *row["device"].cells(),
+            ]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main():
@@ -160,6 +201,8 @@ def main():
         f"ema_optax {ema_optax.__version__}. Bytes and temporary memory in units of "
         "the params' bytes.",
     ]
+    if jax.default_backend() == "gpu":
+        text += ["", device_time.NOTE]
     for leaves, side in trees:
         print(f"{leaves} leaves of {side}×{side} …", file=sys.stderr, flush=True)
         params = {f"w{i:04d}": jnp.full((side, side), 0.01 * i) for i in range(leaves)}

@@ -9,6 +9,9 @@
 Everything runs in one process, interleaved, on the same arrays, with torch on as many
 threads as there are cores and JAX states donated. Bytes come first, from XLA's own
 analysis. Times are medians of ratios of neighbouring runs, with their quartiles.
+
+Where JAX has a GPU, torch's folds run on it too, trees are larger, and the tables also
+have kernels, the device's time and the host's, apart.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import statistics
 import sys
 import time
 
+import device_time
 import folds
 import jax
 import jax.numpy as jnp
@@ -115,39 +119,45 @@ def sizes(params):
 
 
 def jax_call(made, params):
-    """Returns a call that folds once, and the bytes that XLA says it accesses."""
+    """Returns a fold, what waits for it, and the bytes that XLA says it accesses."""
     state = jax.tree.map(jnp.copy, made.state)  # some share it with the params
     jitted = jax.jit(made.fold, donate_argnums=0, keep_unused=True)
     compiled = jitted.lower(state, params).compile()
     held = [state]
 
     def call():
-        held[0] = jax.block_until_ready(compiled(held[0], params))
+        held[0] = compiled(held[0], params)
 
-    return call, compiled.cost_analysis()["bytes accessed"]
+    def wait():
+        jax.block_until_ready(held[0])
+
+    return call, wait, compiled.cost_analysis()["bytes accessed"]
 
 
 def time_folds(params, rounds, makers):
-    """Returns name → bytes or None, and name → seconds of each round."""
+    """Returns by name the bytes, the seconds of each round, and costs on a GPU."""
     in_jax, in_torch = makers
     model = folds.torch_model(params) if in_torch else None
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     calls, accessed = {}, {}
     for name, maker in in_jax.items():
-        calls[name], count = jax_call(maker(params, 0.9999), params)
+        *calls[name], count = jax_call(maker(params, 0.9999), params)
         accessed[name] = count / size
     for name, maker in in_torch.items():
-        calls[name] = maker(model, 0.9999).fold
+        calls[name] = maker(model, 0.9999).fold, folds.torch_wait
     names = list(calls)
     seconds = {name: [] for name in names}
     for i in range(rounds + 2):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             time.sleep(0.003)  # for the other library's threads to fall asleep
+            call, wait = calls[name]
             start = time.perf_counter()
-            calls[name]()
+            call()
+            wait()
             if i >= 2:  # after two of warm-up
                 seconds[name].append(time.perf_counter() - start)
-    return accessed, seconds, size
+    costs = {name: device_time.measure(*pair) for name, pair in calls.items()}
+    return accessed, seconds, costs, size
 
 
 def ratio(over, under):
@@ -168,17 +178,17 @@ def table(header, rows):
 
 def speed(name, seconds, size):
     trees = 2 if name in (folds.COPY, folds.TORCH_COPY) else 3
-    return [trees * size / s / 1e9 for s in seconds[name]]
+    return [trees * size / s / 1e9 for s in seconds]
 
 
-def fold_table(accessed, seconds, size):
+def fold_table(accessed, seconds, costs, size):
     """Returns the table of one tree, and the sentences on who is faster than we."""
     rows, faster = [], []
     ours = folds.OURS, folds.TRANSFORM, folds.PACKED
     best = min(ours, key=lambda name: statistics.median(seconds[name]))
-    copied = speed(folds.COPY, seconds, size)
+    copied = speed(folds.COPY, seconds[folds.COPY], size)
     for name in seconds:
-        measured = speed(name, seconds, size)
+        measured = speed(name, seconds[name], size)
         against = ratio(seconds[name], seconds[folds.OURS])
         against_best = ratio(seconds[name], seconds[best])
         if against_best[2] < 1 and name not in (*folds.LIMITS, *ours):
@@ -192,7 +202,16 @@ def fold_table(accessed, seconds, size):
                 cell(against) if name not in (folds.COPY, folds.TORCH_COPY) else "",
             ]
         )
+        if costs[name]:
+            of_it, of_copy = (
+                speed(each, [costs[each].device], size)[0]
+                for each in (name, folds.COPY)
+            )
+            rows[-1] += [f"{of_it:.0f}", f"{of_it / of_copy:.2f}"]
+            rows[-1] += costs[name].cells()
     header = ["", "bytes / tree", "GB/s", "GB/s / copy", "time / update_shadow"]
+    if costs[folds.COPY]:
+        header += ["device GB/s", "device GB/s / copy", *device_time.HEADER]
     said = "; ".join(faster) or "no peer, by more than the quartiles' spread"
     return f"{table(header, rows)}\n\nFaster than our {best} here: {said}."
 
@@ -234,7 +253,7 @@ def torch_error(maker, path, beta, expected):
     for row in rows:
         weights.data.copy_(row)
         made.fold()
-    return error([p.detach().float().numpy() for p in made.read()], expected)
+    return error([p.detach().float().cpu().numpy() for p in made.read()], expected)
 
 
 def error(found, expected):
@@ -343,6 +362,21 @@ def training_table(shapes, tokens, rounds):
         for name, count in zip(names, accessed, strict=True)
     ]
     header = ["Adam +", "bytes / those without", "time / that without"]
+    costs = []
+    for name, row in zip(names, rows, strict=True):
+
+        def call(name=name):
+            carries[name] = steps[name](*carries[name])
+
+        def wait(name=name):
+            jax.block_until_ready(carries[name])
+
+        cost = device_time.measure(call, wait)
+        if cost:
+            costs.append(cost)
+            row += [f"{cost.device / costs[0].device:.3f}", *cost.cells()]
+    if costs:
+        header += ["device time / that without", *device_time.HEADER]
     return (
         f"{sizes(params)}, {tokens.shape[0]} times {tokens.shape[1] - 1} tokens, "
         f"{milliseconds:.0f} ms a step without an average, {rounds} rounds. The second "
@@ -430,6 +464,8 @@ def main(argv=None):
     parser.add_argument("--picture", help="image file to write as well")
     args = parser.parse_args(argv)
     quick, rounds = args.quick, 4 if args.quick else args.rounds
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # some is torch's
+    on_gpu = jax.default_backend() == "gpu"
     *makers, missing = folds.installed()
     if makers[1]:
         import torch
@@ -451,10 +487,13 @@ def main(argv=None):
         "quartiles.",
     ]
     for name, why in missing.items():
-        text.append(f"\nLeft out: {name}, which does not import here ({why}).")
+        text.append(f"\nLeft out: {name}, which does not run here ({why}).")
     text += [f"\n{NOTES}"]
+    if on_gpu:
+        text += [device_time.NOTE]
     small = gpt2(64, 2000, 128, 2)
-    trees = [{"one": {"w": (25_000_000,)}}, gpt2(), small_leaves(2000)]
+    one = 500_000_000 if on_gpu else 25_000_000  # beyond any cache
+    trees = [{"one": {"w": (one,)}}, gpt2(), small_leaves(2000)]
     if quick:
         trees = [{"one": {"w": (1_000_000,)}}, small, small_leaves(50)]
     speeds = {}
@@ -465,7 +504,8 @@ def main(argv=None):
         found = time_folds(params, rounds, makers)
         text += [f"\n## {sizes(params)}", f"\n{others}", f"\n{fold_table(*found)}"]
         speeds[sizes(params)] = {
-            name: statistics.median(speed(name, *found[1:])) for name in found[1]
+            name: statistics.median(speed(name, seconds, found[-1]))
+            for name, seconds in found[1].items()
         }
         gc.collect()
         publish(text, args.out)
@@ -501,8 +541,11 @@ def main(argv=None):
         gc.collect()
     say("training steps")
     others = Neighbours()
-    shapes = gpt2(64, 500, 32, 2) if quick else gpt2(256, 4096, 128, 6)
-    rows, length = (2, 32) if quick else (8, 128)
+    shapes, rows, length = gpt2(256, 4096, 128, 6), 8, 128
+    if quick:
+        shapes, rows, length = gpt2(64, 500, 32, 2), 2, 32
+    elif on_gpu:
+        shapes, rows, length = gpt2(), 16, 512
     tokens = np.random.default_rng(0).integers(0, 500, (rows, length + 1))
     trained = training_table(shapes, jnp.asarray(tokens), 4 if quick else 40)
     text += [f"\n## A training step of a transformer\n\n{others}", f"\n{trained}"]
