@@ -1,5 +1,17 @@
-"""What pytest must not collect: programs that tests start as processes of their own."""
+"""What holds for all tests and the processes they start; what pytest must not collect.
 
+The tests are of one device. A GPU multiplies float32 matrices in TF32, of 10 bits, and
+a process takes most of its memory as it starts: neither is what a test is about. JAX
+reads all three from the environment, here and in every process that a test starts.
+"""
+
+import os
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
+# Programs that tests start as processes of their own.
 collect_ignore = [
     "chosen_devices.py",
     "eight_devices.py",

@@ -76,12 +76,21 @@ class Processes:
         )
 
 
+def on_cpu(devices=1, flags=""):
+    """Returns the environment of a process whose devices are so many of the CPU.
+
+    Where there is a GPU, JAX would take that instead, of which there may be one.
+    """
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {flags}",
+    }
+
+
 def run_on_eight_devices(path, flags=""):
     """Runs all tests of a file in a process that has eight devices; all must pass."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {flags}",
-        "PYTEST_ADDOPTS": "",  # such as workers: not for these few
-    }
+    # Without options such as workers: not for these few.
+    environment = on_cpu(8, flags) | {"PYTEST_ADDOPTS": ""}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", path],
         cwd=ROOT,
@@ -101,11 +110,7 @@ def launched(module, *arguments, count=2, devices=2):
     given it, and the coordinator can bind it, as gRPC asks to reuse ports: a second one
     that had chosen the same would bind it too, and each would get the other's peers.
     """
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONFAULTHANDLER": "1",
-    }
+    environment = on_cpu(devices) | {"PYTHONFAULTHANDLER": "1"}
     with contextlib.ExitStack() as stack:
         held = stack.enter_context(socket.socket())
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

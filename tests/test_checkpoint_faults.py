@@ -22,7 +22,7 @@ from etils import epath
 import ema_optax
 from ema_optax import checkpoint
 from ema_optax.checkpoint import CorruptCheckpointError, manifest, saving, sealed
-from tests import format_1, saving_run
+from tests import format_1, launch, saving_run
 
 # After a failed read or write, callbacks of TensorStore find their event loop closed,
 # and are reported as "Event loop is closed" when they are collected.
@@ -324,7 +324,7 @@ def test_killed_at_any_moment(tmp_path):
         child = subprocess.Popen(
             [sys.executable, "-m", "tests.saving_run", str(tmp_path)],
             cwd=pathlib.Path(__file__).parent.parent,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},  # this process may have the GPU
+            env=launch.on_cpu(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

@@ -1,7 +1,6 @@
 """The example for many hosts: two processes, then one, hold what one run would."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 
 import ema_optax
 from ema_optax import checkpoint
+from tests import launch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "many_hosts.py"
 
@@ -29,10 +29,9 @@ def example():
 
 
 def _start(*arguments):
-    flags = "--xla_force_host_platform_device_count=2"
     return subprocess.run(
         [sys.executable, "-W", "error", SCRIPT, *map(str, arguments)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=launch.on_cpu(2),
         capture_output=True,
         text=True,
         timeout=150,

@@ -19,7 +19,7 @@ import pytest
 import ema_optax
 from ema_optax import reconstruction
 from ema_optax.reconstruction import ReconstructionWarning, Snapshot, reconstruct, sums
-from tests import reference
+from tests import launch, reference
 
 WIDTHS = {"a": 0.05, "b": 0.10, "c": 0.07, "d": 0.15}
 G = {name: ema_optax.exponent_from_width(width) for name, width in WIDTHS.items()}
@@ -711,8 +711,6 @@ def test_abstract_params_do_where_all_is_averaged():
 
 
 SHARDED = """
-import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ema_optax import reconstruction
@@ -761,7 +759,10 @@ print("all the same")
 def test_with_shardings_it_is_placed_like_the_params():
     """On eight devices, whole or part by part, from host arrays or sharded ones."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED], capture_output=True, text=True
+        [sys.executable, "-W", "error", "-c", SHARDED],
+        env=launch.on_cpu(8),
+        capture_output=True,
+        text=True,
     )
     assert done.stdout == "all the same\n", done.stderr[-2000:]
 

@@ -1,7 +1,6 @@
 """Snapshots on disk: what is written, what is read back, and what is kept."""
 
 import asyncio
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 import ema_optax
 from ema_optax import checkpoint, reconstruction
 from ema_optax.checkpoint import CorruptCheckpointError, background, sealed
-from tests import reference
+from tests import launch, reference
 
 # After a failed read or write, callbacks of TensorStore find their event loop closed,
 # and are reported as "Event loop is closed" when they are collected.
@@ -855,11 +854,7 @@ def test_sharded_snapshots_onto_other_shardings(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
+        env=launch.on_cpu(8),
     )
     assert done.stdout == "done\n", done.stderr[-3000:]
 

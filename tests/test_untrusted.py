@@ -27,6 +27,7 @@ from etils import epath
 import ema_optax
 from ema_optax import checkpoint, cli, interop
 from ema_optax.checkpoint import manifest, sealed, untrusted
+from tests import launch
 from tests.untrusted_reader import PARAMS, TRANSFORM, readers
 
 PACKAGE = pathlib.Path(ema_optax.__file__).parent
@@ -446,6 +447,7 @@ def test_floods_in_bounded_memory(whole, tmp_path):
             *(sys.executable, "-m", "tests.untrusted_reader", "1024", str(whole)),
             *(str(tmp_path / str(number)) for number in range(len(FLOODS))),
         ],
+        env=launch.on_cpu(),  # a GPU's driver takes addresses by the terabyte
         capture_output=True,
         text=True,
         timeout=300,
