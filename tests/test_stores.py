@@ -44,6 +44,16 @@ def test_other_stores_are_refused_before_anything_is_written(
     assert left <= {"_CHECKPOINT_METADATA"}  # of Orbax's own manager
 
 
+def test_orbax_takes_s3_for_a_folder_still():
+    """On the day that this fails, s3:// need no longer be refused."""
+    info = ocp.type_handlers.ParamInfo(name="w", parent_dir=epath.Path("s3://b/run"))
+    spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=False)
+    assert spec["kvstore"]["driver"] == "file"
+    info = ocp.type_handlers.ParamInfo(name="w", parent_dir=epath.Path("gs://b/run"))
+    spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=False)
+    assert spec["kvstore"]["driver"] == "gcs"
+
+
 def test_without_the_client_of_buckets_its_extra_is_named(monkeypatch):
     """Not an OSError of the network, which somebody would try again."""
     monkeypatch.setitem(sys.modules, "gcsfs", None)
