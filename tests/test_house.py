@@ -23,6 +23,7 @@ HOUSE = {
     **{name: set() for name in sorted(EVERYWHERE)},
     "arguments": {"text"},
     "decay": set(),
+    "due": set(),
     "power_profiles": set(),
     "progress": set(),
     "renaming": set(),
@@ -38,7 +39,7 @@ HOUSE = {
     "mistaken": {"locating", "trees"},
     "decays": {"decay", "power_profiles", "schedule"},
     "states": {"decay", "placement"},
-    "update": {"fold", "packing", "placement", "trees"},
+    "update": {"due", "fold", "packing", "placement", "trees"},
     "average": {"decay", "states"},
     "averaging": {
         "decay",
