@@ -28,6 +28,7 @@ import time
 
 import device_time
 import folds
+import gpt2
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -83,18 +84,6 @@ double err by the rounding of a float32 shadow alone, as ours does: it is the sa
 formula. Peers follow bfloat16 params with a bfloat16 shadow; rounded to nearest it does
 not move.
 """
-
-
-def gpt2(width=768, vocabulary=50257, context=1024, blocks=12):
-    """Returns the shapes of GPT-2 small: 12 leaves a block and 4 more, 148 in all."""
-    d = width
-    block = {
-        "ln1_scale": (d,), "ln1_bias": (d,), "ln2_scale": (d,), "ln2_bias": (d,),
-        "qkv": (d, 3 * d), "qkv_bias": (3 * d,), "proj": (d, d), "proj_bias": (d,),
-        "up": (d, 4 * d), "up_bias": (4 * d,), "down": (4 * d, d), "down_bias": (d,),
-    }  # fmt: skip
-    rest = {"wte": (vocabulary, d), "wpe": (context, d), "lnf": (d,), "lnf_bias": (d,)}
-    return {f"block{i:02d}": block for i in range(blocks)} | {"rest": rest}
 
 
 def small_leaves(count):
@@ -307,27 +296,6 @@ def optimizer_rows(params, rounds):
     return optimizer_step.rows_of(figures)
 
 
-def transformer_loss(params, tokens, heads=4):
-    """Returns the next-token loss of a decoder with the leaves of `gpt2`."""
-
-    def norm(x, scale, bias):
-        x = x - x.mean(-1, keepdims=True)
-        return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
-
-    rest, length = params["rest"], tokens.shape[1] - 1
-    x = rest["wte"][tokens[:, :-1]] + rest["wpe"][:length]
-    for name in sorted(set(params) - {"rest"}):
-        p = params[name]
-        y = norm(x, 1 + p["ln1_scale"], p["ln1_bias"]) @ p["qkv"] + p["qkv_bias"]
-        q, k, v = jnp.split(y.reshape(*y.shape[:2], 3 * heads, -1), 3, axis=2)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
-        x = x + y @ p["proj"] + p["proj_bias"]
-        y = norm(x, 1 + p["ln2_scale"], p["ln2_bias"]) @ p["up"] + p["up_bias"]
-        x = x + jax.nn.gelu(y) @ p["down"] + p["down_bias"]
-    logits = norm(x, 1 + rest["lnf"], rest["lnf_bias"]) @ rest["wte"].T
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-
 def training_table(shapes, tokens, rounds):
     """Returns a whole training step with an average over one without."""
     params = make(shapes)
@@ -339,7 +307,7 @@ def training_table(shapes, tokens, rounds):
         optimizer = optax.chain(optax.adam(1e-3), average())
 
         def step(params, state, optimizer=optimizer):
-            grads = jax.grad(transformer_loss)(params, tokens)
+            grads = jax.grad(gpt2.loss)(params, tokens)
             updates, state = optimizer.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
@@ -491,9 +459,9 @@ def main(argv=None):
     text += [f"\n{NOTES}"]
     if on_gpu:
         text += [device_time.NOTE]
-    small = gpt2(64, 2000, 128, 2)
+    small = gpt2.shapes(64, 2000, 128, 2)
     one = 500_000_000 if on_gpu else 25_000_000  # beyond any cache
-    trees = [{"one": {"w": (one,)}}, gpt2(), small_leaves(2000)]
+    trees = [{"one": {"w": (one,)}}, gpt2.shapes(), small_leaves(2000)]
     if quick:
         trees = [{"one": {"w": (1_000_000,)}}, small, small_leaves(50)]
     speeds = {}
@@ -541,11 +509,11 @@ def main(argv=None):
         gc.collect()
     say("training steps")
     others = Neighbours()
-    shapes, rows, length = gpt2(256, 4096, 128, 6), 8, 128
+    shapes, rows, length = gpt2.shapes(256, 4096, 128, 6), 8, 128
     if quick:
-        shapes, rows, length = gpt2(64, 500, 32, 2), 2, 32
+        shapes, rows, length = gpt2.shapes(64, 500, 32, 2), 2, 32
     elif on_gpu:
-        shapes, rows, length = gpt2(), 16, 512
+        shapes, rows, length = gpt2.shapes(), 16, 512
     tokens = np.random.default_rng(0).integers(0, 500, (rows, length + 1))
     trained = training_table(shapes, jnp.asarray(tokens), 4 if quick else 40)
     text += [f"\n## A training step of a transformer\n\n{others}", f"\n{trained}"]
