@@ -161,9 +161,7 @@ def _used(
         if line.opcode == "parameter" and line.rest.startswith(f"{number})")
     }
     users = [line for line in inner.values() if names & set(line.operands)]
-    cut = all(
-        line.opcode in _MOVES and not names & set(line.operands[1:]) for line in users
-    )
+    cut = all(line.opcode in _MOVES for line in users)
     if not arrays or not users or not cut:
         return arrays
     sizes = (size for line in users for _, size in _arrays(line.type))

@@ -44,6 +44,7 @@ def test_a_fusion_reads_its_operands_and_writes_its_results():
     """Each array once; scalars are no traffic, and a tuple has several results."""
     text = _program(
         "%c.1 = f32[]{:T(128)} constant(1)",
+        "%c.2 = f32[]{:T(128)S(6)} add(%c.1, %c.1)",
         "%f.1 = (f32[8,128]{1,0:T(8,128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) "
         "fusion(%x.1, %c.1, /*index=2*/%y.1), kind=kLoop, "
         'calls=%fused, metadata={op_name="f(%x.1)"}',
@@ -64,6 +65,8 @@ def test_a_fusion_that_only_cuts_an_operand_reads_the_piece():
   %s.0 = f32[2,128]{1,0:T(2,128)} slice(%p.0), slice={[0:2], [0:128]}
   %s.1 = f32[2,128]{1,0:T(2,128)} slice(%p.1), slice={[0:2], [0:128]}
   %n.1 = f32[8,128]{1,0:T(8,128)} negate(%p.1)
+  %z.0 = s32[] constant(0)
+  %b.0 = f32[2,128]{1,0:T(2,128)} broadcast(%z.0), dimensions={}
   ROOT %add.0 = f32[2,128]{1,0:T(2,128)} add(%s.0, %s.1)
 }
 """,
