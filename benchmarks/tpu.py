@@ -75,8 +75,13 @@ the figures are read from the programs. `python benchmarks/tpu.py` makes them an
   hand. Two shadows are a kernel each, and the second reads the params again.
 - `every`: where a fold is due, and where none is. The trees of the latter are
   params that XLA fetches into VMEM for a fold before it knows that none is due.
-- `training` is a whole step: forward and backward pass in bfloat16, and the optimizer.
-"""
+- In host memory a shadow is fetched into HBM, folded there and put back: 4 trees, where
+  by way of VMEM alone there would be none.
+- `overwrite_every` with `over_axis` gathers the shadow where it is due. Where it is
+  not, XLA still writes the updates to HBM, and transposes those whose shadow is split
+  along the last dimension.
+- `training` is a whole step: forward and backward pass in bfloat16, and the
+  optimizer."""
 
 
 class Row(NamedTuple):
