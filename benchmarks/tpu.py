@@ -78,8 +78,7 @@ the figures are read from the programs. `python benchmarks/tpu.py` makes them an
 - In host memory a shadow is fetched into HBM, folded there and put back: 4 trees, where
   by way of VMEM alone there would be none.
 - `overwrite_every` with `over_axis` gathers the shadow where it is due. Where it is
-  not, XLA still writes the updates to HBM, and transposes those whose shadow is split
-  along the last dimension.
+  not, the conditional still has XLA write all updates to HBM and read them again.
 - `training` is a whole step: forward and backward pass in bfloat16, and the
   optimizer."""
 
