@@ -33,7 +33,6 @@ os.environ |= {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    "TPU_LOG_DIR": "disabled",  # or it writes to a folder in /tmp
 }
 
 import gpt2
