@@ -52,10 +52,10 @@ NONE = (0, 0)
 # Of row and figure the least and the most that `--check` takes, in trees or numbers.
 BOUNDS = {
     "every=1": {"added": (1.98, 2.02), "temporary": (0, 0.01), "kernels": NONE},
-    "every=10": {"added": (2.98, 3.02), "otherwise": (0, 0.25), "temporary": (0, 0.06)},
-    "in_host_memory": {"moved": (1.98, 2.02), "temporary": (0, 1.07)},
+    "every=10": {"added": (2.98, 3.16), "otherwise": (0, 0.25), "temporary": (0, 0.06)},
+    "in_host_memory": {"moved": (1.98, 2.02), "temporary": (0, 0.42)},
     "over_axis": {"added": (0.29, 0.33), "temporary": (0, 0.01)},
-    "FSDP, in_host_memory": {"moved": (1.98, 2.02), "temporary": (0, 2.12)},
+    "FSDP, in_host_memory": {"moved": (1.98, 2.02), "temporary": (0, 1.15)},
 }
 COLLECTIVES = {"collectives": NONE}  # in all of them
 

@@ -63,7 +63,7 @@ def in_turn(
 
     Each group has a loop of its own, which XLA does not reorder. In straight code it
     fetches all arrays from the host's memory first, and the device holds the whole tree
-    for a moment.
+    for a moment. One loop around them all would have TPUs transpose the narrow ones.
 
     Args:
         change: As for `where_due`, of the arrays of a group.
@@ -72,12 +72,8 @@ def in_turn(
         operands: As for `where_due`.
         groups: The numbers of each group.
     """
-
-    def change_all(held: dict[int, jax.Array], given: Any) -> dict[int, jax.Array]:
-        due, operands = given
-        for numbers in groups:
-            group = {n: held[n] for n in numbers}
-            held = held | where_due(change, due, group, operands)
-        return held
-
-    return where_due(change_all, due, dict(held), (due, operands))
+    changed = dict(held)
+    for numbers in groups:
+        group = {n: held[n] for n in numbers}
+        changed |= where_due(change, due, group, operands)
+    return changed

@@ -28,6 +28,7 @@ ShardingRule: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
 
 # Bytes that are on a device at once on their way from the host's memory and back.
 _TOGETHER = 2**25
+_GROUPS = 16  # where that would be more: each is a loop to compile and to begin
 
 
 class LeafSharding(NamedTuple):
@@ -101,9 +102,9 @@ def over_axis(axis: str) -> ShardingRule:
 def in_host_memory(place: ShardingRule | None = None) -> ShardingRule:
     """Keeps each shadow in the host's memory, so that it takes none of the device's.
 
-    A fold fetches it and puts it back inside jit, some leaves at a time: at most 32 MiB
-    of each device's memory, or one larger leaf. With `every=k` the other updates move
-    nothing, on the device as in the host's memory.
+    A fold fetches it and puts it back inside jit, some leaves at a time: 32 MiB or a
+    16th of what is on each device, or one larger leaf. With `every=k` the other updates
+    move nothing, on the device as in the host's memory.
 
     On one device JAX pairs donated buffers with results by shape alone, whatever
     memory they lie in, and XLA aborts where host meets device. There donate params and
@@ -246,22 +247,36 @@ def host_groups(
         shardings: For each number that of the shadow and its param.
 
     Returns:
-        Groups of numbers: each of at most 32 MiB on a device, or of one larger array.
+        Groups of numbers: each of at most 32 MiB on a device, or a 16th of all that
+        is there, or one larger array.
     """
-    groups: list[list[int]] = []
-    room = 0
+    sizes: dict[int, int] = {}
     for n, array in arrays.items():
         sharding = shardings[n]
-        if sharding is None or sharding.shadow.memory_kind != "pinned_host":
-            continue
-        shape = sharding.shadow.shard_shape(array.shape)
-        size = math.prod(shape) * array.dtype.itemsize
+        if sharding is not None and sharding.shadow.memory_kind == "pinned_host":
+            shape = sharding.shadow.shard_shape(array.shape)
+            sizes[n] = math.prod(shape) * array.dtype.itemsize
+    most = max(_TOGETHER, sum(sizes.values()) // _GROUPS)
+    groups: list[list[int]] = []
+    room = 0
+    for n, size in sizes.items():
         if size > room:
             groups.append([])
-            room = _TOGETHER
+            room = most
         groups[-1].append(n)
         room -= size
     return groups
+
+
+def is_by_row(array: jax.Array, sharding: LeafSharding | None) -> bool:
+    """Returns whether what a device holds of an array is stored row by row everywhere.
+
+    TPUs store rows in tiles of 128, and transpose an array where that pads less. A loop
+    over an array in device memory would have it transposed back, and that in the host's
+    memory as well: 2.8 trees for 1.0.
+    """
+    shape = sharding.shadow.shard_shape(array.shape) if sharding else array.shape
+    return len(shape) < 2 or shape[-1] % 128 == 0
 
 
 def put_as_param(array: Any, sharding: LeafSharding | None) -> jax.Array:

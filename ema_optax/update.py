@@ -68,10 +68,14 @@ def fold_update(
             for each in (held, {n: gathered[parts[n]] for n in held})
         )
         given = weights, seeds, there
-        if in_place is None:
-            folded = fold_all(held, given)
-        else:  # over what was fetched, or the device holds it twice
-            folded = due.where_due(fold_all, in_place, held, given)
+        folded = {}
+        if in_place is not None:  # over what was fetched, or the device holds it twice
+            rows = {
+                n: s for n, s in held.items() if placement.is_by_row(s, sharding[n])
+            }
+            held = {n: s for n, s in held.items() if n not in rows}
+            folded = due.where_due(fold_all, in_place, rows, given)
+        folded |= fold_all(held, given)
         return {n: placement.put_as_shadow(s, sharding[n]) for n, s in folded.items()}
 
     # True at every update for every=1, which XLA does not know.

@@ -225,6 +225,9 @@ def test_shadows_leave_the_host_in_bounded_groups():
     rows = NamedSharding(mesh, P(None, "data"), memory_kind="pinned_host")
     split = dict.fromkeys(arrays, LeafSharding(rows, rows))
     assert host_groups(arrays, split) == [[*arrays]]  # 14 MiB on each of eight
+    many = {n: jax.ShapeDtypeStruct((2**20,), "f4") for n in range(4 * 16 * 10)}
+    groups = host_groups(many, dict.fromkeys(many, there))
+    assert [len(group) for group in groups] == [40] * 16  # 160 MiB each
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -232,8 +235,9 @@ def test_groups_change_no_number(every, monkeypatch):
     """One loop a group, in one program; to the bit what one loop for all makes."""
     params = {str(i): jnp.linspace(0, 1, 4 + i).astype("f4") for i in range(5)}
     ends = []
-    for room in (2**25, 4):  # bytes: all at once, and each alone
+    for room, groups in ((2**25, 16), (4, 2**9)):  # all at once, and each alone
         monkeypatch.setattr(placement, "_TOGETHER", room)
+        monkeypatch.setattr(placement, "_GROUPS", groups)
         transform = ema_optax.ema_params(
             {"a": 0.9, "b": 0.99},
             every=every,
@@ -247,7 +251,7 @@ def test_groups_change_no_number(every, monkeypatch):
         loops = step.lower(state, params).as_text().count("stablehlo.while")
         ends.append((loops, state.shadow))
     (few, together), (many, apart) = ends
-    assert (few, many) == (1 + 2, 1 + 2 * 10)
+    assert (few, many) == (2, 2 * 10)
     jax.tree.map(np.testing.assert_array_equal, apart, together)
 
 
