@@ -17,7 +17,7 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
-from ema_optax import arguments, trees
+from ema_optax import arguments, memories, set_mesh, trees
 from ema_optax.text import brief, structural
 
 __all__ = ["in_host_memory", "over_axis"]
@@ -104,7 +104,8 @@ def in_host_memory(place: ShardingRule | None = None) -> ShardingRule:
 
     A fold fetches it and puts it back inside jit, some leaves at a time: 32 MiB or a
     16th of what is on each device, or one larger leaf. With `every=k` the other updates
-    move nothing, on the device as in the host's memory.
+    move nothing, on the device as in the host's memory. What JAX before 0.10.2 compiles
+    for CPUs knows no such memory: there `init` warns, and the shadow is on the device.
 
     On one device JAX pairs donated buffers with results by shape alone, whatever
     memory they lie in, and XLA aborts where host meets device. There donate params and
@@ -177,7 +178,15 @@ def leaf_shardings(
                     f"shadow_sharding gave {_shown(shadow)} for '{path}'"
                 )
         shardings.append(shadow and LeafSharding(shadow, param))
-    return tuple(shardings)
+    lost = [each.shadow for each in shardings if each and _is_lost(each.shadow)]
+    if lost:
+        memories.warn_of(shadow.memory_kind for shadow in lost)
+    return tuple(
+        each._replace(shadow=each.shadow.with_memory_kind("device"))
+        if each and _is_lost(each.shadow)
+        else each
+        for each in shardings
+    )
 
 
 def replicated_on(
@@ -320,8 +329,7 @@ def meshes_of(tree: object) -> list[Mesh]:
     leaves = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
     named = [each for each in leaves if isinstance(each, NamedSharding)]
     meshes = dict.fromkeys(each.mesh for each in named if isinstance(each.mesh, Mesh))
-    current = jax.sharding.get_mesh()
-    return [*meshes, *([] if current.empty else [current])]
+    return [*meshes, *set_mesh.current()]
 
 
 def _for_each(params: optax.Params, given: object, name: str, kinds: Any) -> list[Any]:
@@ -363,10 +371,20 @@ def _put(array: jax.Array, sharding: Sharding) -> jax.Array:
     if is_abstract(sharding) and not isinstance(array, Tracer):
         sharding = on_mesh(sharding, meshes_of([array]))  # as a traced init knew it
     moved = jax.device_put(array, sharding)
-    if isinstance(array, Tracer) and not _is_explicit(sharding):
+    if not isinstance(array, Tracer):
+        return moved
+    if not _is_explicit(sharding):
         # Under jit device_put moves between memories, and leaves the sharding to XLA.
-        moved = jax.lax.with_sharding_constraint(moved, sharding)
+        return jax.lax.with_sharding_constraint(moved, sharding)
+    if not _is_split_as(moved, sharding):  # with jax 0.7 so it is on Explicit axes
+        split = NamedSharding(sharding.mesh, sharding.spec)
+        return jax.device_put(jax.sharding.reshard(array, split), sharding)
     return moved
+
+
+def _is_split_as(array: jax.Array, sharding: NamedSharding) -> bool:
+    found, wanted = jax.typeof(array).sharding.spec, sharding.spec
+    return tuple(found) == (*wanted, *[None] * (array.ndim - len(wanted)))
 
 
 def _platform(sharding: Sharding | None) -> str:
@@ -375,7 +393,11 @@ def _platform(sharding: Sharding | None) -> str:
     return next(iter(sharding.device_set)).platform
 
 
-def _is_explicit(sharding: Sharding) -> bool:
+def _is_lost(shadow: Sharding) -> bool:
+    return not memories.is_kept(shadow.memory_kind, _platform(shadow))
+
+
+def _is_explicit(sharding: Sharding) -> TypeGuard[NamedSharding]:
     if not isinstance(sharding, NamedSharding):
         return False
     return set(sharding.mesh.axis_types) == {jax.sharding.AxisType.Explicit}

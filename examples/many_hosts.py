@@ -10,6 +10,7 @@ answers with noise. The batch of a step is the same on any number of processes.
 """
 
 import argparse
+import functools
 import os
 import socket
 import subprocess
@@ -53,7 +54,7 @@ def batch(step: int, rows: NamedSharding) -> list[jax.Array]:
     ]
 
 
-@jax.jit(donate_argnums=(0, 1))
+@functools.partial(jax.jit, donate_argnums=(0, 1))
 def train_step(params, opt_state, x, y):
     """Returns params and state after one update; XLA adds up the gradients of all."""
     grads = jax.grad(lambda p: jnp.mean((x @ p["w"] + p["b"] - y) ** 2))(params)

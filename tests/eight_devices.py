@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import checkpoint, packing, shadow_params, with_shadow
 from ema_optax.placement import in_host_memory, over_axis
-from tests import same
+from tests import older, same
 
 MESHES = {
     f"{kind.name}-{'x'.join(map(str, shape))}": jax.make_mesh(
@@ -86,6 +86,14 @@ def make_step(optimizer):
         return optax.apply_updates(params, updates), state
 
     return jax.jit(step, donate_argnums=(0, 1))
+
+
+pytestmark = older.in_host_memory_or_not
+
+
+def kind_of(place):
+    """Returns in which memory a shadow is."""
+    return "pinned_host" if "host" in place and older.has_host_memory() else "device"
 
 
 def make_optimizer(place, **options):
@@ -259,7 +267,7 @@ def test_each_device_holds_its_part(mesh, place, every):
     """1/N of what the axis divides; as the param what it does not; where it belongs."""
     shadow = train(mesh, place, every=every).state[-1].shadow
     parts = parts_of(place, mesh.partition("-")[2])
-    kind = "pinned_host" if "host" in place else "device"
+    kind = kind_of(place)
     for name in AVERAGED:
         for leaf in (shadow["fast"][name], shadow["slow"][name]):
             pieces = leaf.addressable_shards
@@ -341,7 +349,7 @@ def small_run(transform, mesh="Auto-8", times=4):
 
 def assert_placed(shadow, place):
     """A shadow like the small params lies where each of PLACES puts it."""
-    kind = "pinned_host" if "host" in place else "device"
+    kind = kind_of(place)
     shapes = {"w": (1, 4), "b": (1,)} if "split" in place else {"w": (8, 4), "b": (8,)}
     for name, leaf in shadow.items():
         if not isinstance(leaf, optax.MaskedNode):

@@ -6,6 +6,7 @@ of its threads is, and is killed; so is one whose peers have failed.
 
 import contextlib
 import faulthandler
+import inspect
 import os
 import pathlib
 import signal
@@ -158,6 +159,8 @@ def join(rank, port, *, count=2, heartbeat=60):
     if count == 1:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    known = inspect.signature(jax.distributed.initialize).parameters
+    bound = {"shutdown_timeout_seconds": 30}  # not in jax 0.7
     jax.distributed.initialize(
         f"127.0.0.1:{port}",
         count,
@@ -165,5 +168,5 @@ def join(rank, port, *, count=2, heartbeat=60):
         coordinator_bind_address=f"127.0.0.1:{port}",  # seen by nobody else
         initialization_timeout=60,
         heartbeat_timeout_seconds=heartbeat,
-        shutdown_timeout_seconds=30,
+        **(bound if bound.keys() <= known.keys() else {}),
     )

@@ -16,6 +16,7 @@ from flax.core import FrozenDict, freeze
 
 import ema_optax
 from ema_optax import interop
+from tests import older
 
 BATCHES = [
     (3 + 2 * np.random.default_rng(i).standard_normal((16, 5))).astype(np.float32)
@@ -95,6 +96,7 @@ def test_the_mean_of_each_batchs_statistics(momentum):
     assert found["params"] is variables["params"]
 
 
+@older.needs_nnx
 def test_nnx_modules():
     """The same in the module itself; its modes, params and PRNG counts stay."""
     model = Module()
@@ -113,6 +115,7 @@ def test_nnx_modules():
     jax.tree.map(np.testing.assert_array_equal, after, expected)
 
 
+@older.needs_nnx
 def test_nnx_modules_that_are_called_otherwise():
     """`call` runs them; the mode may be an argument."""
 
@@ -134,6 +137,7 @@ def test_nnx_modules_that_are_called_otherwise():
     _assert_close(stats, {"first": first, "second": second})
 
 
+@older.needs_nnx
 def test_inside_swapped_they_are_of_the_shadow_and_go_with_it():
     """The raw params get their own statistics back."""
     model = Module()
@@ -286,6 +290,7 @@ def test_what_cannot_be_refreshed_is_said(model, run, change, batches, error, wr
         interop.refresh_batch_stats(run(model), variables, batches)
 
 
+@older.needs_nnx
 def test_modules_that_cannot_be_refreshed():
     """Not of NNX, or without statistics."""
     with pytest.raises(TypeError, match=r"got Linen. For Linen, call refresh_batch"):
@@ -369,6 +374,7 @@ def test_batch_norm_over_an_axis(names):
         interop.refresh_batch_stats(wrong, variables, batches)
 
 
+@older.needs_nnx
 def test_nnx_batch_norm_over_an_axis():
     """As in Linen."""
     batches = [jnp.arange(12.0).reshape(6, 2) * k for k in (1, 2, 5)]
@@ -384,6 +390,7 @@ def test_nnx_batch_norm_over_an_axis():
         assert plain.any()
 
 
+@older.needs_nnx
 def test_nnx_spectral_norm_is_told_what_nnx_has():
     """And with what is told it works."""
 

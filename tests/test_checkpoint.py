@@ -201,7 +201,7 @@ from orbax.checkpoint import v1
 root = sys.argv[1]
 item = root + "/5/default"
 found = [
-    v1.load(root + "/5"),
+    getattr(v1, "load", v1.load_pytree)(root + "/5"),
     ocp.CheckpointManager(root).restore(5),
     ocp.CheckpointManager(root).restore(5, args=ocp.args.PyTreeRestore()),
     ocp.CheckpointManager(root).restore(5, args=ocp.args.StandardRestore()),

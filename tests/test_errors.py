@@ -137,6 +137,17 @@ def test_details_come_in_any_order():
         assert ".cc" not in told
 
 
+def test_errors_of_the_system_as_older_versions_spell_them():
+    """By their number, and in the words of newer ones."""
+    text = (
+        "RESOURCE_EXHAUSTED: Error reading w [OS error 24: EMFILE Too many open files] "
+        "[source locations='a.cc:1']"
+    )
+    cause = as_cause(ValueError(text), "leaf 'w'")
+    assert type(cause) is OSError
+    assert "w Too many open files. Allow more open files: ulimit" in str(cause)
+
+
 def test_files_of_another_user(array):
     """In a process that is not root, for whom no file is closed."""
     for path in [*array.rglob("*"), array]:

@@ -22,6 +22,7 @@ import safetensors.numpy
 import ema_optax
 from ema_optax import checkpoint, cli, interop
 from ema_optax.interop.flat_names import flat_names
+from tests.older import enable_x64
 
 RNG = np.random.default_rng(0)
 PARAMS: dict[str, Any] = {
@@ -117,7 +118,7 @@ def test_flax_loads_bfloat16(saved: Path, tmp_path: Path):
     """`dtype` rounds to nearest even what is floating, and nothing else."""
     out = tmp_path / "model.safetensors"
     interop.export_safetensors(saved, out, tree="params", dtype=jnp.bfloat16)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found = safetensors.flax.load_file(out)
     for name, raw in flat(jax.tree.map(np.asarray, PARAMS)).items():
         floating = jnp.issubdtype(raw.dtype, jnp.floating)

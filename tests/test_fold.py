@@ -7,6 +7,7 @@ import pytest
 
 from ema_optax import fold
 from tests import reference
+from tests.older import enable_x64
 
 COPY = fold.split_weight(1.0)
 
@@ -30,7 +31,7 @@ COPY = fold.split_weight(1.0)
 )
 def test_stored_dtype(dtype, asked, stored):
     """float32 where params are narrower; what was asked for otherwise."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         asked = fold.check_shadow_dtype(asked)
     assert fold.stored_dtype(jnp.dtype(dtype), asked) == jnp.dtype(stored)
 

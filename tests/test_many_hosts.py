@@ -116,7 +116,9 @@ def test_a_process_that_hangs_says_where():
         processes.wait_for(1, lambda lines: "joined" in lines, within=90)
         with pytest.raises(AssertionError, match=r"(?s)not all .*in _wait_for"):
             processes.wait(within=0.5)
-    assert processes.codes() == [-signal.SIGKILL] * 2
+    codes = processes.codes()  # with jax 0.7 the other may end itself first
+    assert -signal.SIGKILL in codes
+    assert all(codes)
 
 
 def _wait_for_nobody():

@@ -10,6 +10,7 @@ import ema_optax
 from ema_optax import reconstruction
 from ema_optax.reconstruction import merge, sums, uniform_coefficients
 from tests import reference
+from tests.older import enable_x64
 
 
 def _trees(count, seed=0):
@@ -95,7 +96,7 @@ def test_a_merge_tells_how_far_it_is():
 
 def test_complex_results_are_as_wide_as_the_dtype_asked_for():
     """complex64 for float32, where float64 would be held too."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         trees = [{"w": jnp.ones(2, jnp.complex64)}] * 2
         for dtype, kind in (("float32", "complex64"), ("float64", "complex128")):
             assert merge(trees, [0.5, 0.5], dtype=dtype)["w"].dtype == kind

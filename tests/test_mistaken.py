@@ -12,6 +12,7 @@ from flax.training.train_state import TrainState
 
 import ema_optax
 from ema_optax import checkpoint, interop, metrics, shadow_params, with_shadow
+from tests import older
 
 PARAMS = {"dense": {"kernel": jnp.arange(4.0), "bias": jnp.ones(2)}}
 OPTIMIZER = optax.chain(optax.adam(0.1), ema_optax.ema_params(0.9))
@@ -131,6 +132,7 @@ def test_params_of_another_container():
     assert float(metrics(state, other)["distance"]) == 0
 
 
+@older.needs_nnx
 def test_objects_of_nnx(nnx_pair, run, tmp_path):
     """What each function takes of a module and its optimizer."""
     model, optimizer = nnx_pair
@@ -159,6 +161,7 @@ def test_objects_of_nnx(nnx_pair, run, tmp_path):
     checkpoint.save(tmp_path, *interop.nnx_split(model, optimizer))
 
 
+@older.needs_nnx
 def test_a_name_is_asked_for_by_the_call_that_was_made():
     """Each names itself, not another function."""
     model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
@@ -190,3 +193,18 @@ def test_what_is_no_decay(given):
 def test_what_is_no_state(given):
     """A function, a text."""
     refused(lambda: shadow_params(given, PARAMS), "not an optimizer state")
+
+
+def test_a_flax_that_is_too_old(monkeypatch):
+    """NNX modules need what it lacks: the error says which version has it."""
+    model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.Param)
+    monkeypatch.delattr(nnx, "as_pure", raising=False)
+    for call in (
+        lambda: interop.swapped(model, optimizer).__enter__(),
+        lambda: interop.shadow_copy(model, optimizer),
+        lambda: interop.nnx_split(model, optimizer),
+        lambda: interop.nnx_update(model, optimizer, {}, {}),
+        lambda: interop.refresh_nnx_batch_stats(model, [jnp.ones((2, 1))]),
+    ):
+        refused(call, "flax.nnx.as_pure", "'flax>=0.12.7'", error=ImportError)

@@ -10,7 +10,7 @@ from flax import nnx
 import ema_optax
 from ema_optax import bema_params, metrics
 from ema_optax.placement import in_host_memory
-from tests import reference
+from tests import older, reference
 from tests.runs import drifting, follow
 
 
@@ -36,9 +36,10 @@ def test_decay_and_initial_weight(decay, kind, args, every):
     left = np.prod(betas[: steps - steps % every])
     np.testing.assert_allclose(found["decay"], betas[-1], rtol=2e-7)
     # Half an ulp of its logarithm is lost where that is rounded, and as much in the exp
-    # of a GPU, which first multiplies by log2 e: at a weight of 1e-30 8e-6 in all.
+    # of a GPU, which first multiplies by log2 e, and of a CPU with jax 0.7: at a weight
+    # of 1e-30 up to 1e-5 in all.
     ulp = np.spacing(np.float32(-np.log(left or 1)))
-    np.testing.assert_allclose(found["initial_weight"], left, rtol=max(3e-6, ulp))
+    np.testing.assert_allclose(found["initial_weight"], left, rtol=max(3e-6, 2 * ulp))
     weight = 1 - np.prod(betas[-every:])
     np.testing.assert_allclose(found["dead_zone"], 2.0**-24 / weight, rtol=1e-5)
 
@@ -92,6 +93,7 @@ def test_what_is_not_finite_is_counted_and_left_out():
         ({"shadow_sharding": in_host_memory()}, 2.0**-24 / 1e-4),
     ],
 )
+@older.in_host_memory_or_not
 def test_dead_zone_by_how_the_shadow_is_kept(options, zone):
     """float32 at .9999 stops 6e-4 away; stochastic rounding never does."""
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
@@ -210,6 +212,7 @@ def test_bema_beside_named_averages_and_parts():
 
 
 @pytest.mark.parametrize("transform", [ema_optax.ema_params(0.5), bema_params(every=1)])
+@older.needs_nnx
 def test_variables_of_nnx(transform):
     """Params as variables, as a State of arrays, and as a dict: the same figures."""
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))

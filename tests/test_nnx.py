@@ -9,9 +9,12 @@ from flax import nnx
 
 import ema_optax
 from ema_optax import checkpoint, interop, shadow_params
+from tests import older
 
 X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
 Y = np.random.default_rng(1).standard_normal((8, 2)).astype(np.float32)
+
+pytestmark = older.needs_nnx
 
 
 class Model(nnx.Module):

@@ -11,6 +11,7 @@ import pytest
 
 import ema_optax
 from ema_optax import checkpoint, shadow_params
+from tests import older
 
 DECAY = 0.5
 TARGET = np.random.default_rng(0).standard_normal(4).astype(np.float32)
@@ -126,6 +127,7 @@ def _noise(step, params):
 
 def test_multi_steps_inside_folds_once_per_real_update(tmp_path):
     """Of the params after every third micro-batch; outside it would fold at each."""
+    older.skip_without_one_array()
     optimizer = optax.MultiSteps(optax.chain(optax.adam(0.05), _average()), 3)
     path, states = _run(optimizer, jnp.zeros(4), _noise, 9)
     found = shadow_params(states[-1], path[-1])
@@ -198,6 +200,7 @@ def _x(state, params):
 
 def test_schedule_free_outside_averages_y(tmp_path):
     """The params are y, where gradients are taken; x is the average to evaluate."""
+    older.skip_without_one_array()
     optimizer = optax.chain(_schedule_free(optax.sgd(0.1)), _average())
     path, states = _run(optimizer, jnp.zeros(4), _quadratic, 20)
     found = shadow_params(states[-1], path[-1])

@@ -1,6 +1,7 @@
 """Small leaves in a few buffers: the same numbers, and nobody sees it."""
 
 import copy
+import functools
 import pickle
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ema_optax
 from ema_optax import checkpoint, packing, placement, shadow_params
+from tests.older import enable_x64
 from tests.same import assert_same
 
 DECAYS = {"fast": 0.5, "slow": ema_optax.constant(0.99)}
@@ -156,7 +158,7 @@ def test_a_donated_state_is_folded_in_place():
     params = make_params()
     optimizer = optax.chain(optax.sgd(0.1), pair()[1])
 
-    @jax.jit(donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state):
         zeros = jax.tree.map(jnp.zeros_like, params)
         updates, state = optimizer.update(zeros, state, params)
@@ -348,7 +350,7 @@ def test_what_needs_each_leaf_is_refused_by_name():
 @pytest.mark.parametrize("dtype", [None, "float64"])
 def test_mixed_float64(dtype):
     """Leaves of two widths in one tree."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = {
             "a": jnp.arange(4.0),
             "b": jnp.ones(3, jnp.float32),

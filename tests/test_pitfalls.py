@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import shadow_params
 from ema_optax.reconstruction import Snapshot, reconstruct
+from tests.older import enable_x64
 
 ODD = {
     "w": jnp.asarray([1.0, 2.0]),
@@ -400,7 +401,7 @@ def test_before_the_learning_rate_it_averages_something_else():
 
 def test_float64_params_keep_a_float64_shadow():
     """Under x64 the shadow and its weights are float64: exact to 1e-14."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         transform = ema_optax.ema_params(ema_optax.constant(0.99999))
         params = {"w": jnp.zeros(1, jnp.float64)}
         state = transform.init(params)

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import placement, shadow_params
 from ema_optax.placement import LeafSharding, host_groups, in_host_memory, over_axis
-from tests import launch
+from tests import launch, older
 
 P = PartitionSpec
 MESH = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
@@ -94,6 +95,8 @@ def by_path(path, param):
 )
 def test_what_may_be_given(given, head, body):
     """A sharding, a function, a tree of them, a prefix; None follows the param."""
+    if HOST in (head, body):
+        older.skip_without_host_memory()
     params = jax.device_put(PARAMS, EVERYWHERE)
     transform = ema_optax.ema_params({"a": 0.9, "b": 0.5}, shadow_sharding=given)
     state = transform.init(params)
@@ -183,6 +186,7 @@ def make_step(transform):
 @pytest.mark.parametrize("mesh", [None, "mesh"])
 def test_one_device_and_its_host(mesh, every):
     """The shadow is no longer on the device, and its numbers are the same."""
+    older.skip_without_host_memory()
     params = {"w": jnp.linspace(0.0, 1.0, 8), "n": jnp.int32(1)}
     place = in_host_memory()
     if mesh:
@@ -233,6 +237,7 @@ def test_shadows_leave_the_host_in_bounded_groups():
 @pytest.mark.parametrize("every", [1, 3])
 def test_groups_change_no_number(every, monkeypatch):
     """One loop a group, in one program; to the bit what one loop for all makes."""
+    older.skip_without_host_memory()
     params = {str(i): jnp.linspace(0, 1, 4 + i).astype("f4") for i in range(5)}
     ends = []
     for room, groups in ((2**25, 16), (4, 2**9)):  # all at once, and each alone
@@ -257,6 +262,7 @@ def test_groups_change_no_number(every, monkeypatch):
 
 def test_what_is_read_is_a_copy():
     """It outlives a step that donates the state, from the host as from the device."""
+    older.skip_without_host_memory()
     params = {"w": jnp.ones(4), "n": jnp.int32(1)}
     transform = ema_optax.ema_params(0.9, shadow_sharding=in_host_memory())
     state = transform.init(params)
@@ -269,9 +275,32 @@ def test_what_is_read_is_a_copy():
 
 def test_a_state_made_by_hand_is_folded_where_it_should_be():
     """Nothing recorded says where: what the transform was given does."""
+    older.skip_without_host_memory()
     params = {"w": jnp.ones(4)}
     transform = ema_optax.ema_params(0.9, shadow_sharding=in_host_memory())
     made = transform.init(params)
     state = ema_optax.EmaParamsState(made.count, made.shadow)
     _, state = transform.update(params, state, params)
     assert state.shadow["w"].sharding.memory_kind == "pinned_host"
+
+
+def test_what_is_not_kept_in_host_memory_is_said():
+    """The shadow is where compiled updates leave it; a CPU has no unpinned_host."""
+    params = {"w": jax.device_put(jnp.ones(4), jax.devices("cpu")[0])}
+    for kind in ("pinned_host", "unpinned_host"):
+        place = params["w"].sharding.with_memory_kind(kind)
+        transform = ema_optax.ema_params(0.9, shadow_sharding=place)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            state = transform.init(params)
+        updates = jax.tree.map(jnp.zeros_like, params)
+        _, after = jax.jit(transform.update)(updates, state, params)
+        kept = {x.shadow["w"].sharding.memory_kind for x in (state, after)}
+        if told:
+            assert (
+                f"stays in device memory: on CPUs, what this JAX {jax.__version__} "
+                in (str(told[0].message))
+            )
+            assert told[0].filename == __file__
+        assert kept == {"device" if told else kind}
+        assert told or kind == "pinned_host"

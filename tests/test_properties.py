@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 
 import ema_optax
 from ema_optax import checkpoint, fold, packing
+from tests import older
+from tests.older import enable_x64
 
 RAN: collections.Counter[str] = collections.Counter()  # examples, by what was tested
 
@@ -146,7 +148,7 @@ class Storage(NamedTuple):
         return "-".join(filter(None, self)) or "default"
 
     def x64(self):
-        return jax.enable_x64(self.shadow_dtype == "float64")
+        return enable_x64(self.shadow_dtype == "float64")
 
 
 STORAGES = [
@@ -471,6 +473,7 @@ def test_a_checkpoint_gives_back_every_bit(tree, case, seed):
     with case.storage.x64(), tempfile.TemporaryDirectory() as folder:
         params = jax.tree.map(jnp.asarray, filled(tree, rng, 1.0))
         assume(any(map(np.size, jax.tree.leaves(params))))  # something to save
+        assume(not isinstance(params, jax.Array) or older.takes_one_array())
         RAN["checkpoint"] += 1
         transform = case.transform()
         state = transform.init(params)

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import checkpoint
 from ema_optax.checkpoint import CorruptCheckpointError, leaves, targets
+from tests.older import enable_x64
 from tests.reads import watched
 
 P = PartitionSpec
@@ -167,7 +168,7 @@ def test_casts_are_those_of_jax(tmp_path, have, want, target):
     array = _odd_numbers(jnp.dtype(have))
     got = np.asarray(_restored(tmp_path, array, jnp.dtype(want), target))
     assert got.dtype == want
-    with jax.enable_x64(True):
+    with enable_x64(True):
         expected = np.asarray(jnp.asarray(array).astype(want))
     width = f"u{got.dtype.itemsize}"
     differ = got.view(width) != expected.view(width)

@@ -22,6 +22,7 @@ import pytest
 import ema_optax
 from ema_optax import checkpoint, cli, reconstruction
 from tests import reference, runs
+from tests.older import enable_x64
 
 STEPS, TRACKED = 400, (0.05, 0.10)
 HELD = runs.drifting(STEPS, 30)  # params after each update
@@ -224,7 +225,7 @@ def test_params_in_float64(tmp_path: Path, capsys: Any):
     Steps 2 and 3 hold the same shadow, of the fold at 2; params are the newer ones.
     """
     transform = ema_optax.ema_params(ema_optax.power(0.1), every=2)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = {"w": jnp.full(3, 1 / 3, jnp.float64), "n": jnp.int64(2**40)}
         state = transform.init(params)
         for step in (1, 2, 3):

@@ -37,6 +37,11 @@ def _state(decay=0.5, wrap=lambda t: t):
 )
 def test_found_anywhere(wrap):
     """In every kind of state that holds it, in the params' structure and dtypes."""
+    without = wrap(optax.identity())
+    try:
+        without.update(GRADS, without.init(PARAMS), PARAMS)
+    except TypeError:
+        pytest.skip("this Optax's MultiSteps takes no integer leaves")
     read = shadow_params(_state(wrap=wrap), PARAMS)
     assert jax.tree.structure(read) == jax.tree.structure(PARAMS)
     assert read["w"].dtype == jnp.bfloat16

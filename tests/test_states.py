@@ -15,6 +15,7 @@ from flax import nnx
 
 import ema_optax
 from ema_optax.placement import in_host_memory
+from tests import older
 
 PARAMS = {"w": jnp.ones(2)}
 TRANSFORMS = {
@@ -118,6 +119,7 @@ def test_decays_that_are_mixed_up_are_both_named():
         jax.lax.cond(True, lambda: one, lambda: other)
 
 
+@older.in_host_memory_or_not
 def test_where_shadows_live_is_kept_beside_the_record():
     """Compared and copied; what cannot be written is dropped, and found again."""
     transform = ema_optax.ema_params(0.9, shadow_sharding=in_host_memory())

@@ -10,7 +10,8 @@ from ema_optax.text import one_line
 # TensorStore's errors are ValueErrors that begin with absl's status and state the
 # system's; only those of INVALID_ARGUMENT, as of data that zstd refuses, state neither.
 _STATUS = re.compile(r"([A-Z_]+): ")
-_ERRNO = re.compile(r"\[os_error_code='(\d+)'\]")
+_ERRNO = re.compile(r"\[(?:os_error_code='|OS error )(\d+)")
+_OF_SYSTEM = re.compile(r"\[OS error \d+: \w+ ([^]]*)\]")  # as older versions have it
 # In any order: the status keeps them by hash.
 _DETAILS = re.compile(
     r" \[(?:tensorstore_spec|os_error_code|domain|transform|source locations)=.*", re.S
@@ -91,7 +92,7 @@ def as_cause(error: Exception, what: str = "") -> Exception:
     for known, causes, its_advice in _CAUSES:
         if cause in causes:
             kind, advice = known, its_advice
-    said = one_line(_DETAILS.sub("", text), None).rstrip(".")
+    said = one_line(_DETAILS.sub("", _OF_SYSTEM.sub(r"\1", text)), None).rstrip(".")
     if len(said) > 300:  # TensorStore's begin with the paths, and end with the cause
         said = f"{said[:100]} … {said[-200:]}"
     return kind(f"{what}{': ' if what else ''}{said}. {advice}")

@@ -7,8 +7,9 @@ snapshot has that one alone.
 """
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -32,6 +33,7 @@ from ema_optax.checkpoint.manifest import PARAMS, STATE
 from ema_optax.checkpoint.paths import check_store
 from ema_optax.checkpoint.processes import gathered, together
 from ema_optax.checkpoint.step import Step, is_key
+from ema_optax.text import one_line
 
 # Tree → path → what this process writes of that leaf.
 Parts: TypeAlias = dict[str, dict[str, checksums.HostParts]]
@@ -69,7 +71,8 @@ async def start_save(
     async def start(folder: epath.Path, tree: Any) -> Sequence[Future]:
         gated = cast(Any, GatedFolder(folder, gate))
         # Copies the arrays to the host before it returns.
-        return await handler.async_save(gated, args=_save_args(tree)) or []
+        with _one_array_explained(tree):
+            return await handler.async_save(gated, args=_save_args(tree)) or []
 
     parts: Parts = {}
     views = None
@@ -112,7 +115,8 @@ def save_now(
     beside = _beside(step)
     with together(OSError(f"{item} is not saved: {ELSEWHERE}")):
         if PARAMS in step.trees:
-            handler.save(item, args=_save_args(step.trees[PARAMS]))
+            with _one_array_explained(step.trees[PARAMS]):
+                handler.save(item, args=_save_args(step.trees[PARAMS]))
         if beside:
             handler.save(item / manifest.FOLDER, args=_save_args(beside))
         parts = _host_parts(step)
@@ -163,6 +167,21 @@ def finalize(item: epath.Path, handler: ocp.PyTreeCheckpointHandler) -> None:
     for folder in (item, item / manifest.FOLDER):
         if any(folder.glob("ocdbt.process_*")):
             handler.finalize(folder)
+
+
+@contextlib.contextmanager
+def _one_array_explained(tree: optax.Params) -> Iterator[None]:
+    """Says what helps where Orbax takes params that are one array for none."""
+    try:
+        yield
+    except ValueError as error:  # of its truth
+        if not isinstance(tree, (jax.Array, np.ndarray)):
+            raise
+        raise ValueError(
+            "This version of Orbax does not save params that are one bare array "
+            f"({one_line(error)}). Newer ones do: pip install -U orbax-checkpoint. Or "
+            "train them in a dict, such as {'w': array}."
+        ) from error
 
 
 def _save_args(tree: optax.Params) -> ocp.args.PyTreeSave:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from orbax.checkpoint.metadata import ShardingMetadata
 
 from ema_optax import placement
@@ -50,8 +50,8 @@ class Target:
                 f"{self.sharding} has no devices. Pass concrete params, whose mesh it "
                 "is then taken to be, or call inside jax.set_mesh(mesh)."
             )
-        check: Any = self.sharding  # whose stubs lack what all shardings have
-        check.check_compatible_aval(tuple(shape))
+        if isinstance(self.sharding, NamedSharding):  # others split no dimension
+            self.sharding.check_compatible_aval(tuple(shape))
         indices = self.sharding.addressable_devices_indices_map(tuple(shape))
         if self.is_key:
             return [whole(shape)]

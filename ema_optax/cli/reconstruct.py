@@ -126,8 +126,18 @@ def _run(args: argparse.Namespace) -> int:
     missing = [name for name, value in given.items() if value is None]
     if missing and not args.dry_run:
         args.wrong(f"needs {' and '.join(missing)}, or --dry-run")
-    with jax.enable_x64(True), _warnings_as_lines():  # for runs that had it
+    with _in_64_bits(), _warnings_as_lines():  # for runs that had it
         return _do(args)
+
+
+@contextlib.contextmanager
+def _in_64_bits() -> Iterator[None]:
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def _do(args: argparse.Namespace) -> int:

@@ -285,6 +285,7 @@ def refresh_nnx_batch_stats(
             f"refresh_nnx_batch_stats needs an nnx.Module, got {type(model).__name__}. "
             "For Linen, call refresh_batch_stats(apply_fn, variables, batches)."
         )
+    _check_flax()
     running = _copied(model)
     running.set_attributes(
         use_running_average=False, deterministic=True, raise_if_not_found=False
@@ -361,9 +362,23 @@ def _differ(before: object, after: object) -> bool:
     return bool(np.any(np.asarray(before) != np.asarray(after)))
 
 
+def _check_flax() -> None:
+    """Refuses a Flax that cannot do this, before anything of a module is touched."""
+    from flax import nnx
+
+    if not hasattr(nnx, "as_pure"):
+        raise ImportError(
+            "The functions for NNX modules need flax.nnx.as_pure, which Flax has from "
+            "0.12.7 on: pip install 'flax>=0.12.7', which needs jax 0.10. With an "
+            "older one keep params and optimizer state yourself, from "
+            "nnx.split(model, nnx.Param), and call shadow_params(opt_state, params)."
+        )
+
+
 def _check(model: object, optimizer: object) -> None:
     from flax import nnx
 
+    _check_flax()
     if not isinstance(model, nnx.Module) or not isinstance(optimizer, nnx.Optimizer):
         raise TypeError(
             "This takes an nnx.Module and its nnx.Optimizer, got "
