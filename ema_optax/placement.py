@@ -1,7 +1,6 @@
 """Shardings of shadows: over devices other than the params', or in host memory."""
 
-import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
@@ -24,11 +23,6 @@ __all__ = ["in_host_memory", "over_axis"]
 
 # From the path of a param, such as "encoder/kernel", and its shape, dtype and sharding.
 ShardingRule: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
-
-
-# Bytes that are on a device at once on their way from the host's memory and back.
-_TOGETHER = 2**25
-_GROUPS = 16  # where that would be more: each is a loop to compile and to begin
 
 
 class LeafSharding(NamedTuple):
@@ -244,48 +238,6 @@ def put_on_device(array: jax.Array, sharding: LeafSharding | None) -> jax.Array:
     if sharding is None:
         return array
     return _put(array, sharding.shadow.with_memory_kind("device"))
-
-
-def host_groups(
-    arrays: Mapping[int, jax.Array], shardings: Mapping[int, LeafSharding | None]
-) -> list[list[int]]:
-    """Lists the arrays in the host's memory, in groups that are fetched together.
-
-    Args:
-        arrays: Shadows by number.
-        shardings: For each number that of the shadow and its param.
-
-    Returns:
-        Groups of numbers: each of at most 32 MiB on a device, or a 16th of all that
-        is there, or one larger array.
-    """
-    sizes: dict[int, int] = {}
-    for n, array in arrays.items():
-        sharding = shardings[n]
-        if sharding is not None and sharding.shadow.memory_kind == "pinned_host":
-            shape = sharding.shadow.shard_shape(array.shape)
-            sizes[n] = math.prod(shape) * array.dtype.itemsize
-    most = max(_TOGETHER, sum(sizes.values()) // _GROUPS)
-    groups: list[list[int]] = []
-    room = 0
-    for n, size in sizes.items():
-        if size > room:
-            groups.append([])
-            room = most
-        groups[-1].append(n)
-        room -= size
-    return groups
-
-
-def is_by_row(array: jax.Array, sharding: LeafSharding | None) -> bool:
-    """Returns whether what a device holds of an array is stored row by row everywhere.
-
-    TPUs store rows in tiles of 128, and transpose an array where that pads less. A loop
-    over an array in device memory would have it transposed back, and that in the host's
-    memory as well: 2.8 trees for 1.0.
-    """
-    shape = sharding.shadow.shard_shape(array.shape) if sharding else array.shape
-    return len(shape) < 2 or shape[-1] % 128 == 0
 
 
 def put_as_param(array: Any, sharding: LeafSharding | None) -> jax.Array:

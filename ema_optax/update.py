@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from ema_optax import due, fold, packing, placement, trees
+from ema_optax import due, fold, packing, placement, transfers, trees
 from ema_optax.text import brief, structural
 
 
@@ -71,7 +71,7 @@ def fold_update(
         folded = {}
         if in_place is not None:  # over what was fetched, or the device holds it twice
             rows = {
-                n: s for n, s in held.items() if placement.is_by_row(s, sharding[n])
+                n: s for n, s in held.items() if transfers.is_by_row(s, sharding[n])
             }
             held = {n: s for n, s in held.items() if n not in rows}
             folded = due.where_due(fold_all, in_place, rows, given)
@@ -82,7 +82,7 @@ def fold_update(
     is_due = count > 0 if every == 1 else count % every == 0
     weights = [fold.split_weight(weight(count)) for weight in newest_weights]
     given = weights, fold.fold_seeds(count, len(parts)), new
-    groups = placement.host_groups(arrays, sharding)
+    groups = transfers.host_groups(arrays, sharding)
     in_host = {n: arrays.pop(n) for group in groups for n in group}
     if every == 1:
         arrays = fold_there(arrays, (None, *given))

@@ -9,6 +9,7 @@ import pytest
 import ema_optax
 from ema_optax import metrics, shadow_params
 from ema_optax.placement import in_host_memory
+from tests import older
 
 BETA = 0.75
 DTYPES = {
@@ -46,6 +47,7 @@ def test_gradients_pass_the_rounding_straight_through(options, folds):
     np.testing.assert_allclose(state.shadow["w"], expected, rtol=3e-2)
 
 
+@older.in_host_memory_or_not
 @pytest.mark.parametrize("host", [False, True])
 @pytest.mark.parametrize("every", [1, 2])
 def test_derivatives_pass_where_a_fold_is_due(every, host):

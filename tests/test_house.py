@@ -41,7 +41,8 @@ HOUSE = {
     "mistaken": {"locating", "trees"},
     "decays": {"decay", "power_profiles", "schedule"},
     "states": {"decay", "placement"},
-    "update": {"due", "fold", "packing", "placement", "trees"},
+    "transfers": {"placement"},
+    "update": {"due", "fold", "packing", "placement", "transfers", "trees"},
     "average": {"decay", "states"},
     "averaging": {
         "decay",

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import ema_optax
-from ema_optax import placement, shadow_params
-from ema_optax.placement import LeafSharding, host_groups, in_host_memory, over_axis
+from ema_optax import shadow_params, transfers
+from ema_optax.placement import LeafSharding, in_host_memory, over_axis
+from ema_optax.transfers import host_groups
 from tests import launch, older
 
 P = PartitionSpec
@@ -241,8 +242,8 @@ def test_groups_change_no_number(every, monkeypatch):
     params = {str(i): jnp.linspace(0, 1, 4 + i).astype("f4") for i in range(5)}
     ends = []
     for room, groups in ((2**25, 16), (4, 2**9)):  # all at once, and each alone
-        monkeypatch.setattr(placement, "_TOGETHER", room)
-        monkeypatch.setattr(placement, "_GROUPS", groups)
+        monkeypatch.setattr(transfers, "_TOGETHER", room)
+        monkeypatch.setattr(transfers, "_GROUPS", groups)
         transform = ema_optax.ema_params(
             {"a": 0.9, "b": 0.99},
             every=every,
