@@ -74,8 +74,10 @@ the figures are read from the programs. `python benchmarks/tpu.py` makes them an
   hand. Two shadows are a kernel each, and the second reads the params again.
 - `every`: where a fold is due, and where none is. The trees of the latter are
   params that XLA fetches into VMEM for a fold before it knows that none is due.
-- In host memory a shadow is fetched into HBM, folded there and put back: 4 trees, where
-  by way of VMEM alone there would be none.
+- In host memory a shadow is fetched into HBM, folded there and put back, group by
+  group: 4 trees, and one of new params that are read for it; where none is due, some
+  that are fetched into VMEM. In FSDP over 8 chips most parts are narrower than a tile
+  of 128 columns; XLA stores them transposed, and they are not folded in place.
 - `overwrite_every` with `over_axis` gathers the shadow where it is due. Where it is
   not, the conditional still has XLA write all updates to HBM and read them again.
 - `training` is a whole step: forward and backward pass in bfloat16, and the
