@@ -1,5 +1,7 @@
 """An average inside an optimizer state: what it is, and how it is read."""
 
+# pyright: strict, reportMissingTypeStubs=false
+
 import abc
 import dataclasses
 from typing import ClassVar

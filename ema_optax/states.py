@@ -1,5 +1,7 @@
 """The states of averages: plain pytrees, with a static record of what made them."""
 
+# pyright: strict, reportMissingTypeStubs=false
+
 import functools
 import json
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """In which groups shadows come from the host's memory to the device and go back."""
 
+# pyright: strict
+
 import math
 from collections.abc import Mapping
 

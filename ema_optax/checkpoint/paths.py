@@ -1,5 +1,7 @@
 """The folders that checkpoints lie in: on a disk, or a URL of a bucket."""
 
+# pyright: strict, reportMissingTypeStubs=false
+
 import re
 
 from etils import epath

@@ -1,5 +1,7 @@
 """Names the step to go back to, where one is damaged."""
 
+# pyright: strict, reportMissingTypeStubs=false
+
 from etils import epath
 
 from ema_optax.checkpoint.errors import CorruptCheckpointError

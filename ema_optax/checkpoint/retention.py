@@ -1,5 +1,7 @@
 """Which snapshots of a run are kept: a retention for Orbax's CheckpointManager."""
 
+# pyright: strict, reportMissingTypeStubs=false
+
 import dataclasses
 import itertools
 import math

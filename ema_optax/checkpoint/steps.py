@@ -1,5 +1,7 @@
 """Finds the steps of a directory, and the item of ours in each."""
 
+# pyright: strict, reportMissingTypeStubs=false
+
 import functools
 import json
 import re
