@@ -1,13 +1,14 @@
 """The time of a GPU, as the benchmarks read it from a profile."""
 
 import gzip
-import importlib.util
 import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
+
+from tests import scripts
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "device_time.py"
 
@@ -18,10 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def device_time():
-    spec = importlib.util.spec_from_file_location("device_time", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(SCRIPT)
 
 
 def _name(kind, pid, name, tid=0):

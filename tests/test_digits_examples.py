@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ema_optax import checkpoint
+from tests import scripts
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 NAMES = ["digits_nnx", "digits_linen"]
@@ -26,11 +27,7 @@ pytestmark = [
 
 @pytest.fixture(params=NAMES)
 def example(request):
-    path = EXAMPLES / f"{request.param}.py"
-    spec = importlib.util.spec_from_file_location(request.param, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(EXAMPLES / f"{request.param}.py")
 
 
 def test_a_run_that_stopped_goes_on(example, tmp_path):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import reference
+from tests import reference, scripts
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "byol_digits.py"
 STEPS = 120
@@ -24,10 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def byol():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 import ema_optax
 from ema_optax import checkpoint
-from tests import launch
+from tests import launch, scripts
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "many_hosts.py"
 
@@ -22,10 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("many_hosts_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.loaded(SCRIPT)
 
 
 def _start(*arguments):

@@ -1,16 +1,15 @@
 """Reading what a TPU program does: small programs whose traffic is known by hand."""
 
-import importlib.util
 import pathlib
 
 import pytest
 
+from tests import scripts
+
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "tpu_programs.py"
 if not SCRIPT.exists():
     pytest.skip("no benchmarks beside these tests", allow_module_level=True)
-spec = importlib.util.spec_from_file_location("tpu_programs", SCRIPT)
-tpu_programs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tpu_programs)
+tpu_programs = scripts.loaded(SCRIPT)
 
 FUSED = """
 %fused (p.0: f32[8,128], p.1: f32[8,128]) -> f32[8,128] {
