@@ -1,15 +1,12 @@
 """What is done to arrays only where it is due, and leaves them in place elsewhere."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-
-Arrays: TypeAlias = Mapping[int, jax.Array]
-Held = TypeVar("Held", bound=Arrays)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -24,7 +21,7 @@ def where_due(
 
     Args:
         change: Uses nothing traced but its arguments, or there were no derivatives.
-        due: bool[].
+        due: bool[]. If XLA knew it, it would unroll the loop.
         held: Arrays, which `change` returns in the same shapes, dtypes and memories.
         operands: Other arrays that `change` needs.
     """
@@ -50,30 +47,3 @@ def _derivative(
         return jax.lax.cond(due, change, lambda held, _: held, held, operands)
 
     return where_due(change, *primals), jax.jvp(either, primals, tangents)[1]
-
-
-def in_turn(
-    change: Callable[[Any, Any], Any],
-    due: jax.Array,
-    held: Mapping[int, jax.Array],
-    operands: Any,
-    groups: Iterable[Iterable[int]],
-) -> dict[int, jax.Array]:
-    """Does as `where_due`, one group of arrays after the other.
-
-    Each group has a loop of its own, which XLA does not reorder. In straight code it
-    fetches all arrays from the host's memory first, and the device holds the whole tree
-    for a moment. One loop around them all would have TPUs transpose the narrow ones.
-
-    Args:
-        change: As for `where_due`, of the arrays of a group.
-        due: bool[]. If XLA knew it, it would unroll the loops.
-        held: Arrays by number.
-        operands: As for `where_due`.
-        groups: The numbers of each group.
-    """
-    changed = dict(held)
-    for numbers in groups:
-        group = {n: held[n] for n in numbers}
-        changed |= where_due(change, due, group, operands)
-    return changed

@@ -152,6 +152,7 @@ def leaf_shardings(
     wanted = _for_each(params, shadow_sharding, "shadow_sharding", (Sharding, Callable))
     known = _for_each(params, params_sharding, "params_sharding", Sharding)
     shardings: list[LeafSharding | None] = []
+    lost: list[str | None] = []
     for leaf, path, shadow, param in zip(leaves, paths, wanted, known, strict=True):
         if trees.is_placeholder(leaf) or shadow is None:
             shardings.append(None)
@@ -171,16 +172,13 @@ def leaf_shardings(
                 raise _no_sharding(
                     f"shadow_sharding gave {_shown(shadow)} for '{path}'"
                 )
+        if shadow and not memories.is_kept(shadow.memory_kind, _platform(shadow)):
+            lost.append(shadow.memory_kind)
+            shadow = shadow.with_memory_kind("device")
         shardings.append(shadow and LeafSharding(shadow, param))
-    lost = [each.shadow for each in shardings if each and _is_lost(each.shadow)]
     if lost:
-        memories.warn_of(shadow.memory_kind for shadow in lost)
-    return tuple(
-        each._replace(shadow=each.shadow.with_memory_kind("device"))
-        if each and _is_lost(each.shadow)
-        else each
-        for each in shardings
-    )
+        memories.warn_of(lost)
+    return tuple(shardings)
 
 
 def replicated_on(
@@ -343,10 +341,6 @@ def _platform(sharding: Sharding | None) -> str:
     if sharding is None or is_abstract(sharding):
         return jax.default_backend()
     return next(iter(sharding.device_set)).platform
-
-
-def _is_lost(shadow: Sharding) -> bool:
-    return not memories.is_kept(shadow.memory_kind, _platform(shadow))
 
 
 def _is_explicit(sharding: Sharding) -> TypeGuard[NamedSharding]:
