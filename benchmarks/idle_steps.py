@@ -29,7 +29,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax.placement import in_host_memory, over_axis
 
-NEVER = 10**6
+NEVER = 1000
 TWO = {"a": 0.999, "b": 0.9999}
 
 
