@@ -5,8 +5,11 @@ TensorFlow is large: `.ci/run` runs this file in an environment of its own. Else
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pytest
 
 import ema_optax
 from ema_optax import checkpoint, cli, interop
+from tests import bucket as buckets
 
 tf = pytest.importorskip(
     "tensorflow", reason="needs ema-optax[tensorflow]; a stage of .ci/run has it"
@@ -371,3 +375,32 @@ def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["import-tf", out, "--out", out]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "no file in it ends in .index" in line
+
+
+@pytest.mark.skipif(buckets.binary() is None, reason="needs a server of buckets")
+def test_into_a_bucket(run: Run, tmp_path: Path):
+    """The command writes the same bits as on a disk, and nothing else anywhere."""
+    local, work = tmp_path / "local", tmp_path / "work"
+    work.mkdir()
+    assert cli.main(["import-tf", run.prefix, "--out", str(local), "--json"]) == 0
+    with buckets.running(tmp_path / "server") as bucket:
+        environment = os.environ | bucket.environment | {"JAX_PLATFORMS": "cpu"}
+        for command in (
+            ["import-tf", run.prefix, "--out", f"{bucket.url}/old", "--json"],
+            ["inspect", f"{bucket.url}/old", "--verify", "--json"],
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", "ema_optax", *command],
+                cwd=work,
+                env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 0, done.stderr
+        copy = tmp_path / "copy"
+        shutil.copytree(bucket.root / bucket.name / "old", copy)
+    assert list(work.iterdir()) == []
+    for tree in ("params", "shadow"):
+        ours, theirs = (checkpoint.restore(at, tree) for at in (copy, local))
+        assert jax.tree.map(bits, ours) == jax.tree.map(bits, theirs)
