@@ -81,7 +81,12 @@ the figures are read from the programs. `python benchmarks/tpu.py` makes them an
 - `overwrite_every` with `over_axis` gathers the shadow where it is due. Where it is
   not, the conditional still has XLA write all updates to HBM and read them again.
 - `training` is a whole step: forward and backward pass in bfloat16, and the
-  optimizer."""
+  optimizer.
+- Compiling the step for v5e took 12.7 s of a processor for Adam and 15.1 with an
+  average; 24.5 with every=10, which has a second kernel for each leaf; 37.8 for
+  bfloat16 and 46.5 for stochastic float32. Of these two 13 and 14 s are the hash that
+  decides the rounding, and most of the rest the bits that are put together from it: they
+  have half as many instructions again in each kernel."""
 
 
 class Row(NamedTuple):
