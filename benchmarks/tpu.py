@@ -85,8 +85,8 @@ the figures are read from the programs. `python benchmarks/tpu.py` makes them an
 - Compiling the step for v5e took 12.7 s of a processor for Adam and 15.1 with an
   average; 24.5 with every=10, which has a second kernel for each leaf; 37.8 for
   bfloat16 and 46.5 for stochastic float32. Of these two 13 and 14 s are the hash that
-  decides the rounding, and most of the rest the bits that are put together from it: they
-  have half as many instructions again in each kernel."""
+  decides the rounding, and most of the rest what puts the bits together: they have half
+  as many instructions again in each kernel."""
 
 
 class Row(NamedTuple):

@@ -93,7 +93,7 @@ def over_axis(axis: str) -> ShardingRule:
     return rule
 
 
-def in_host_memory(place: ShardingRule | None = None) -> ShardingRule:
+def in_host_memory(place: ShardingRule | Sharding | None = None) -> ShardingRule:
     """Keeps each shadow in the host's memory, so that it takes none of the device's.
 
     A fold fetches it and puts it back inside jit, some leaves at a time: 32 MiB or a
@@ -106,11 +106,15 @@ def in_host_memory(place: ShardingRule | None = None) -> ShardingRule:
     state together, and return them first, in the order in which they come.
 
     Args:
-        place: The sharding over devices, such as `over_axis("data")`: each device's
-            part then lies in its host. None is that of the param.
+        place: The sharding over devices, or a function of path and param that returns
+            it, such as `over_axis("data")`: each device's part then lies in its host.
+            None is that of the param.
 
     Returns:
         For `ema_params(..., shadow_sharding=in_host_memory(), every=16)`.
+
+    Raises:
+        TypeError: If `place` is none of these.
 
     >>> place = in_host_memory()
     >>> device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -118,9 +122,17 @@ def in_host_memory(place: ShardingRule | None = None) -> ShardingRule:
     >>> place("bias", param).memory_kind
     'pinned_host'
     """
+    if not (place is None or isinstance(place, Sharding) or callable(place)):
+        raise TypeError(
+            f"in_host_memory takes a sharding over devices, or a function of path and "
+            f"param such as over_axis('data'); got {brief(place)}."
+        )
 
     def pinned(path: str, param: jax.ShapeDtypeStruct) -> Sharding | None:
-        sharding = (place(path, param) if place else None) or param.sharding
+        found = place(path, param) if callable(place) else place
+        sharding = param.sharding if found is None else found
+        if not isinstance(sharding, Sharding | None):
+            raise _no_sharding(f"in_host_memory(place) gave {_shown(found)}")
         return sharding and sharding.with_memory_kind("pinned_host")
 
     return pinned

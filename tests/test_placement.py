@@ -68,6 +68,8 @@ def test_over_axis_keeps_the_memory_of_the_param():
     host = in_host_memory(over_axis("data"))("w", param)
     assert host == NamedSharding(mesh, P("data"), memory_kind="pinned_host")
     assert in_host_memory(lambda path, param: None)("w", param) == pinned
+    rows = NamedSharding(mesh, P("data"))
+    assert in_host_memory(rows)("w", param) == host
 
 
 PARAMS = {"head": {"w": jnp.ones((4, 2))}, "body": [jnp.ones(3), jnp.int32(2)]}
@@ -152,6 +154,10 @@ def test_the_sharding_of_the_params_may_be_given():
             {"shadow_sharding": ROWS, "params_sharding": over_axis("data")},
             "params_sharding holds the function rule",
         ),
+        (
+            {"shadow_sharding": in_host_memory(lambda path, param: P("data"))},
+            r"in_host_memory\(place\) gave P.*NamedSharding\(mesh, ",
+        ),
     ],
 )
 def test_what_cannot_be_given_is_named(options, wrong):
@@ -159,6 +165,13 @@ def test_what_cannot_be_given_is_named(options, wrong):
     params = jax.device_put(PARAMS, EVERYWHERE)
     with pytest.raises((ValueError, TypeError), match=wrong):
         ema_optax.ema_params(0.9, **options).init(params)
+
+
+@pytest.mark.parametrize("place", ["data", P("data"), 3])
+def test_a_place_in_the_host_that_is_none(place):
+    """It is refused where it is given, not at the first leaf."""
+    with pytest.raises(TypeError, match=r"such as over_axis\('data'\); got "):
+        in_host_memory(place)
 
 
 def test_params_that_are_on_no_mesh():
