@@ -377,6 +377,29 @@ def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no file in it ends in .index" in line
 
 
+def test_a_dry_run(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It tells the same as the import, and writes nothing."""
+    out = tmp_path / "out"
+    command = ["import-tf", run.prefix, "--out", str(out), "--json"]
+    assert cli.main([*command, "--dry-run"]) == 0
+    dry = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    assert cli.main(command) == 0
+    assert json.loads(capsys.readouterr().out) == dry
+    assert cli.main([*command[:-1], "--dry-run"]) == 0
+    assert f"step {STEPS}, not written\n" in capsys.readouterr().out
+
+
+def test_the_variables_read_are_reported(run: Run, tmp_path: Path):
+    """Params and shadows are counted as they are read."""
+    seen: list[tuple[int, int]] = []
+    done = interop.import_tensorflow(
+        run.prefix, tmp_path, progress=lambda *of: seen.append(of)
+    )
+    total = 2 * len(done.averaged) + len(done.raw)
+    assert seen == [(n, total) for n in range(1, total + 1)]
+
+
 @pytest.mark.skipif(buckets.binary() is None, reason="needs a server of buckets")
 def test_into_a_bucket(run: Run, tmp_path: Path):
     """The command writes the same bits as on a disk, and nothing else anywhere."""

@@ -78,6 +78,11 @@ def add(commands: parsing.Commands) -> None:
         help="that the averages were made in, where a variable has several",
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list what would become of each variable, and write nothing",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
         help="print what was brought as JSON; needs no rich",
@@ -99,11 +104,13 @@ def _run(args: argparse.Namespace) -> int:
         decay=args.decay[1] if args.decay else None,
         average=args.average,
         scope=args.scope,
+        dry_run=args.dry_run,
+        progress=False if args.json else None,
     )
     if args.json:
         parsing.print_json(dataclasses.asdict(done))
     else:
-        _print(done)
+        _print(done, written=not args.dry_run)
     return 0
 
 
@@ -124,13 +131,13 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
-def _print(done: "Imported") -> None:
+def _print(done: "Imported", *, written: bool) -> None:
     from ema_optax.cli import tables
 
     parsing.print_lines(
         {
             "From": done.source,
-            "To": f"{done.path}, step {done.step}",
+            "To": f"{done.path}, step {done.step}{'' if written else ', not written'}",
             "Averaged": f"{len(done.averaged):,} params with a shadow",
             "Scopes": ", ".join(filter(None, done.scopes)) or None,
         }

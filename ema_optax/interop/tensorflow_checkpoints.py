@@ -1,18 +1,20 @@
 """Import: a TensorFlow checkpoint with averages becomes one of ours."""
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from ema_optax import checkpoint, extras, text, trees
+from ema_optax import arguments, checkpoint, extras, text, trees
 from ema_optax.decay import Decay
 from ema_optax.interop.tensorflow_names import Variable, roles
+from ema_optax.progress import Progress, tracked
 
 AVERAGE = "ExponentialMovingAverage"
 
@@ -54,6 +56,8 @@ def import_tensorflow(
     decay: Decay | None = None,
     average: str = AVERAGE,
     scope: str | None = None,
+    dry_run: bool = False,
+    progress: Progress = None,
 ) -> Imported:
     """Turn a TensorFlow checkpoint with averages into one of ours.
 
@@ -78,6 +82,9 @@ def import_tensorflow(
         average: Last part of the names of the averages.
         scope: The `variable_scope` that the averages were made in, `""` for none; None
             for any. Needed only where a variable has an average in each of several.
+        dry_run: Whether to read the names and the step alone, and write nothing.
+        progress: Whether to draw a bar on stderr: None on terminals, where rich is
+            installed. Or a function of the variables read and of all.
 
     Raises:
         FileExistsError: If the step is in `out` already; nothing is overwritten.
@@ -91,31 +98,46 @@ def import_tensorflow(
         interop.import_tensorflow("old_run", "imported", decay=ema_optax.warmup(0.9999))
         params = checkpoint.restore("imported", "shadow", like=abstract_params)
     """
+    dry_run = arguments.flag(dry_run, "dry_run")
     tf = _tensorflow()
     prefix = _prefix(tf, os.path.expanduser(os.fspath(source)))
     with _Reader(tf, prefix) as reader:
         found = roles(reader.variables(), average, prefix, scope)
         number = _number(found.step, reader, step, prefix)
-        params = {path: reader.read(v) for path, v in found.params.items()}
-        shadow = {path: reader.read(v) for path, v in found.shadow.items()}
-    checkpoint.save_average(
-        out,
-        trees.nested(shadow),
-        params=trees.nested(params),
-        step=number,
-        decay=decay,
-        extra={"imported_from": f"TensorFlow checkpoint {os.path.basename(prefix)}"},
-    )
+        if not dry_run:
+            params, shadow = _values(reader, (found.params, found.shadow), progress)
+    if not dry_run:
+        origin = f"TensorFlow checkpoint {os.path.basename(prefix)}"
+        checkpoint.save_average(
+            out,
+            trees.nested(shadow),
+            params=trees.nested(params),
+            step=number,
+            decay=decay,
+            extra={"imported_from": origin},
+        )
     return Imported(
         source=prefix,
         path=str(out),
         step=number,
         averaged=tuple(found.shadow),
-        raw=tuple(path for path in params if path not in shadow),
+        raw=tuple(path for path in found.params if path not in found.shadow),
         left_out=found.left_out,
         moved={v.name: path for path, v in found.params.items() if path != v.name},
         scopes=found.scopes,
     )
+
+
+def _values(
+    reader: "_Reader", groups: Sequence[Mapping[str, Variable]], progress: Progress
+) -> list[dict[str, np.ndarray]]:
+    """Reads the variables of each group."""
+    pairs = [(n, *each) for n, group in enumerate(groups) for each in group.items()]
+    values: list[dict[str, np.ndarray]] = [{} for _ in groups]
+    with contextlib.closing(tracked(pairs, "variables", progress)) as each:
+        for n, path, variable in each:
+            values[n][path] = reader.read(variable)
+    return values
 
 
 def _tensorflow() -> ModuleType:
