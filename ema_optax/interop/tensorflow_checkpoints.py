@@ -104,9 +104,10 @@ def import_tensorflow(
     with _Reader(tf, prefix) as reader:
         found = roles(reader.variables(), average, prefix, scope)
         number = _number(found.step, reader, step, prefix)
-        if not dry_run:
-            params, shadow = _values(reader, (found.params, found.shadow), progress)
-    if not dry_run:
+        groups = () if dry_run else (found.params, found.shadow)
+        values = _values(reader, groups, progress)
+    if values:
+        params, shadow = values
         origin = f"TensorFlow checkpoint {os.path.basename(prefix)}"
         checkpoint.save_average(
             out,
