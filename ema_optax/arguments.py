@@ -132,6 +132,29 @@ def numbers(value: object, name: str) -> np.ndarray:
     raise TypeError(f"{name} must be numbers, got {brief(value)}.")
 
 
+def ascending(value: object, name: str) -> np.ndarray:
+    """Returns steps, at least one, as integers.
+
+    Raises:
+        ValueError: If they are not ascending whole numbers ≥ 0.
+
+    >>> ascending([100, 200], "steps")
+    array([100, 200])
+    """
+    steps = np.asarray(value)
+    if (
+        steps.ndim != 1
+        or not steps.size
+        or not np.issubdtype(steps.dtype, np.integer)
+        or steps[0] < 0
+        or np.any(np.diff(steps) <= 0)
+    ):
+        raise ValueError(
+            f"{name} must be ascending whole numbers ≥ 0, got {brief(value)}."
+        )
+    return steps
+
+
 def one_number(value: object, name: str) -> None:
     """Refuses what is not one number, Python's or that of an array, traced or not.
 

@@ -58,6 +58,7 @@ HOUSE = {
     "derived_decays": {"decay", "decays"},
     "profiles": {"decays"},
     "reconstruction": {
+        "decay",
         "decays",
         "placement",
         "power_profiles",
@@ -229,7 +230,7 @@ ROOMS = {
         },
     },
     "cli": {
-        "average_files": {"averages"},
+        "average_files": {"averages", "output_folders"},
         "averages": {"parsing"},
         "completion": {"parsing"},
         "decay_text": set(),
@@ -239,11 +240,15 @@ ROOMS = {
         "import_tf": {"decay_text", "parsing", "tables"},
         "inspect": {"description", "parsing"},
         "interrupts": set(),
+        "merge": {"merge_schedules", "output_folders", "parsing", "wide"},
+        "merge_schedules": {"decay_text", "parsing"},
+        "output_folders": set(),
         "parsing": set(),
         "profile": {"decay_text", "parsing", "sketch"},
-        "reconstruct": {"average_files", "averages", "parsing"},
+        "reconstruct": {"average_files", "averages", "parsing", "wide"},
         "sketch": set(),
         "tables": set(),
+        "wide": set(),
     },
     "interop": {
         "batch_stats": set(),
@@ -264,13 +269,17 @@ ROOMS = {
         "merging": {"slots", "sums"},
         "planning": {"projection", "widths"},
         "projection": set(),
+        "schedules": {"merging"},
         "slots": {"sums"},
         "sums": set(),
         "widths": {"projection", "slots", "sums"},
     },
 }
 # Files that other rooms may import too; of the others, only what `__init__` has.
-OPEN = {"checkpoint": {"paths", "steps", "storage"}, "reconstruction": {"projection"}}
+OPEN = {
+    "checkpoint": {"paths", "steps", "storage"},
+    "reconstruction": {"projection", "schedules"},
+}
 
 LONGEST = 400  # lines of a file
 

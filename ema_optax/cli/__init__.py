@@ -16,6 +16,7 @@ from ema_optax.cli import (
     import_tf,
     inspect,
     interrupts,
+    merge,
     parsing,
     profile,
     reconstruct,
@@ -82,7 +83,7 @@ def _parser() -> parsing.Parser:
     version = f"%(prog)s {ema_optax.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, export, import_tf, inspect, profile, reconstruct):
+    for command in (demo, export, import_tf, inspect, merge, profile, reconstruct):
         command.add(commands)
     completion.add(commands, parser)
     return parser

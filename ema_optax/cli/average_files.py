@@ -1,11 +1,7 @@
 """The folders of a reconstruction: snapshots and params read, averages written."""
 
-import contextlib
-import logging
 import math
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -14,9 +10,9 @@ import optax
 from etils import epath
 
 from ema_optax import checkpoint, trees
-from ema_optax.checkpoint import storage
 from ema_optax.checkpoint.paths import absolute
 from ema_optax.checkpoint.steps import all_steps
+from ema_optax.cli import output_folders
 from ema_optax.cli.averages import Plan, Row
 from ema_optax.decays import power
 from ema_optax.progress import shown
@@ -60,41 +56,12 @@ def model(
 
 
 def check_free(plan: Plan, out: str) -> None:
-    """Refuses a folder that averages could not be written to.
-
-    Raises:
-        FileExistsError: If an average is there already.
-        OSError: If the folder cannot be made.
-        ValueError: If the averages would lie among the steps of a run.
-    """
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        if all_steps(absolute(out)):
-            raise FileExistsError(
-                f"{out} holds the steps of a run, which averages must not lie among. "
-                "Pass a folder of their own as --out."
-            )
-    for row in plan.rows:
-        path = f"{row.directory}/{plan.step}"
-        if storage.listed(absolute(path)) is not None:
-            raise FileExistsError(
-                f"{path} exists, and nothing is overwritten. Remove it, or pass "
-                "another --out."
-            )
-    if "://" in out:
-        return
-    there = _nearest(out)
-    if not there.is_dir():
-        raise NotADirectoryError(f"Cannot write to {out}: {there} is a file.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"Cannot write to {out}: {there} is read-only, or somebody else's."
-        )
+    """Refuses a folder that the averages could not be written to, as `OSError`."""
+    output_folders.check_free(out, [f"{r.directory}/{plan.step}" for r in plan.rows])
 
 
 def check_room(plan: Plan, out: str, like: optax.Params, dtype: str | None) -> None:
     """Raises OSError if the disk has no room for the averages."""
-    if "://" in out:
-        return
     averaged = plan.snapshots[0].tree.leaves
     paths, leaves, _ = trees.flatten(like)
     size = sum(
@@ -102,13 +69,11 @@ def check_room(plan: Plan, out: str, like: optax.Params, dtype: str | None) -> N
         for path, leaf in zip(paths, leaves, strict=True)
         if path in averaged
     )
-    need, disk = size * len(plan.rows), shutil.disk_usage(_nearest(out))
-    if need > disk.free and disk.total:  # some kinds of file systems tell 0 of 0
-        raise OSError(
-            f"The averages need {need / 1e6:,.3f} MB, and the disk of {out} has "
-            f"{disk.free / 1e6:,.3f} MB left. Ask for fewer widths at a time, a "
-            "narrower --dtype, or pass another --out."
-        )
+    output_folders.check_room(
+        out,
+        size * len(plan.rows),
+        "Ask for fewer widths at a time, a narrower --dtype, or pass another --out.",
+    )
 
 
 def write(plan: Plan, found: Sequence[Reconstruction]) -> None:
@@ -131,32 +96,21 @@ def write(plan: Plan, found: Sequence[Reconstruction]) -> None:
 
 
 def _write(plan: Plan, row: Row, average: Reconstruction) -> None:
-    folder = absolute(cast(str, row.directory))
-    new = []
-    if not storage.is_remote(folder):
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with _no_tracebacks():
-            checkpoint.save_average(
-                folder,
-                average.tree,
-                step=plan.step,
-                decay=power(row.width),
-                extra={
-                    "width": row.width,
-                    "profile_error": average.profile_error,
-                    "noise_gain": average.noise_gain,
-                    "snapshots": len(plan.snapshots),
-                    "tracked": plan.tracked,
-                    "snapshot_dtypes": plan.dtypes,
-                    "whole_model": plan.whole,
-                },
-            )
-    except BaseException:  # Ctrl-C too
-        for path in new:
-            with contextlib.suppress(OSError):  # it holds what is whole
-                path.rmdir()
-        raise
+    output_folders.write(
+        cast(str, row.directory),
+        average.tree,
+        plan.step,
+        power(row.width),
+        {
+            "width": row.width,
+            "profile_error": average.profile_error,
+            "noise_gain": average.noise_gain,
+            "snapshots": len(plan.snapshots),
+            "tracked": plan.tracked,
+            "snapshot_dtypes": plan.dtypes,
+            "whole_model": plan.whole,
+        },
+    )
 
 
 def _item_with_params(runs: Sequence[str], last: float) -> epath.Path | None:
@@ -174,20 +128,3 @@ def _folded(tree: checkpoint.Tree) -> int | None:
     if not isinstance(tree.count, int):
         return None
     return tree.count - tree.count % (tree.every or 1)
-
-
-@contextlib.contextmanager
-def _no_tracebacks() -> Iterator[None]:
-    """Keeps Orbax's threads from logging an error that is raised as well."""
-    logger = logging.getLogger("absl")
-    usual, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = usual
-
-
-def _nearest(out: str) -> epath.Path:
-    """Returns a local folder, or the nearest above it that exists."""
-    root = absolute(out)
-    return next(path for path in (root, *root.parents) if path.exists())

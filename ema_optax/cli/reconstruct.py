@@ -6,9 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TextIO
 
-import jax
-
-from ema_optax.cli import averages, parsing
+from ema_optax.cli import averages, parsing, wide
 from ema_optax.power_profiles import exponent_from_width
 from ema_optax.reconstruction import ReconstructionWarning, reconstruct
 from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
@@ -126,18 +124,8 @@ def _run(args: argparse.Namespace) -> int:
     missing = [name for name, value in given.items() if value is None]
     if missing and not args.dry_run:
         args.wrong(f"needs {' and '.join(missing)}, or --dry-run")
-    with _in_64_bits(), _warnings_as_lines():  # for runs that had it
+    with wide.in_64_bits(), _warnings_as_lines():
         return _do(args)
-
-
-@contextlib.contextmanager
-def _in_64_bits() -> Iterator[None]:
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", before)
 
 
 def _do(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from ema_optax.reconstruction.projection import (
     profile_error,
     rounding_variance,
 )
+from ema_optax.reconstruction.schedules import schedule_coefficients
 from ema_optax.reconstruction.sums import Source
 from ema_optax.reconstruction.widths import (
     Reconstruction,
@@ -43,5 +44,6 @@ __all__ = [
     "reachable",
     "reconstruct",
     "rounding_variance",
+    "schedule_coefficients",
     "uniform_coefficients",
 ]

@@ -119,12 +119,7 @@ def decay_coefficients(decay: DecayLike, steps: Sequence[int]) -> np.ndarray:
     >>> decay_coefficients(ema_optax.uniform(), [100, 200, 300, 400])
     array([0.25, 0.25, 0.25, 0.25])
     """
-    times = np.asarray(steps)
-    whole = times.ndim == 1 and times.size and np.issubdtype(times.dtype, np.integer)
-    if not whole or times[0] < 0 or np.any(np.diff(times) <= 0):
-        raise ValueError(
-            f"steps must be ascending whole numbers ≥ 0, got {brief(steps)}."
-        )
+    times = arguments.ascending(steps, "steps")
     chosen = as_decay(decay, "decay_coefficients")
     weights = np.zeros(times.size)
     weights[0] = 1.0
