@@ -248,7 +248,12 @@ ROOMS = {
     "interop": {
         "batch_stats": set(),
         "flat_names": set(),
+        "moves": set(),
         "nnx_modules": {"batch_stats"},
+        "patterns": set(),
+        "rule": {"patterns"},
+        "rule_fits": {"moves", "patterns", "rule"},
+        "rules": {"moves", "rule", "rule_fits"},
         "safetensors_files": {"flat_names"},
         "tensorflow_checkpoints": {"tensorflow_names"},
         "tensorflow_names": set(),
