@@ -246,7 +246,9 @@ ROOMS = {
         "tables": set(),
     },
     "interop": {
+        "appearing": set(),
         "batch_stats": set(),
+        "export_plan": {"appearing", "flat_names", "moves", "rule", "rules"},
         "flat_names": set(),
         "moves": set(),
         "nnx_modules": {"batch_stats"},
@@ -254,7 +256,7 @@ ROOMS = {
         "rule": {"patterns"},
         "rule_fits": {"moves", "patterns", "rule"},
         "rules": {"moves", "rule", "rule_fits"},
-        "safetensors_files": {"flat_names"},
+        "safetensors_files": {"appearing", "export_plan", "moves", "rule", "rules"},
         "tensorflow_checkpoints": {"tensorflow_names"},
         "tensorflow_names": set(),
     },

@@ -11,6 +11,7 @@ What a library or a format needs is imported when its function is called.
 """
 
 from ema_optax.interop.batch_stats import refresh_batch_stats
+from ema_optax.interop.export_plan import Tensor
 from ema_optax.interop.moves import Move
 from ema_optax.interop.nnx_modules import (
     nnx_split,
@@ -29,6 +30,7 @@ __all__ = [
     "Move",
     "Rule",
     "Rules",
+    "Tensor",
     "export_safetensors",
     "import_tensorflow",
     "nnx_split",
