@@ -59,7 +59,8 @@ def planned(
     Tensors of the same leaves follow each other.
 
     Raises:
-        ModuleNotFoundError, TypeError, ValueError: If names, rules or dtypes do not fit.
+        ModuleNotFoundError: If rules rearrange, and einops is not installed.
+        TypeError, ValueError: If names, rules or dtypes do not fit.
     """
     if rules is not None and rename is not None:
         raise ValueError(
@@ -141,7 +142,8 @@ def shard_size(value: int | str | None) -> int | None:
         )
         if found is None or (found[2] is None and "." in found[1]):
             raise ValueError(
-                f"max_shard_size is a size such as '5GB' or '500MB', got {brief(value)}."
+                "max_shard_size is a size such as '5GB' or '500MB', got "
+                f"{brief(value)}."
             )
         value = (
             int(float(found[1]) * _UNITS[found[2].upper()])

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ema_optax import arguments, checkpoint, extras
-from ema_optax.interop import appearing, export_plan
+from ema_optax.interop import appearing, export_plan, export_writing
 from ema_optax.interop.export_plan import Tensor
 from ema_optax.interop.moves import Move
 from ema_optax.interop.rule import Rule
 from ema_optax.interop.rules import Rules
-from ema_optax.progress import Progress, Report, shown
+from ema_optax.progress import Progress, shown
 from ema_optax.text import brief
 from ema_optax.version import __version__
 
@@ -178,8 +178,8 @@ def export_safetensors(
     in_folder = most is not None or not isinstance(tree, str)
     if name is not None and not in_folder:
         raise ValueError(
-            f"name={brief(name)} is of files in a folder, and out is a file here. Leave "
-            "it out, or pass max_shard_size='5GB'."
+            f"name={brief(name)} is of files in a folder, and out is a file here. "
+            "Leave it out, or pass max_shard_size='5GB'."
         )
     start = export_plan.file_name(name)
     appearing.check_free(path, overwrite, folder=in_folder)
@@ -220,15 +220,23 @@ def export_safetensors(
             appearing.whole(path) as whole,
             shown(progress, "tensors", count) as report,
         ):
-            at = 0
+            numbers = itertools.count(1)
             for below, (exported, plan) in done.items():
                 folder = whole / below if in_folder else whole.parent
                 folder.mkdir(parents=True, exist_ok=True)
-                reader = _Reader(found, exported.tree, cast)
-                _write(save_file, reader, plan, folder, exported, report, at)
-                at += len(plan)
+                reader = export_writing.Reader(found, exported.tree, cast)
+                export_writing.write(
+                    save_file,
+                    reader,
+                    plan,
+                    folder,
+                    exported.metadata,
+                    done=lambda: report(next(numbers)),
+                )
                 if in_folder:
-                    _write_index(exported, folder, start)
+                    export_writing.write_index(
+                        exported.tensors, folder, start, exported.metadata
+                    )
     return results[0] if isinstance(tree, str) else results
 
 
@@ -236,7 +244,8 @@ def _trees(tree: object) -> Sequence[str]:
     trees = [tree] if isinstance(tree, str) else tree
     if not isinstance(trees, (list, tuple)) or not trees:
         raise TypeError(
-            f'tree is "params", "shadow" or "shadow/NAME", or several; got {brief(tree)}.'
+            'tree is "params", "shadow" or "shadow/NAME", or several of them; got '
+            f"{brief(tree)}."
         )
     return [arguments.a_name(each, "tree", "shadow") for each in trees]
 
@@ -273,61 +282,6 @@ def _full_name(found: checkpoint.Description, tree: str) -> str:
     return next(name for name in found.trees if name.startswith(f"{tree}/"))
 
 
-def _like(leaf: checkpoint.Leaf) -> np.ndarray:
-    """Returns a slot for a leaf that takes no memory, and keeps 64 bits."""
-    return np.broadcast_to(np.zeros((), jnp.dtype(leaf.dtype)), leaf.shape)
-
-
-class _Reader:
-    """Leaves of a tree, rounded, each read when it is asked for."""
-
-    def __init__(
-        self, found: checkpoint.Description, tree: str, dtype: np.dtype | None
-    ) -> None:
-        self._found, self._tree, self._dtype = found, tree, dtype
-        self._source = checkpoint.stored(found.path, tree)
-        self._others: dict[str, np.ndarray] = {}
-
-    def prepare(self, paths: Sequence[str]) -> None:
-        """Reads what is no floating number, of one file at once."""
-        leaves = self._source.entries
-        others = {p: _like(leaves[p]) for p in paths if p not in self._source.leaves}
-        self._others = (
-            checkpoint.restore(self._found.path, "params", others) if others else {}
-        )
-
-    def __call__(self, path: str) -> np.ndarray:
-        """Returns a leaf."""
-        array = self._others.get(path)
-        if array is None:
-            array = self._read(path)
-        return _rounded(np.asarray(array), self._dtype, path)
-
-    def _read(self, path: str) -> np.ndarray:
-        leaf = self._source.entries[path]
-        try:
-            return self._source.read(path, (slice(None),) * len(leaf.shape))
-        except checkpoint.CorruptCheckpointError:
-            # Read again by what names the newest step that is whole.
-            own = path in self._found.trees[self._tree].leaves
-            tree = self._tree if own else "params"
-            checkpoint.restore(self._found.path, tree, {path: _like(leaf)})
-            raise
-
-
-def _rounded(array: np.ndarray, dtype: np.dtype | None, path: str) -> np.ndarray:
-    if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    with np.errstate(over="ignore"):  # said below, with the name
-        cast = array.astype(dtype)
-    if not (np.isfinite(cast) | ~np.isfinite(array)).all():
-        raise OverflowError(
-            f"'{path}' does not fit {dtype.name}: it holds values beyond "
-            f"{float(jnp.finfo(dtype).max):g}. Pass dtype='bfloat16', or none at all."
-        )
-    return cast
-
-
 def _metadata(found: checkpoint.Description, tree: str, layout: str) -> dict[str, str]:
     """Returns what the header says: all of it text, as the format wants it."""
     told = {"format": layout, "ema_optax": __version__, "tree": tree}
@@ -339,44 +293,3 @@ def _metadata(found: checkpoint.Description, tree: str, layout: str) -> dict[str
         told["every"] = json.dumps(average.every)
         told["count"] = json.dumps(average.count)
     return told
-
-
-def _write(
-    save_file: Callable[..., None],
-    reader: _Reader,
-    plan: Sequence[tuple[Tensor, Move]],
-    folder: Path,
-    exported: Exported,
-    report: Report,
-    before: int,
-) -> None:
-    """Writes the files of a tree, each when its tensors are read."""
-    at = before
-    for file, group in itertools.groupby(plan, lambda pair: pair[0].file):
-        pairs = list(group)
-        reader.prepare([path for tensor, _ in pairs for path in tensor.paths])
-        tensors: dict[str, np.ndarray] = {}
-        leaves: dict[str, np.ndarray] = {}
-        for tensor, move in pairs:
-            # Those of the tensor before, where it is made of the same.
-            leaves = {p: leaves[p] for p in tensor.paths if p in leaves}
-            for path in tensor.paths:
-                if path not in leaves:
-                    leaves[path] = reader(path)
-            made = move([leaves[path] for path in tensor.paths])
-            # safetensors takes the memory as it lies.
-            tensors[tensor.name] = np.asarray(made, order="C")
-            at += 1
-            report(at)
-        leaves.clear()
-        save_file(tensors, folder / file, metadata=dict(exported.metadata))
-
-
-def _write_index(exported: Exported, folder: Path, name: str) -> None:
-    """Writes which file holds which tensor, where there are several."""
-    files = {tensor.name: tensor.file for tensor in exported.tensors}
-    if len(set(files.values())) == 1:
-        return
-    metadata = {"total_size": exported.bytes, **exported.metadata}
-    text = json.dumps({"metadata": metadata, "weight_map": files}, indent=2)
-    (folder / f"{name}{appearing.INDEX}").write_text(f"{text}\n", encoding="utf-8")
