@@ -9,6 +9,7 @@ EXTRAS = {
     "shtab": "cli",
     "matplotlib": "plots",
     "safetensors": "safetensors",
+    "einops": "safetensors",
     "flax": "demo",
     "sklearn": "demo",
     "tensorflow": "tensorflow",

@@ -48,7 +48,7 @@ OTHERS = {
 }
 # A model may be called, so that it is taken for a function; what comes is its own.
 CALLED = {"mask", "decay", "shadow_sharding", "place", "progress", "call", "apply_fn"}
-FOLDER, OUT = "FOLDER", "OUT"
+FOLDER, OUT, RULES = "FOLDER", "OUT", "RULES"
 
 CALLS = {
     ema_optax.shadow_params: {"opt_state": STATE, "params": PARAMS, "name": None},
@@ -130,6 +130,17 @@ CALLS = {
         "rename": None,
         "overwrite": True,
     },
+    interop.Rule: {
+        "name": ("q.weight", "k.weight"),
+        "path": "qk/kernel",
+        "rearrange": "(h d) i -> i h d",
+        "sizes": {"h": 2},
+        "axis": 1,
+        "lengths": (2, 2),
+    },
+    interop.Rules.of: {"given": None},
+    interop.Rules.from_json: {"text": '[{"name": "w", "path": "kernel"}]'},
+    interop.read_rules: {"file": RULES},
     interop.nnx_split: {"model": MODEL, "optimizer": NNX_OPTIMIZER},
     interop.shadow_copy: {"model": MODEL, "optimizer": NNX_OPTIMIZER, "name": None},
     placement.over_axis: {"axis": "data"},
@@ -161,7 +172,9 @@ CALLS = {
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     checkpoint.save(folder, PARAMS, STATE, step=1)
-    return {FOLDER: folder, OUT: folder / "model.safetensors"}
+    rules = folder / "rules.json"
+    rules.write_text('[{"name": "w", "path": "kernel"}]')
+    return {FOLDER: folder, OUT: folder / "model.safetensors", RULES: rules}
 
 
 def told(function, arguments):

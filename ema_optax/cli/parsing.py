@@ -150,7 +150,9 @@ def as_options(text: str) -> str:
     if "rename={" in text:
         text = text.replace("rename={", "--rename with {").replace(": None", ": null")
     return re.sub(
-        r"\b(step|tree|dtype|average|scope)='?([^\s',:;.]+)'?", r"--\1 \2", text
+        r"\b(step|tree|dtype|average|scope|max-shard-size|name)='?([^\s',:;.]+)'?",
+        r"--\1 \2",
+        text.replace("max_shard_size", "max-shard-size"),
     )
 
 

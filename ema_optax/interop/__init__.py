@@ -11,6 +11,8 @@ What a library or a format needs is imported when its function is called.
 """
 
 from ema_optax.interop.batch_stats import refresh_batch_stats
+from ema_optax.interop.export_plan import Tensor
+from ema_optax.interop.moves import Move
 from ema_optax.interop.nnx_modules import (
     nnx_split,
     nnx_update,
@@ -18,16 +20,22 @@ from ema_optax.interop.nnx_modules import (
     shadow_copy,
     swapped,
 )
+from ema_optax.interop.rules import Rule, Rules, read_rules
 from ema_optax.interop.safetensors_files import Exported, export_safetensors
 from ema_optax.interop.tensorflow_checkpoints import Imported, import_tensorflow
 
 __all__ = [
     "Exported",
     "Imported",
+    "Move",
+    "Rule",
+    "Rules",
+    "Tensor",
     "export_safetensors",
     "import_tensorflow",
     "nnx_split",
     "nnx_update",
+    "read_rules",
     "refresh_batch_stats",
     "refresh_nnx_batch_stats",
     "shadow_copy",

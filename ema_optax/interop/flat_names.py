@@ -34,7 +34,7 @@ def flat_names(
     for path, name in new.items():
         if name is None:
             continue
-        _check(name, path)
+        check_name(name, path)
         if name in owners:
             raise ValueError(
                 f"'{owners[name]}' and '{path}' would both be called '{name}'. Rename "
@@ -46,8 +46,12 @@ def flat_names(
     return names, renames.used
 
 
-def _check(name: str, path: str) -> None:
-    """Refuses what would make a file that cannot be read."""
+def check_name(name: str, path: str) -> None:
+    """Refuses a name that would make a file that cannot be read.
+
+    Raises:
+        ValueError: If it is empty, too long, not printable, or the format's own.
+    """
     wrong = None
     if not name:
         wrong = "an empty name"

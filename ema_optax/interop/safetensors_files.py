@@ -1,18 +1,24 @@
-"""Export: one tree of a checkpoint as a safetensors file."""
+"""Export: trees of a checkpoint as safetensors files, one or many."""
 
 import dataclasses
+import itertools
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from ema_optax import arguments, checkpoint, extras
-from ema_optax.interop.flat_names import flat_names
+from ema_optax.interop import appearing, export_plan, export_writing
+from ema_optax.interop.export_plan import Tensor
+from ema_optax.interop.moves import Move
+from ema_optax.interop.rule import Rule
+from ema_optax.interop.rules import Rules
+from ema_optax.progress import Progress, shown
 from ema_optax.text import brief
 from ema_optax.version import __version__
 
@@ -24,13 +30,14 @@ class Exported:
     """What was written.
 
     Attributes:
-        path: The file.
+        path: The file, or the folder.
         step: Number of the step it is of, or None where the path did not say.
         tree: The tree it is of.
-        names: Stored path → name in the file.
+        names: Stored path → name in the file, of leaves that became one tensor.
         bytes: Of all tensors.
-        metadata: In the file's header.
+        metadata: In each file's header.
         renamed: Key of `rename` → the stored paths that it fitted.
+        tensors: All of them, in order, and the files they are in.
     """
 
     path: Path
@@ -40,8 +47,10 @@ class Exported:
     bytes: int
     metadata: Mapping[str, str]
     renamed: Mapping[str, Sequence[str]]
+    tensors: Sequence[Tensor] = ()
 
 
+@overload
 def export_safetensors(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -51,23 +60,70 @@ def export_safetensors(
     item: str | None = None,
     dtype: DTypeLike | None = None,
     rename: Mapping[str, str | None] | None = None,
+    rules: Sequence[Rule | Mapping[str, Any]] | Rules | None = None,
+    max_shard_size: int | str | None = None,
+    name: str | None = None,
     overwrite: bool = False,
-) -> Exported:
-    """Write one tree of a checkpoint as a safetensors file.
+    dry_run: bool = False,
+    progress: Progress = None,
+) -> Exported: ...
+
+
+@overload
+def export_safetensors(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tree: list[str] | tuple[str, ...],
+    step: int | None = None,
+    item: str | None = None,
+    dtype: DTypeLike | None = None,
+    rename: Mapping[str, str | None] | None = None,
+    rules: Sequence[Rule | Mapping[str, Any]] | Rules | None = None,
+    max_shard_size: int | str | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = None,
+) -> tuple[Exported, ...]: ...
+
+
+def export_safetensors(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tree: str | Sequence[str] = "shadow",
+    step: int | None = None,
+    item: str | None = None,
+    dtype: DTypeLike | None = None,
+    rename: Mapping[str, str | None] | None = None,
+    rules: Sequence[Rule | Mapping[str, Any]] | Rules | None = None,
+    max_shard_size: int | str | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = None,
+) -> Exported | tuple[Exported, ...]:
+    """Write one tree of a checkpoint as a safetensors file, or more in a folder.
 
     A shadow is the whole model: leaves that are not averaged are those of the params.
     Names are the paths with dots, `encoder.kernel`. The header's metadata are texts:
     `step`, `tree`, `decay` (JSON, `null` where it is not known), `every` and `count` of
-    a shadow, `ema_optax`, the version that wrote it, and `format`, `flax`, which tells
-    Hugging Face's libraries in whose layout the weights are.
+    a shadow, `ema_optax`, the version that wrote it, and `format`, which tells Hugging
+    Face's libraries in whose layout the weights are: `pt` by `rules`, else `flax`.
 
-    All that is read is compared with its checksums. Memory holds what is written, and
-    one leaf more. The file appears whole or not at all.
+    With `max_shard_size` the result is a folder as transformers and diffusers load it:
+    `model.safetensors`, or `model-00001-of-00003.safetensors`, … and
+    `model.safetensors.index.json`. Of several trees each has a folder in `out`,
+    `params/` and `shadow/`.
+
+    All that is read is compared with its checksums. Memory holds one file, and the
+    leaves of one tensor more. The result appears whole or not at all.
 
     Args:
         directory: The folder of a run, or of one step of it.
-        out: The file to write, in a folder that exists.
-        tree: `"params"`, `"shadow"`, or `"shadow/NAME"`.
+        out: The file to write, or the folder, in a folder that exists.
+        tree: `"params"`, `"shadow"`, or `"shadow/NAME"`; or several of them.
         step: Number of the step; None for the newest that was committed.
         item: Name of the item, where the step holds several.
         dtype: float32, bfloat16 or float16, which floating leaves are rounded to, the
@@ -78,75 +134,130 @@ def export_safetensors(
             leaf's own path decides alone; else the longest beginning is replaced, and
             then the first pattern that fits. None as a name leaves out, `""` as a path
             stands for all of them.
-        overwrite: Whether to replace a file that is there.
+        rules: Instead of `rename`, names and layouts: `Rule`s, or what `read_rules`
+            returns. The first that fits a path counts, and each path needs one.
+        max_shard_size: Bytes that a file holds at most, or a text such as `"5GB"`,
+            which is 5 · 10⁹; a larger tensor has a file by itself. None for one file.
+        name: Of files in a folder, before their numbers; None for `"model"`.
+        overwrite: Whether to replace a file, or a folder of such files, that is there.
+        dry_run: Whether to read and write no values, and to return what would be.
+        progress: Whether to draw a bar on stderr; None does on a terminal. Or a
+            function of the tensors done and all of them.
+
+    Returns:
+        What was written; of several trees one each.
 
     Raises:
         CorruptCheckpointError: If data on disk is not what was saved.
         FileExistsError: If there is a file, unless `overwrite`.
         FileNotFoundError: If there is no such checkpoint, or no folder for the file.
-        ModuleNotFoundError: If safetensors is not installed.
+        ModuleNotFoundError: If safetensors is not installed, or einops for `rules`.
+        OSError: If the disk has no room.
         OverflowError: If a value is too large for `dtype`.
         ValueError, TypeError: If there is no such tree, a leaf is of a dtype that the
-            format does not have, or `rename` does not fit.
+            format does not have, or `rename` or `rules` do not fit.
 
     >>> import tempfile, ema_optax, safetensors.numpy
-    >>> params = {"dense": {"kernel": jnp.ones(2)}}
+    >>> params = {"dense": {"kernel": jnp.ones((2, 1))}}
     >>> opt_state = ema_optax.ema_params(0.99).init(params)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     checkpoint.save(folder, params, opt_state, step=300)
     ...     out = f"{folder}/model.safetensors"
-    ...     _ = export_safetensors(folder, out, rename={"dense": "fc"})
+    ...     rules = [Rule("fc.weight", "dense/kernel", "o i -> i o")]
+    ...     _ = export_safetensors(folder, out, rules=rules)
     ...     safetensors.numpy.load_file(out)
-    {'fc.kernel': array([1., 1.], dtype=float32)}
+    {'fc.weight': array([[1., 1.]], dtype=float32)}
     """
     with extras.needed_by("export_safetensors"):
         from safetensors.numpy import save_file
     overwrite = arguments.flag(overwrite, "overwrite")
+    dry_run = arguments.flag(dry_run, "dry_run")
     path = arguments.local_file(out, "out", "model.safetensors")
-    _check_free(path, overwrite)
+    most = export_plan.shard_size(max_shard_size)
+    trees = _trees(tree)
+    in_folder = most is not None or not isinstance(tree, str)
+    if name is not None and not in_folder:
+        raise ValueError(
+            f"name={brief(name)} is of files in a folder, and out is a file here. "
+            "Leave it out, or pass max_shard_size='5GB'."
+        )
+    start = export_plan.file_name(name)
+    appearing.check_free(path, overwrite, folder=in_folder)
     cast = _dtype(dtype)
     found = checkpoint.describe(directory, step=step, item=item)
-    source = checkpoint.stored(found.path, tree)  # also says which trees there are
-    tree = _full_name(found, tree)
-    leaves = source.entries
-    names, renamed = flat_names(leaves, rename)
-    _check_dtypes({stored: leaves[stored] for stored in names})
-
-    others = {p: _like(leaves[p]) for p in names if p not in source.leaves}
-    arrays = checkpoint.restore(found.path, "params", others) if others else {}
-    tensors: dict[str, np.ndarray] = {}
-    for stored, name in names.items():
-        # Popped, so that memory holds each leaf once.
-        array = arrays.pop(stored, None)
-        if array is None:
-            own = stored in found.trees[tree].leaves
-            array = _read(
-                found.path, tree if own else "params", source, stored, leaves[stored]
-            )
-        # safetensors takes the memory as it lies.
-        tensors[name] = np.asarray(_rounded(array, cast, stored), order="C")
-        del array
-    metadata = _metadata(found, tree)
-    _write(save_file, tensors, path, metadata)
-    size = sum(array.nbytes for array in tensors.values())
-    return Exported(path, found.step, tree, names, size, metadata, renamed)
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"{path} is a folder. Pass a file in it: {path / 'model.safetensors'}."
+    done: dict[Path, tuple[Exported, list[tuple[Tensor, Move]]]] = {}
+    for wanted in trees:
+        source = checkpoint.stored(
+            found.path, wanted
+        )  # also says which trees there are
+        full = _full_name(found, wanted)
+        plan, renamed = export_plan.planned(
+            source.entries, rename=rename, rules=rules, dtype=cast
         )
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"{path} exists, and nothing is overwritten unasked. Pass another name, or "
-            "overwrite=True."
+        plan = export_plan.in_files(plan, start if in_folder else path.stem, most)
+        if not in_folder:  # by the name that was asked for, whatever it ends with
+            plan = [(dataclasses.replace(t, file=path.name), move) for t, move in plan]
+        below = Path() if isinstance(tree, str) else Path(full)
+        if below in done:
+            raise ValueError(f"tree has {full!r} twice: {brief(tree)}.")
+        tensors = [tensor for tensor, _ in plan]
+        exported = Exported(
+            path=path / below,
+            step=found.step,
+            tree=full,
+            names=_single(tensors),
+            bytes=sum(tensor.bytes for tensor in tensors),
+            metadata=_metadata(found, full, "flax" if rules is None else "pt"),
+            renamed=renamed,
+            tensors=tensors,
         )
-    if not path.parent.is_dir():
-        what = "is a file" if path.parent.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"Cannot write {path}: the folder {path.parent} {what}. Make it first."
+        done[below] = exported, plan
+    results = tuple(exported for exported, _ in done.values())
+    if not dry_run:
+        appearing.check_room(path, sum(exported.bytes for exported in results))
+        count = sum(len(exported.tensors) for exported in results)
+        with (
+            appearing.whole(path) as whole,
+            shown(progress, "tensors", count) as report,
+        ):
+            numbers = itertools.count(1)
+            for below, (exported, plan) in done.items():
+                folder = whole / below if in_folder else whole.parent
+                folder.mkdir(parents=True, exist_ok=True)
+                reader = export_writing.Reader(found, exported.tree, cast)
+                export_writing.write(
+                    save_file,
+                    reader,
+                    plan,
+                    folder,
+                    exported.metadata,
+                    done=lambda: report(next(numbers)),
+                )
+                if in_folder:
+                    export_writing.write_index(
+                        exported.tensors, folder, start, exported.metadata
+                    )
+    return results[0] if isinstance(tree, str) else results
+
+
+def _trees(tree: object) -> Sequence[str]:
+    trees = [tree] if isinstance(tree, str) else tree
+    if not isinstance(trees, (list, tuple)) or not trees:
+        raise TypeError(
+            'tree is "params", "shadow" or "shadow/NAME", or several of them; got '
+            f"{brief(tree)}."
         )
+    return [arguments.a_name(each, "tree", "shadow") for each in trees]
+
+
+def _single(tensors: Sequence[Tensor]) -> dict[str, str]:
+    """Returns the names of leaves that became one tensor."""
+    names: dict[str, list[str]] = {}
+    for tensor in tensors:
+        for path in tensor.paths:
+            alone = len(tensor.paths) == 1
+            names.setdefault(path, []).extend([tensor.name] if alone else ["", ""])
+    return {path: own[0] for path, own in names.items() if len(own) == 1}
 
 
 def _dtype(dtype: DTypeLike | None) -> np.dtype | None:
@@ -171,65 +282,9 @@ def _full_name(found: checkpoint.Description, tree: str) -> str:
     return next(name for name in found.trees if name.startswith(f"{tree}/"))
 
 
-def _check_dtypes(leaves: Mapping[str, checkpoint.Leaf]) -> None:
-    from safetensors import SafetensorError, TensorSpec
-
-    wrong = {}
-    for path, leaf in leaves.items():
-        if leaf.key:
-            wrong[path] = f"a PRNG key ({leaf.key})"
-            continue
-        size = jnp.dtype(leaf.dtype).itemsize
-        try:
-            TensorSpec(dtype=leaf.dtype, shape=[1], data_ptr=0, data_len=size)
-        except SafetensorError:
-            wrong[path] = leaf.dtype
-    if wrong:
-        path, what = next(iter(wrong.items()))
-        more = f" (and {len(wrong) - 1} more such leaves)" if len(wrong) > 1 else ""
-        out = ", ".join(f'"{path}": None' for path in list(wrong)[:5])
-        raise ValueError(
-            f"'{path}' is {what}{more}, which safetensors files cannot hold. Leave out "
-            f"what is not needed: rename={{{out}}}."
-        )
-
-
-def _like(leaf: checkpoint.Leaf) -> np.ndarray:
-    """Returns a slot for a leaf that takes no memory, and keeps 64 bits."""
-    return np.broadcast_to(np.zeros((), jnp.dtype(leaf.dtype)), leaf.shape)
-
-
-def _read(
-    item: str,
-    tree: str,
-    source: checkpoint.StoredTree,
-    path: str,
-    leaf: checkpoint.Leaf,
-) -> np.ndarray:
-    try:
-        return source.read(path, (slice(None),) * len(leaf.shape))
-    except checkpoint.CorruptCheckpointError:
-        # Read again by what names the newest step that is whole.
-        checkpoint.restore(item, tree, {path: _like(leaf)})
-        raise
-
-
-def _rounded(array: np.ndarray, dtype: np.dtype | None, path: str) -> np.ndarray:
-    if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    with np.errstate(over="ignore"):  # said below, with the name
-        cast = array.astype(dtype)
-    if not (np.isfinite(cast) | ~np.isfinite(array)).all():
-        raise OverflowError(
-            f"'{path}' does not fit {dtype.name}: it holds values beyond "
-            f"{float(jnp.finfo(dtype).max):g}. Pass dtype='bfloat16', or none at all."
-        )
-    return cast
-
-
-def _metadata(found: checkpoint.Description, tree: str) -> dict[str, str]:
+def _metadata(found: checkpoint.Description, tree: str, layout: str) -> dict[str, str]:
     """Returns what the header says: all of it text, as the format wants it."""
-    told = {"format": "flax", "ema_optax": __version__, "tree": tree}
+    told = {"format": layout, "ema_optax": __version__, "tree": tree}
     if found.step is not None:
         told["step"] = str(found.step)
     if tree.startswith("shadow"):
@@ -238,23 +293,3 @@ def _metadata(found: checkpoint.Description, tree: str) -> dict[str, str]:
         told["every"] = json.dumps(average.every)
         told["count"] = json.dumps(average.count)
     return told
-
-
-def _write(
-    save_file: Callable[..., None],
-    tensors: dict[str, np.ndarray],
-    path: Path,
-    metadata: dict[str, str],
-) -> None:
-    """Writes the file beside its place, and puts it there when it is whole."""
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    folder.mkdir(exist_ok=True)  # a killed process may have had this one's number
-    try:
-        whole = folder / path.name
-        save_file(tensors, whole, metadata=metadata)
-        usual = folder / "usual"
-        usual.touch()
-        whole.chmod(usual.stat().st_mode)  # safetensors lets nobody else read it
-        os.replace(whole, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
