@@ -14,6 +14,7 @@ from ema_optax.cli import (
     demo,
     export,
     import_tf,
+    import_torch,
     inspect,
     interrupts,
     parsing,
@@ -82,7 +83,15 @@ def _parser() -> parsing.Parser:
     version = f"%(prog)s {ema_optax.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, export, import_tf, inspect, profile, reconstruct):
+    for command in (
+        demo,
+        export,
+        import_tf,
+        import_torch,
+        inspect,
+        profile,
+        reconstruct,
+    ):
         command.add(commands)
     completion.add(commands, parser)
     return parser

@@ -1,0 +1,348 @@
+"""Where PyTorch's libraries keep raw weights, average, count and decay in a file."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from ema_optax.decay import Decay
+from ema_optax.interop import litema_names, torch_decays
+from ema_optax.interop.torch_files import Tensors
+from ema_optax.text import brief, nearest, nearest_names, some
+
+# What training programs save beside weights, and is none.
+_NO_WEIGHTS = frozenset(
+    (
+        *("optimizer", "optimizers", "optimizer_state", "optimizer_states", "optim"),
+        *("optimizer_state_dict", "opt", "scaler", "amp_scaler", "grad_scaler"),
+        *("lr_scheduler", "lr_schedulers", "scheduler", "callbacks", "loops"),
+        *("train_state", "dataloader", "args", "config", "hparams", "saver"),
+        "hyper_parameters",
+    )
+)
+_ALONE = ("state_dict", "model", "model_state_dict")
+_WEIGHTS = "weights"  # the layout of files that have nothing else
+
+
+Names: TypeAlias = dict[str, str]  # of the model → in the file
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way to write raw weights and average into a file.
+
+    Attributes:
+        name: Of the layout.
+        what: Whose it is, and what it keeps where.
+        params: Names of the raw weights, `**` for what they are called without it; None
+            where the file has none.
+        shadow: The same of the average.
+        dicts: Keys at the top that are dicts.
+        needs: Entries that must be there.
+        without: What no entry may begin with: a layout of its own has that.
+        count: Where the updates are recorded that the average has seen.
+        step: Where the number of the step is recorded.
+        decay: What it was averaged with, where that is recorded.
+        split: Raw weights and average of what `params` fits, where patterns cannot say.
+        is_partial: Whether the average may lack tensors, which are then raw in both.
+    """
+
+    name: str
+    what: str
+    params: str | None
+    shadow: str | None
+    dicts: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    count: str | None = None
+    step: str | None = None
+    decay: Callable[[Tensors], tuple[Decay | None, str] | None] | None = None
+    split: Callable[[Tensors, Mapping[str, str]], tuple[Names, Names]] | None = None
+    is_partial: bool = False
+
+    def fits(self, tensors: Tensors) -> bool:
+        """Returns whether a file is of this layout."""
+        there = tensors.entries.keys() | tensors.values.keys()
+        return (
+            tensors.nested.issuperset(self.dicts)
+            and there >= set(self.needs)
+            and not any(name.startswith(self.without) for name in there)
+            and (self.params is None or bool(names_of(tensors, self.params)))
+            and (self.shadow is None or bool(names_of(tensors, self.shadow)))
+        )
+
+
+def names_of(tensors: Tensors, pattern: str) -> dict[str, str]:
+    """Returns the tensors that a pattern fits: what `**` stands for → name in the file.
+
+    Names inside the dicts at the top are fitted by patterns that name those. A pattern
+    without `**` is a key, or the beginning of names.
+
+    >>> from ema_optax.interop.torch_files import Entry
+    >>> entries = {f"ema.{x}": Entry((2,), "float32") for x in ("fc.bias", "w")}
+    >>> tensors = Tensors("a.pt", entries, {}, frozenset(["ema"]), lambda name: None)
+    >>> names_of(tensors, "ema"), names_of(tensors, "**.bias"), names_of(tensors, "**")
+    ({'fc.bias': 'ema.fc.bias', 'w': 'ema.w'}, {}, {})
+    """
+    start, wildcard, end = pattern.partition("**")
+    if not wildcard:
+        start = start.rstrip(".") + "."
+    return {
+        name[len(start) : len(name) - len(end)]: name
+        for name in tensors.entries
+        if name.startswith(start)
+        and name.endswith(end)
+        and len(name) > len(start) + len(end)
+        and (start or name.partition(".")[0] not in tensors.nested)
+    }
+
+
+def found(tensors: Tensors, name: str | None = None) -> Layout:
+    """Returns the layout of a file.
+
+    Args:
+        tensors: What the file holds.
+        name: Of the layout; None for the one that fits.
+
+    Raises:
+        ValueError: If none fits, or several, or the one that is named.
+    """
+    if name is not None:
+        if name not in LAYOUTS:
+            raise ValueError(
+                f"There is no layout {brief(name)}. {nearest(name, LAYOUTS)} All: "
+                f"{', '.join(LAYOUTS)}."
+            )
+        if not LAYOUTS[name].fits(tensors):
+            raise ValueError(
+                f"{tensors.origin} is not of the layout {name}, {LAYOUTS[name].what}. "
+                f"{_what_is_there(tensors)}"
+            )
+        return LAYOUTS[name]
+    fitting = [layout for layout in LAYOUTS.values() if layout.fits(tensors)]
+    if len(fitting) > 1 or any(name in tensors.nested for name in _groups(tensors)):
+        fitting = [layout for layout in fitting if layout.name != _WEIGHTS]
+    if len(fitting) > 1:
+        names = ", ".join(layout.name for layout in fitting)
+        raise ValueError(
+            f"{tensors.origin} may be of several layouts: {names}. Pass one of them: "
+            f'layout="{fitting[0].name}".'
+        )
+    if fitting:
+        return fitting[0]
+    alone = _alone(tensors)
+    if alone is not None:
+        return alone
+    raise ValueError(
+        f"Which tensors of {tensors.origin} are the raw weights, and which the average,"
+        f" is not known. {_what_is_there(tensors)}"
+    )
+
+
+def given(tensors: Tensors, params: str | None, shadow: str | None) -> Layout:
+    """Returns the layout that a caller describes.
+
+    Raises:
+        ValueError: If a pattern fits nothing.
+    """
+    for pattern, argument in ((params, "params"), (shadow, "shadow")):
+        if pattern is None:
+            continue
+        if pattern.count("**") > 1 or "*" in pattern.replace("**", ""):
+            raise ValueError(
+                f"{argument} is a key, or names with one **, such as "
+                f'"ema.state.**.ema_params"; got {brief(pattern)}.'
+            )
+        if not names_of(tensors, pattern):
+            near = nearest_names(pattern, {*tensors.nested, *_groups(tensors)})
+            more = f" The nearest are {', '.join(map(repr, near))}." if near else ""
+            raise ValueError(
+                f"{argument}={brief(pattern)} fits no tensor of {tensors.origin}.{more}"
+                f" {_what_is_there(tensors)}"
+            )
+    return Layout("given", "as the arguments say", params, shadow)
+
+
+def left_out(tensors: Tensors, taken: set[str]) -> dict[str, str]:
+    """Returns what else a file has, by its keys at the top."""
+    groups: dict[str, int] = {}
+    for name in tensors.entries:
+        if name not in taken:
+            first = name.partition(".")[0]
+            group = first if first in tensors.nested else name
+            groups[group] = groups.get(group, 0) + 1
+    return {
+        group: f"{count:,} tensor{'s' if count > 1 else ''}"
+        for group, count in groups.items()
+    }
+
+
+def _alone(tensors: Tensors) -> Layout | None:
+    """Returns the layout of raw weights alone, in a dict of a usual name."""
+    keys = {name.partition(".")[0] for name, x in tensors.entries.items() if x.shape}
+    keys -= _NO_WEIGHTS
+    if len(keys) == 1 and keys <= tensors.nested and keys <= set(_ALONE):
+        key = keys.pop()
+        return Layout(key, f"raw weights in {key}", key, None, step="global_step")
+    return None
+
+
+def _groups(tensors: Tensors) -> dict[str, int]:
+    groups: dict[str, int] = {}
+    for name in tensors.entries:
+        first = name.partition(".")[0]
+        key = first if first in tensors.nested else ""
+        groups[key] = groups.get(key, 0) + 1
+    return groups
+
+
+def _what_is_there(tensors: Tensors) -> str:
+    """Returns a sentence with the dicts of tensors in a file, and the call to make."""
+    groups = _groups(tensors)
+    if not groups:
+        return "There are no tensors in it."
+    kinds = [
+        f"'{key}' ({count:,} tensors)" if key else f"{count:,} tensors at the top"
+        for key, count in groups.items()
+    ]
+    lists = [name for name in tensors.entries if name.endswith("shadow_params.0")]
+    if lists:
+        return (
+            f"It has {some(kinds, 8)}. '{lists[0][:-2]}' is a list, without names: "
+            "copy it into the model in PyTorch, and save the model's state_dict()."
+        )
+    keys = [key for key in groups if key and key not in _NO_WEIGHTS]
+    first = keys[0] if keys else "**"
+    second = keys[1] if len(keys) > 1 else "ema"
+    return (
+        f'It has {some(kinds, 8)}. Say which is which: params="{first}", '
+        f'shadow="{second}"; one of them alone if there is one. ** is all at the top.'
+    )
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            "timm",
+            "timm's state_dict and state_dict_ema",
+            "state_dict",
+            "state_dict_ema",
+            ("state_dict", "state_dict_ema"),
+            decay=torch_decays.timm,
+        ),
+        Layout(
+            "lightning",
+            "Lightning's WeightAveraging: the average is state_dict, and the raw "
+            "weights are current_model_state",
+            "current_model_state",
+            "state_dict",
+            ("current_model_state", "state_dict", "averaging_state"),
+            count="averaging_state.n_averaged",
+            step="global_step",
+        ),
+        Layout(
+            "averaged-model",
+            "PyTorch's AveragedModel, module.… and n_averaged, an average alone",
+            None,
+            "module.**",
+            needs=("n_averaged",),
+            count="n_averaged",
+        ),
+        Layout(
+            "torchvision",
+            "model, and model_ema of an AveragedModel",
+            "model",
+            "model_ema.module.**",
+            ("model", "model_ema"),
+            needs=("model_ema.n_averaged",),
+            count="model_ema.n_averaged",
+        ),
+        Layout(
+            "model-ema",
+            "model and ema, as DiT and many others write",
+            "model",
+            "ema",
+            ("model", "ema"),
+            without=("ema.initted", "ema.n_averaged", "ema.state."),
+        ),
+        Layout(
+            "ema-pytorch-trainer",
+            "model, and ema of ema-pytorch, as denoising-diffusion-pytorch writes",
+            "model",
+            "ema.ema_model.**",
+            ("model", "ema"),
+            needs=("ema.initted", "ema.step"),
+            count="ema.step",
+        ),
+        Layout(
+            "ema-pytorch",
+            "ema-pytorch's online_model.… and ema_model.…",
+            "online_model.**",
+            "ema_model.**",
+            needs=("initted", "step"),
+            count="step",
+        ),
+        Layout(
+            "ema-pytorch-alone",
+            "ema-pytorch's ema_model.… without the online model",
+            None,
+            "ema_model.**",
+            needs=("initted", "step"),
+            without=("online_model.",),
+            count="step",
+        ),
+        Layout(
+            "torchtitan",
+            "torchtitan's model at the top, and ema.state.….ema_params, converted by "
+            "torch.distributed.checkpoint.format_utils",
+            "**",
+            "ema.state.**.ema_params",
+            ("ema",),
+            step="train_state.step",
+            is_partial=True,
+        ),
+        Layout(
+            "litema",
+            "latent-diffusion's LitEma: model_ema.… without dots, in state_dict",
+            "state_dict",
+            "state_dict.model_ema.**",
+            ("state_dict",),
+            needs=("state_dict.model_ema.decay", "state_dict.model_ema.num_updates"),
+            count="state_dict.model_ema.num_updates",
+            step="global_step",
+            decay=torch_decays.litema("state_dict."),
+            split=litema_names.split,
+            is_partial=True,
+        ),
+        Layout(
+            "litema-flat",
+            "the same, without state_dict",
+            "**",
+            "model_ema.**",
+            needs=("model_ema.decay", "model_ema.num_updates"),
+            count="model_ema.num_updates",
+            decay=torch_decays.litema(""),
+            split=litema_names.split,
+            is_partial=True,
+        ),
+        Layout(
+            "diffusers",
+            "diffusers' EMAModel: a folder whose config.json has its settings",
+            None,
+            "**",
+            needs=(
+                "config.optimization_step",
+                "config.use_ema_warmup",
+                "config.inv_gamma",
+            ),
+            count="config.optimization_step",
+            decay=torch_decays.diffusers,
+        ),
+        Layout(
+            _WEIGHTS,
+            "raw weights alone, at the top: safetensors, transformers, state_dict()",
+            "**",
+            None,
+        ),
+    )
+}
