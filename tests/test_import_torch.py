@@ -256,8 +256,8 @@ TWICE = b'{"t": %s, "t": %s}' % ((json.dumps(ONE).encode(),) * 2)
             hostile({"t": ONE | {"dtype": "F8_E4M3", "shape": [4]}}, b"1234"),
             "'t' in .*bad.safetensors is F8_E4M3, which cannot be held",
         ),
-        (hostile({"../t": ONE}, b"1234"), r"Cannot save '\.\.//t'|Cannot save"),
-        (hostile({"a..b": ONE}, b"1234"), "Cannot save"),
+        (hostile({"../t": ONE}, b"1234"), "'../t': it would get the path '///t'"),
+        (hostile({"a..b": ONE}, b"1234"), "it would get the path 'a//b'"),
         (hostile({}), "no tensors"),
     ],
 )
@@ -339,7 +339,7 @@ def test_averages_without_dots(tmp_path):
     model["first_stage.w"] = RAW["h.0.q.weight"]
     ema = {"model_ema.ab0weight": np.array([3.0, 4]), "model_ema.ab1weight": np.ones(2)}
     state = {
-        "model_ema.decay": np.float32(0.9999).reshape(()),
+        "model_ema.decay": np.array(0.9999, np.float32),
         "model_ema.num_updates": np.array(41, np.int32),
     }
     file = tmp_path / "sd.safetensors"
@@ -491,7 +491,7 @@ def test_a_leaf_inside_another(tmp_path):
     """`a` and `a.b` cannot both be leaves; a rule gives one another path."""
     file = tmp_path / "m.safetensors"
     save_file({"a": np.ones(2), "a.b": np.ones(2)}, file)
-    with pytest.raises(ValueError, match=r"'a' is a leaf, and 'a/b' .*Rule\("):
+    with pytest.raises(ValueError, match=r"'a' would be the leaf 'a', and 'a.b' lies"):
         interop.import_torch(file, tmp_path / "out")
     rules = [Rule("a", "a/value"), Rule("**", "**")]
     done = interop.import_torch(file, tmp_path / "out", rules=rules)

@@ -5,7 +5,9 @@ import collections
 import contextlib
 import dataclasses
 import json
+import re
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -73,7 +75,7 @@ class Tensors:
         origin: The file, or its index, for errors.
         entries: Name → tensor; keys of nested dicts are joined by dots.
         values: The same of numbers, texts and what else is no tensor.
-        nested: Keys at the top that are dicts, and not parts of a tensor's name.
+        nested: Keys at the top that are dicts or lists, and no parts of names.
         read: A tensor by its name.
     """
 
@@ -274,11 +276,14 @@ def _pickled(path: Path) -> Tensors:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
-        # timm's checkpoints hold the arguments of the run: names and values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=is_zip
-            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on how it reads
+            # timm's checkpoints hold the arguments of the run: names and values.
+            allowed = torch.serialization.safe_globals([argparse.Namespace])
+            with allowed:
+                content = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=is_zip
+                )
     except Exception as error:  # whatever a damaged or hostile file makes it raise
         raise ValueError(_refused(torch, path, error)) from error
     tensors: dict[str, Any] = {}
@@ -290,7 +295,7 @@ def _pickled(path: Path) -> Tensors:
         both[name] = leaf
     entries = {name: _entry(torch, tensor) for name, tensor in tensors.items()}
     top = content.items() if isinstance(content, Mapping) else ()
-    nested = frozenset(str(k) for k, v in top if isinstance(v, Mapping))
+    nested = frozenset(str(k) for k, v in top if isinstance(v, (Mapping, list, tuple)))
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name].detach().resolve_conj().resolve_neg().contiguous()
@@ -303,11 +308,13 @@ def _pickled(path: Path) -> Tensors:
 
 def _refused(torch: ModuleType, path: Path, error: Exception) -> str:
     """Returns why a file is not read, and how to make one that is."""
+    text = str(error)
     found: list[str] = []
     with contextlib.suppress(Exception):  # it can list them of zip files alone
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     found = [name for name in found if name != "argparse.Namespace"]
-    if found or "weights_only" in str(error).lower().replace(" ", "_"):
+    found = found or re.findall(r"(?:GLOBAL|class) ([\w.]+\.\w+)", text)[:1]
+    if found or re.search(r"(?i)unsupported (?:global|class)", text):
         what = f": {some(sorted(found))}" if found else ""
         return (
             f"{path} holds more than tensors, numbers and texts{what}, and to load "
@@ -317,7 +324,9 @@ def _refused(torch: ModuleType, path: Path, error: Exception) -> str:
             "torch.save({'model': d['model'], 'ema': d['ema']}, 'weights.pt'), with "
             "the keys that it has."
         )
-    reason = one_line(error) or type(error).__name__
+    # Without torch's advice to run the file.
+    inner = re.search(r"WeightsUnpickler error:(.*?)(?:Check the doc|$)", text, re.S)
+    reason = one_line(inner[1] if inner else text) or type(error).__name__
     return (
         f"{path} is no whole file of torch.save: {reason.rstrip('.')}. It is damaged, "
         "or the rest was not downloaded: bring it again."

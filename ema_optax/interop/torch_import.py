@@ -14,7 +14,8 @@ from ema_optax.checkpoint import paths, steps
 from ema_optax.decay import Decay
 from ema_optax.interop import torch_folders, torch_layouts, torch_weights
 from ema_optax.interop.moves import Move
-from ema_optax.interop.rules import Rule, Rules
+from ema_optax.interop.rule import Rule
+from ema_optax.interop.rules import Rules
 from ema_optax.interop.torch_files import is_averaged
 from ema_optax.interop.torch_numbers import Numbers
 from ema_optax.interop.torch_weights import Pair, Weights
@@ -217,21 +218,12 @@ def _moves(pair: Pair, rules: Rules) -> dict[str, Move]:
     """Returns how each leaf is made.
 
     Raises:
-        ValueError: If a rule does not fit, or one leaf is inside another.
+        ValueError: If a rule does not fit, or none takes a tensor.
     """
     shapes = {name: entry.shape for name, entry in pair.main.entries.items()}
     moves = rules.to_tree(shapes)
     if not moves:
         raise ValueError(f"No tensor of {pair.main.where} is left: rules take none.")
-    above = {path[:at] for path in moves for at in range(len(path)) if path[at] == "/"}
-    for path in moves:
-        if path in above:
-            inside = next(other for other in moves if other.startswith(f"{path}/"))
-            raise ValueError(
-                f"'{path}' is a leaf, and '{inside}' would be inside it. Give one "
-                f'another path: rules=[Rule("{moves[path].sources[0]}", "{path}/value")'
-                ', Rule("**", "**")].'
-            )
     return moves
 
 

@@ -182,7 +182,7 @@ def _alone(tensors: Tensors) -> Layout | None:
     keys -= _NO_WEIGHTS
     if len(keys) == 1 and keys <= tensors.nested and keys <= set(_ALONE):
         key = keys.pop()
-        return Layout(key, f"raw weights in {key}", key, None, step="global_step")
+        return Layout(key, f"raw weights in {key}", key, None)
     return None
 
 
