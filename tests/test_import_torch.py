@@ -571,3 +571,27 @@ def test_without_torch(tmp_path, monkeypatch):
     (tmp_path / "m.pt").write_bytes(b"PK")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'ema-optax\[torch\]'"):
         interop.import_torch(tmp_path / "m.pt", tmp_path / "out")
+
+
+def test_averages_are_not_taken_for_raw_weights(tmp_path):
+    """Names that an average may have are refused, until the caller says which."""
+    file = tmp_path / "m.safetensors"
+    save_file({"model.w": np.ones(2), "ema.w": np.zeros(2)}, file)
+    with pytest.raises(
+        ValueError, match=r'has \'ema.w\'.*params="model", shadow="ema"'
+    ):
+        interop.import_torch(file, tmp_path / "out")
+    interop.import_torch(
+        file, tmp_path / "out", params="model", shadow="ema", count=1, step=1
+    )
+    assert stored(tmp_path / "out", "shadow") == {"w": bits(np.zeros(2))}
+    done = interop.import_torch(file, tmp_path / "all", params="**")
+    assert set(done.leaves) == {"model/w", "ema/w"}
+
+
+def test_command_writes_rules_as_json(tmp_path, capsys):
+    """What leaves a tensor out is said as a file of rules has it."""
+    save_file({"w": np.array([np.nan])}, tmp_path / "m.safetensors")
+    assert command(tmp_path / "m.safetensors", "--out", tmp_path / "out") == 1
+    told = '--rules with [{"name": "w", "path": null}, {"name": "**", "path": "**"}]'
+    assert told in capsys.readouterr().err

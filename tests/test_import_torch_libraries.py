@@ -328,6 +328,28 @@ def test_distributed(tmp_path):
     assert set(done.raw) == {"norm/running_mean", "norm/running_var", "tied/weight"}
 
 
+def test_keys_of_averages(tmp_path):
+    """torchtitan's, where each has a key: one is found, of several one is said."""
+    raw = {"w": torch.ones(2), "buffer": torch.ones(3)}
+    ema = {"state.w.ema_params.decay_0p999": torch.zeros(2)}
+    torch.save({**raw, "ema": ema}, tmp_path / "m.pt")
+    done = interop.import_torch(tmp_path / "m.pt", tmp_path / "out", step=5)
+    check(tmp_path / "out", raw, raw | {"w": torch.zeros(2)})
+    assert (done.layout, done.raw) == ("torchtitan", ("buffer",))
+    ema["state.w.ema_params.half_life_0p05"] = torch.full((2,), 3.0)
+    torch.save({**raw, "ema": ema}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"several averages.*half_life_0p05"):
+        interop.import_torch(tmp_path / "m.pt", tmp_path / "other", step=5)
+    interop.import_torch(
+        tmp_path / "m.pt",
+        tmp_path / "other",
+        params="**",
+        shadow="ema.state.**.ema_params.half_life_0p05",
+        step=5,
+    )
+    check(tmp_path / "other", raw, raw | {"w": torch.full((2,), 3.0)})
+
+
 def test_kinds_of_files(tmp_path):
     """Old files, wrappers' names, other dtypes and layouts in memory."""
     state = {

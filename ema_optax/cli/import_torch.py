@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 from typing import TYPE_CHECKING
 
 from ema_optax.cli import decay_text, parsing
@@ -20,7 +21,7 @@ def add(commands: parsing.Commands) -> None:
         commands,
         "import-torch",
         command=_run,
-        extra="cli,safetensors,torch",
+        extra="cli,torch",
         explain=_explained,
         on_cpu=True,
         summary="Turn weights of PyTorch or Hugging Face into a checkpoint of ours.",
@@ -141,7 +142,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         decay = json.loads(done.decay.to_json()) if done.decay else None
         fields = dataclasses.asdict(dataclasses.replace(done, decay=None))
-        parsing.print_json(fields | {"decay": decay})
+        parsing.print_json(fields | {"raw": done.raw, "decay": decay})
     else:
         _print(done, args.dry_run)
     return 0
@@ -154,7 +155,14 @@ def _explained(error: Exception) -> str:
         option = "like" if argument == "layout" else argument
         for quote in ('"', "'"):
             line = line.replace(f"{argument}={quote}", f"--{option} {quote}")
-    return line.replace("count=", "--count ").replace("shadow_from", "--shadow-from")
+    line = line.replace("count=", "--count ").replace("shadow_from=", "--shadow-from ")
+    rule = r'Rule\("([^"]*)", (?:None|"([^"]*)")\)'
+    line = re.sub(rule, _as_json, line).replace("rules=[", "--rules with [")
+    return line.replace("shadow_from", "--shadow-from")
+
+
+def _as_json(rule: re.Match[str]) -> str:
+    return json.dumps({"name": rule[1], "path": rule[2]})
 
 
 def _print(done: "ImportedTorch", dry_run: bool) -> None:

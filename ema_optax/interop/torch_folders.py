@@ -58,8 +58,8 @@ def found(source: Path) -> tuple[Tensors, Tensors | None]:
     if pairs:
         names = some((f"{raw.name} and {raw.name}{_EMA}" for raw, _ in pairs), 8)
         raise ValueError(
-            f"{source} has several models with averages: {names}. Pass one of them: "
-            f'import_torch("{pairs[0][0]}", out, shadow_from="{pairs[0][1]}").'
+            f"{source} has several models with averages: {names}. Pass one of them "
+            f'as source, {pairs[0][0]}, and its average: shadow_from="{pairs[0][1]}".'
         )
     inside = [str(path) for path in sorted(source.iterdir()) if _is_model(path)]
     there = (

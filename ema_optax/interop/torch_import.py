@@ -12,7 +12,7 @@ from ema_optax import arguments, checkpoint, trees
 from ema_optax import progress as bars
 from ema_optax.checkpoint import paths, steps
 from ema_optax.decay import Decay
-from ema_optax.interop import torch_folders, torch_layouts, torch_weights
+from ema_optax.interop import torch_finding, torch_folders, torch_weights
 from ema_optax.interop.moves import Move
 from ema_optax.interop.rule import Rule
 from ema_optax.interop.rules import Rules
@@ -253,7 +253,7 @@ def _left_out(pair: Pair, moves: Mapping[str, Move]) -> dict[str, str]:
             if weights.tensors.origin == origin
             for full in weights.names.values()
         }
-        left |= torch_layouts.left_out(tensors, used)
+        left |= torch_finding.left_out(tensors, used)
     return left
 
 

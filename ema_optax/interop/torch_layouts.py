@@ -7,21 +7,9 @@ from typing import TypeAlias
 from ema_optax.decay import Decay
 from ema_optax.interop import litema_names, torch_decays
 from ema_optax.interop.torch_files import Tensors
-from ema_optax.text import brief, nearest, nearest_names, some
 
-# What training programs save beside weights, and is none.
-_NO_WEIGHTS = frozenset(
-    (
-        *("optimizer", "optimizers", "optimizer_state", "optimizer_states", "optim"),
-        *("optimizer_state_dict", "opt", "scaler", "amp_scaler", "grad_scaler"),
-        *("lr_scheduler", "lr_schedulers", "scheduler", "callbacks", "loops"),
-        *("train_state", "dataloader", "args", "config", "hparams", "saver"),
-        "hyper_parameters",
-    )
-)
-_ALONE = ("state_dict", "model", "model_state_dict")
-_WEIGHTS = "weights"  # the layout of files that have nothing else
-
+TORCHTITAN = "ema.state.**.ema_params"  # where its average is
+WEIGHTS = "weights"  # the layout of files that have nothing else
 
 Names: TypeAlias = dict[str, str]  # of the model → in the file
 
@@ -94,129 +82,6 @@ def names_of(tensors: Tensors, pattern: str) -> dict[str, str]:
         and len(name) > len(start) + len(end)
         and (start or name.partition(".")[0] not in tensors.nested)
     }
-
-
-def found(tensors: Tensors, name: str | None = None) -> Layout:
-    """Returns the layout of a file.
-
-    Args:
-        tensors: What the file holds.
-        name: Of the layout; None for the one that fits.
-
-    Raises:
-        ValueError: If none fits, or several, or the one that is named.
-    """
-    if name is not None:
-        if name not in LAYOUTS:
-            raise ValueError(
-                f"There is no layout {brief(name)}. {nearest(name, LAYOUTS)} All: "
-                f"{', '.join(LAYOUTS)}."
-            )
-        if not LAYOUTS[name].fits(tensors):
-            raise ValueError(
-                f"{tensors.origin} is not of the layout {name}, {LAYOUTS[name].what}. "
-                f"{_what_is_there(tensors)}"
-            )
-        return LAYOUTS[name]
-    fitting = [layout for layout in LAYOUTS.values() if layout.fits(tensors)]
-    if len(fitting) > 1 or any(name in tensors.nested for name in _groups(tensors)):
-        fitting = [layout for layout in fitting if layout.name != _WEIGHTS]
-    if len(fitting) > 1:
-        names = ", ".join(layout.name for layout in fitting)
-        raise ValueError(
-            f"{tensors.origin} may be of several layouts: {names}. Pass one of them: "
-            f'layout="{fitting[0].name}".'
-        )
-    if fitting:
-        return fitting[0]
-    alone = _alone(tensors)
-    if alone is not None:
-        return alone
-    raise ValueError(
-        f"Which tensors of {tensors.origin} are the raw weights, and which the average,"
-        f" is not known. {_what_is_there(tensors)}"
-    )
-
-
-def given(tensors: Tensors, params: str | None, shadow: str | None) -> Layout:
-    """Returns the layout that a caller describes.
-
-    Raises:
-        ValueError: If a pattern fits nothing.
-    """
-    for pattern, argument in ((params, "params"), (shadow, "shadow")):
-        if pattern is None:
-            continue
-        if pattern.count("**") > 1 or "*" in pattern.replace("**", ""):
-            raise ValueError(
-                f"{argument} is a key, or names with one **, such as "
-                f'"ema.state.**.ema_params"; got {brief(pattern)}.'
-            )
-        if not names_of(tensors, pattern):
-            near = nearest_names(pattern, {*tensors.nested, *_groups(tensors)})
-            more = f" The nearest are {', '.join(map(repr, near))}." if near else ""
-            raise ValueError(
-                f"{argument}={brief(pattern)} fits no tensor of {tensors.origin}.{more}"
-                f" {_what_is_there(tensors)}"
-            )
-    return Layout("given", "as the arguments say", params, shadow)
-
-
-def left_out(tensors: Tensors, taken: set[str]) -> dict[str, str]:
-    """Returns what else a file has, by its keys at the top."""
-    groups: dict[str, int] = {}
-    for name in tensors.entries:
-        if name not in taken:
-            first = name.partition(".")[0]
-            group = first if first in tensors.nested else name
-            groups[group] = groups.get(group, 0) + 1
-    return {
-        group: f"{count:,} tensor{'s' if count > 1 else ''}"
-        for group, count in groups.items()
-    }
-
-
-def _alone(tensors: Tensors) -> Layout | None:
-    """Returns the layout of raw weights alone, in a dict of a usual name."""
-    keys = {name.partition(".")[0] for name, x in tensors.entries.items() if x.shape}
-    keys -= _NO_WEIGHTS
-    if len(keys) == 1 and keys <= tensors.nested and keys <= set(_ALONE):
-        key = keys.pop()
-        return Layout(key, f"raw weights in {key}", key, None)
-    return None
-
-
-def _groups(tensors: Tensors) -> dict[str, int]:
-    groups: dict[str, int] = {}
-    for name in tensors.entries:
-        first = name.partition(".")[0]
-        key = first if first in tensors.nested else ""
-        groups[key] = groups.get(key, 0) + 1
-    return groups
-
-
-def _what_is_there(tensors: Tensors) -> str:
-    """Returns a sentence with the dicts of tensors in a file, and the call to make."""
-    groups = _groups(tensors)
-    if not groups:
-        return "There are no tensors in it."
-    kinds = [
-        f"'{key}' ({count:,} tensors)" if key else f"{count:,} tensors at the top"
-        for key, count in groups.items()
-    ]
-    lists = [name for name in tensors.entries if name.endswith("shadow_params.0")]
-    if lists:
-        return (
-            f"It has {some(kinds, 8)}. '{lists[0][:-2]}' is a list, without names: "
-            "copy it into the model in PyTorch, and save the model's state_dict()."
-        )
-    keys = [key for key in groups if key and key not in _NO_WEIGHTS]
-    first = keys[0] if keys else "**"
-    second = keys[1] if len(keys) > 1 else "ema"
-    return (
-        f'It has {some(kinds, 8)}. Say which is which: params="{first}", '
-        f'shadow="{second}"; one of them alone if there is one. ** is all at the top.'
-    )
 
 
 LAYOUTS = {
@@ -296,7 +161,7 @@ LAYOUTS = {
             "torchtitan's model at the top, and ema.state.….ema_params, converted by "
             "torch.distributed.checkpoint.format_utils",
             "**",
-            "ema.state.**.ema_params",
+            TORCHTITAN,
             ("ema",),
             step="train_state.step",
             is_partial=True,
@@ -339,7 +204,7 @@ LAYOUTS = {
             decay=torch_decays.diffusers,
         ),
         Layout(
-            _WEIGHTS,
+            WEIGHTS,
             "raw weights alone, at the top: safetensors, transformers, state_dict()",
             "**",
             None,

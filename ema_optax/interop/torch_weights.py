@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 
 from ema_optax import trees
-from ema_optax.interop import torch_layouts
+from ema_optax.interop import torch_finding, torch_layouts
 from ema_optax.interop.torch_files import Entry, Tensors
 from ema_optax.interop.torch_layouts import Layout
 
@@ -112,8 +112,8 @@ def _layout(
     tensors: Tensors, params: str | None, shadow: str | None, name: str | None
 ) -> Layout:
     if params is None and shadow is None:
-        return torch_layouts.found(tensors, name)
-    return torch_layouts.given(tensors, params, shadow)
+        return torch_finding.found(tensors, name)
+    return torch_finding.given(tensors, params, shadow)
 
 
 def _both(tensors: Tensors, layout: Layout) -> tuple[Weights | None, Weights | None]:
