@@ -595,3 +595,14 @@ def test_command_writes_rules_as_json(tmp_path, capsys):
     assert command(tmp_path / "m.safetensors", "--out", tmp_path / "out") == 1
     told = '--rules with [{"name": "w", "path": null}, {"name": "**", "path": "**"}]'
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("padding", range(4))
+def test_files_that_are_not_aligned(tmp_path, padding):
+    """Headers of any length: the library pads them, the format need not."""
+    header = json.dumps({"t": ONE | {"shape": [2], "data_offsets": [0, 8]}})
+    values = np.array([1.5, -2.25], np.float32)
+    data = hostile((header + " " * padding).encode(), values.tobytes())
+    (tmp_path / "m.safetensors").write_bytes(data)
+    interop.import_torch(tmp_path / "m.safetensors", tmp_path / "out")
+    assert stored(tmp_path / "out", "params") == {"t": bits(values)}

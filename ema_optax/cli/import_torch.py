@@ -58,7 +58,8 @@ def add(commands: parsing.Commands) -> None:
             '  [{"name": "**.fc.weight", "path": "**/fc/kernel",\n'
             '    "rearrange": "o i -> i o"}, {"name": "**", "path": "**"}]\n'
             "\n"
-            "Memory holds params and shadow, and one leaf more. Nothing is overwritten."
+            "Files are mapped into memory, and one leaf more; writing takes what\n"
+            "checkpoint.save takes. Nothing is overwritten."
         ),
         examples=(
             "  ema-optax import-torch last.pth.tar --step 90000 --out imported\n"

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -136,44 +136,38 @@ def opened(path: Path) -> Tensors:
     raise ValueError(f"{path} is no file of weights: those end in {endings}.")
 
 
-class _Slice(Protocol):
-    def get_shape(self) -> list[int]: ...
-
-    def get_dtype(self) -> str: ...
-
-
 def _safetensors(path: Path) -> Tensors:
     with extras.needed_by("import_torch of safetensors files"):
         from safetensors import SafetensorError, safe_open
     with path.open("rb") as file:  # a folder and a missing one say so here
         head = file.read(8)
     try:
-        file = cast(Any, safe_open(path, framework="np"))
-        names = list(file.keys())
-        parts: dict[str, _Slice] = {name: file.get_slice(name) for name in names}
+        # Checks the header, its size, and the place of each tensor.
+        safe_open(path, framework="np")
     except SafetensorError as error:
         raise ValueError(
             f"{path} is no whole safetensors file: {one_line(error)}. It is damaged, "
             "or the rest was not downloaded: bring it again."
         ) from error
-    _check_header(path, struct.unpack("<Q", head)[0])
-    entries = {
-        name: Entry(tuple(part.get_shape()), _dtype(part.get_dtype()))
-        for name, part in parts.items()
-    }
-    return Tensors(str(path), entries, {}, frozenset(), file.get_tensor)
-
-
-def _dtype(name: str) -> str:
-    return _DTYPES.get(name, name)
-
-
-def _check_header(path: Path, length: int) -> None:
-    """Refuses two tensors of one name, of which the library keeps the last unsaid."""
+    length = struct.unpack("<Q", head)[0]
     with path.open("rb") as file:
         file.seek(8)
-        header = file.read(length)  # at most 100 MB, which safetensors has checked
-    _parsed(header, str(path))
+        # Two tensors of one name are refused; the library keeps the last unsaid.
+        header = _parsed(file.read(length), str(path))
+    header.pop("__metadata__", None)
+    entries = {
+        name: Entry(tuple(x["shape"]), _DTYPES.get(x["dtype"], x["dtype"]))
+        for name, x in header.items()
+    }
+    # The library's own reader copies what it has mapped: twice the memory.
+    data = np.asarray(np.memmap(path, np.uint8, mode="r"))[8 + length :]
+
+    def read(name: str) -> np.ndarray:
+        start, stop = header[name]["data_offsets"]
+        entry = entries[name]
+        return data[start:stop].view(jnp.dtype(entry.dtype)).reshape(entry.shape)
+
+    return Tensors(str(path), entries, {}, frozenset(), read)
 
 
 def shards_of(index: Path) -> dict[Path, list[str]]:
