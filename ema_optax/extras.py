@@ -13,6 +13,7 @@ EXTRAS = {
     "flax": "demo",
     "sklearn": "demo",
     "tensorflow": "tensorflow",
+    "torch": "torch",
     "gcsfs": "gcs",
 }
 REQUIRED = ("etils", "jax", "numpy", "optax", "orbax", "tensorstore", "xxhash")

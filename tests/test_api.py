@@ -47,6 +47,8 @@ WITHOUT_EXAMPLE = {
     "ema_optax.checkpoint.Tree": "part of what describe returns",
     "ema_optax.interop.Exported": "returned by export_safetensors",
     "ema_optax.interop.Imported": "returned by import_tensorflow",
+    "ema_optax.interop.ImportedLeaf": "part of what import_torch returns",
+    "ema_optax.interop.ImportedTorch": "returned by import_torch",
     "ema_optax.interop.Move": "made by Rules, whose example reads it",
     "ema_optax.interop.import_tensorflow": "needs TensorFlow, which few have installed",
     "ema_optax.reconstruction.Plan": "returned by plan, whose example prints it",
@@ -162,6 +164,7 @@ def _commands():
 NOT_RUN = {
     "demo": "takes 15 seconds, and has tests of its own",
     "import-tf": "needs TensorFlow, and has tests of its own",
+    "import-torch": "needs PyTorch, and has tests of its own",
 }
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 from flax import nnx
 from flax.training.train_state import TrainState
 
@@ -48,7 +49,7 @@ OTHERS = {
 }
 # A model may be called, so that it is taken for a function; what comes is its own.
 CALLED = {"mask", "decay", "shadow_sharding", "place", "progress", "call", "apply_fn"}
-FOLDER, OUT, RULES = "FOLDER", "OUT", "RULES"
+FOLDER, OUT, RULES, WEIGHTS = "FOLDER", "OUT", "RULES", "WEIGHTS"
 
 CALLS = {
     ema_optax.shadow_params: {"opt_state": STATE, "params": PARAMS, "name": None},
@@ -130,6 +131,20 @@ CALLS = {
         "rename": None,
         "overwrite": True,
     },
+    interop.import_torch: {
+        "source": WEIGHTS,
+        "out": FOLDER,
+        "params": "w",
+        "shadow": "ema",
+        "shadow_from": None,
+        "layout": None,
+        "rules": None,
+        "step": 9,
+        "decay": None,
+        "count": 9,
+        "dry_run": True,
+        "progress": None,
+    },
     interop.Rule: {
         "name": ("q.weight", "k.weight"),
         "path": "qk/kernel",
@@ -174,7 +189,11 @@ def places(tmp_path_factory):
     checkpoint.save(folder, PARAMS, STATE, step=1)
     rules = folder / "rules.json"
     rules.write_text('[{"name": "w", "path": "kernel"}]')
-    return {FOLDER: folder, OUT: folder / "model.safetensors", RULES: rules}
+    weights = folder / "weights.safetensors"
+    both = {"w.a": np.ones(2, np.float32), "ema.a": np.ones(2, np.float32)}
+    safetensors.numpy.save_file(both, weights)
+    out = folder / "model.safetensors"
+    return {FOLDER: folder, OUT: out, RULES: rules, WEIGHTS: weights}
 
 
 def told(function, arguments):

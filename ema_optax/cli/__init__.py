@@ -14,6 +14,7 @@ from ema_optax.cli import (
     demo,
     export,
     import_tf,
+    import_torch,
     inspect,
     interrupts,
     merge,
@@ -83,7 +84,16 @@ def _parser() -> parsing.Parser:
     version = f"%(prog)s {ema_optax.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, export, import_tf, inspect, merge, profile, reconstruct):
+    for command in (
+        demo,
+        export,
+        import_tf,
+        import_torch,
+        inspect,
+        merge,
+        profile,
+        reconstruct,
+    ):
         command.add(commands)
     completion.add(commands, parser)
     return parser

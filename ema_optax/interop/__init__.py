@@ -1,10 +1,11 @@
-"""Model libraries and other formats: NNX modules, statistics, safetensors, TensorFlow.
+"""Model libraries and other formats: NNX, statistics, PyTorch, TensorFlow.
 
     with interop.swapped(model, optimizer):
         evaluate(model)
 
     variables = interop.refresh_batch_stats(apply_fn, variables, batches)
     interop.export_safetensors("run", "model.safetensors", dtype="bfloat16")
+    interop.import_torch("last.ckpt", "imported", layout="lightning")
     interop.import_tensorflow("old_run/model.ckpt-300000", "imported")
 
 What a library or a format needs is imported when its function is called.
@@ -23,16 +24,20 @@ from ema_optax.interop.nnx_modules import (
 from ema_optax.interop.rules import Rule, Rules, read_rules
 from ema_optax.interop.safetensors_files import Exported, export_safetensors
 from ema_optax.interop.tensorflow_checkpoints import Imported, import_tensorflow
+from ema_optax.interop.torch_import import ImportedLeaf, ImportedTorch, import_torch
 
 __all__ = [
     "Exported",
     "Imported",
+    "ImportedLeaf",
+    "ImportedTorch",
     "Move",
     "Rule",
     "Rules",
     "Tensor",
     "export_safetensors",
     "import_tensorflow",
+    "import_torch",
     "nnx_split",
     "nnx_update",
     "read_rules",
