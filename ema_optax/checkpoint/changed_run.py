@@ -1,0 +1,255 @@
+"""Goes on with what fits of a saved run, and starts the rest; says which is which.
+
+Params and shadows are taken leaf by leaf, by path and shape. What has no stored leaf
+starts: a param as it was given, a shadow as a copy of the param that goes on, the
+optimizer's own as `optimizer.init` makes it from those params.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optax
+from etils import epath
+
+from ema_optax import averages, mistaken, placement, text
+from ema_optax.average import Average
+from ema_optax.averages import Averages
+from ema_optax.checkpoint.changes import Resumed, resumed
+from ema_optax.checkpoint.entries import TreeEntry
+from ema_optax.checkpoint.kept_averages import (
+    counts_on_disk,
+    offer_shadows,
+    set_counts,
+    started_as,
+)
+from ema_optax.checkpoint.leaves import Place
+from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
+from ema_optax.checkpoint.restoring import shared_manifest
+from ema_optax.checkpoint.slots import by_path, filled, place_in_run
+from ema_optax.checkpoint.state_nodes import joined, matched, nodes_of, split
+from ema_optax.checkpoint.step import structure_of
+from ema_optax.checkpoint.stored_names import StoredNames
+from ema_optax.checkpoint.taking import Slot, Taking, check_concrete
+from ema_optax.locating import under
+
+CALL = "resume(directory, params, optimizer.init, missing='start')"
+
+
+def restore_what_fits(
+    item: epath.Path,
+    params: optax.Params,
+    opt_state: Any,
+    *,
+    accept_new_decay: bool,
+    rename: Mapping[str, str] | None,
+    verify: bool,
+) -> Resumed:
+    """Returns params and optimizer state, saved or started. See `directory.resume`.
+
+    Args:
+        item: Folder of the item.
+        params: Of this run.
+        opt_state: Of this run, or the function from params to it.
+        accept_new_decay: Whether an average goes on with another decay.
+        rename: Slots of this run to stored paths.
+        verify: Whether what is read is compared with its checksums.
+    """
+    manifest = shared_manifest(item)
+    if PARAMS not in manifest.trees:
+        raise ValueError(
+            f"Cannot resume from {item}: it holds {', '.join(manifest.trees)} and no "
+            "params. Resume from a step that EmaSave or save_average wrote."
+        )
+    manifest.check_decays()
+    mistaken.check_no_nnx(params, "params", CALL)
+    mistaken.check_no_nnx(opt_state, "an optimizer state", CALL)
+    slots = by_path(params)
+    names = StoredNames(rename, manifest, slots)
+    taking = Taking(manifest)
+    _offer_params(taking, slots, names, manifest)
+
+    def resumed_params() -> Any:
+        taking.read(item, placement.meshes_of(params), verify=verify)
+        return filled(params, lambda path: _param(taking, slots, path))
+
+    live = None
+    has_init = callable(opt_state)
+    if has_init:  # what starts is made from the params that go on
+        live = resumed_params()
+        opt_state = opt_state(live)
+    found = averages.find(opt_state, call=CALL, params=params)
+    if not found and len(Averages(params)):
+        raise ValueError(found.none())
+    names.check_trees(found)
+    places = [place_in_run(average, params, names.places) for average in found]
+    rest = found.rest()
+    of_state = by_path(rest)
+    offer_shadows(
+        taking, manifest, found, names, places, accept_new_decay=accept_new_decay
+    )
+    params_of = _offer_state(taking, manifest, found, names, places, rest)
+    if not has_init:
+        _check_started(taking, found, params_of)
+    set_counts(taking, item, manifest, found, names, of_state, verify=verify)
+    live = resumed_params() if live is None else live
+    taking.read(item, placement.meshes_of((params, opt_state)), verify=verify)
+    by_slot = by_path(live)
+    bema = tuple(
+        under(average.path, field)
+        for average in found
+        if average.is_computed
+        for field in ("average", "anchor")
+    )
+
+    def value(slot: Slot, leaf: Any, param: str | None) -> Any:
+        if slot in taking.leaves:
+            return taking.leaves[slot]
+        if param is not None and not has_init:
+            return started_as(by_slot[param], leaf)
+        return check_concrete(leaf, slot)
+
+    def state_leaf(path: str) -> Any:
+        ours = any(f"{path}/".startswith(f"{at}/") for at in bema)
+        return value(
+            Slot(STATE, path), of_state[path], params_of[path] if ours else None
+        )
+
+    def shadow(i: int, average: Average, place: str) -> Any:
+        if average.is_computed:
+            return average.tree
+        leaves, tree = by_path(average.tree, place), tree_of(average.name)
+        return filled(
+            average.tree,
+            lambda path: value(Slot(tree, path, i), leaves[path], path),
+            place,
+        )
+
+    pairs = enumerate(zip(found, places, strict=True))
+    shadows = [shadow(i, average, place) for i, (average, place) in pairs]
+    opt_state = found.put_back(filled(rest, state_leaf), shadows)
+    computed = {
+        Place(SHADOW, names.path(path))
+        for average, place in zip(found, places, strict=True)
+        for path in (by_path(average.tree, place) if average.is_computed else ())
+    }
+    known = counts_on_disk(manifest) | computed
+    return resumed(live, opt_state, taking.changes(known))
+
+
+def _offer_params(
+    taking: Taking, slots: Mapping[str, Any], names: StoredNames, manifest: Manifest
+) -> None:
+    """Offers each param its stored leaf.
+
+    Raises:
+        ValueError: If none takes it: this is another model. If a leaf that starts has
+            no value.
+    """
+    taken = [
+        taking.offer(Slot(PARAMS, path), leaf, Place(PARAMS, names.path(path)))
+        for path, leaf in slots.items()
+    ]
+    if not any(taken):
+        stored = manifest.trees[PARAMS].leaves
+        first = next(iter(slots), "")
+        reason = taking.started.get(Slot(PARAMS, first), "these have no leaves")
+        raise ValueError(
+            f"Nothing of the checkpoint fits these params: '{first}' is {reason}, and "
+            f"so on. {text.nearest(names.path(first), stored)} Map slots of this run "
+            f"to stored paths with rename={{{first!r}: …}}; or start a new run."
+        )
+    for slot in taking.started:
+        check_concrete(slots[slot.path], slot)
+
+
+def _param(taking: Taking, slots: Mapping[str, Any], path: str) -> Any:
+    slot = Slot(PARAMS, path)
+    return taking.leaves[slot] if slot in taking.leaves else slots[path]
+
+
+def _offer_state(
+    taking: Taking,
+    manifest: Manifest,
+    found: Averages,
+    names: StoredNames,
+    places: Sequence[str],
+    rest: Any,
+) -> dict[str, str]:
+    """Offers the leaves of the optimizer's own state the stored ones.
+
+    What a node has beside leaves of params, such as a count of updates, goes on where
+    one of these does.
+
+    Returns:
+        The slot of the param that a leaf is of, by its path in the state.
+    """
+    counts = {under(a.path, "count") for a in found if not a.is_computed}
+    leaves = {path: x for path, x in by_path(rest).items() if path not in counts}
+    stored = manifest.trees.get(STATE, TreeEntry({}, {}))
+    counted = {place.path for place in counts_on_disk(manifest)}
+    their_parts = {
+        path: split(path, names.stored_params)
+        for path in stored.leaves
+        if path not in counted
+    }
+    parts, params_of = names.parts(leaves, places)
+    given = {path: names.as_given(slot) for path, slot in params_of.items()}
+    theirs_given = {
+        path: [part.param]
+        for path, part in their_parts.items()
+        if part.param is not None
+    }
+    same, reasons = matched(
+        nodes_of(parts, structure_of(rest), given).values(),
+        nodes_of(their_parts, stored.structure, theirs_given).values(),
+    )
+    beside: dict[str, list[str]] = {}  # the leaves of a node that are of no param
+    moments: dict[str, list[bool]] = {}  # whether those of params are taken
+
+    def offer(path: str) -> bool:
+        slot, part = Slot(STATE, path), parts[path]
+        if part.node not in same:
+            taking.started[slot] = reasons[part.node]
+            return False
+        paths = [joined(same[part.node], part, p) for p in given.get(path, [None])]
+        at = next((each for each in paths if each in their_parts), paths[0])
+        return taking.offer(slot, leaves[path], Place(STATE, at))
+
+    for path, part in parts.items():
+        if path in params_of:
+            moments.setdefault(part.node, []).append(offer(path))
+        else:
+            beside.setdefault(part.node, []).append(path)
+    for node, paths in beside.items():
+        for path in paths:
+            if any(moments.get(node, [True])):
+                offer(path)
+            else:
+                taking.started[Slot(STATE, path)] = "nothing that it counts goes on"
+    return params_of
+
+
+def _check_started(
+    taking: Taking, found: Averages, params_of: Mapping[str, str]
+) -> None:
+    """Refuses to start a leaf of the optimizer's own from params that are not live.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    ours = [f"{average.path}/" if average.path else "" for average in found]
+    stale = [
+        path
+        for path, param in params_of.items()
+        if Slot(STATE, path) in taking.started
+        and taking.takes(Slot(PARAMS, param))
+        and not any(path.startswith(at) for at in ours)
+    ]
+    if stale:
+        reason = taking.started[Slot(STATE, stale[0])]
+        raise ValueError(
+            f"{text.some(map(repr, stale))} of the optimizer state start ({reason}), "
+            "and may be copies of the fresh params, while these go on from the "
+            f"checkpoint. Pass optimizer.init itself, not its result: {CALL}; or "
+            "another function from the resumed params to the optimizer state."
+        )
