@@ -14,7 +14,7 @@ from ema_optax import arguments, averages, mistaken, placement, trees
 from ema_optax.average import Average
 from ema_optax.decay import Decay
 from ema_optax.locating import under
-from ema_optax.text import brief
+from ema_optax.text import brief, nearest
 
 SETTLED = "settled"
 _MOST = 2**31 - 1  # where a count stays
@@ -169,22 +169,39 @@ def _check_shared(found: averages.Averages, chosen: list[Average], number: int) 
 
 
 def _copied(ours: Any, given: Any) -> Any:
-    """Returns a given tree as a shadow of ours, placeholders and all."""
-    given = trees.arranged(given, ours)
-    difference = trees.difference(ours, given, ("optimizer state", "shadow"))
-    if difference:
-        raise ValueError(
-            f"The shadow does not fit the optimizer state: {difference}. Pass a tree "
-            "like the params that optimizer.init was given, with a leaf for each that "
-            "is averaged."
-        )
+    """Returns a given tree as a shadow of ours, placeholders and all; by paths."""
     paths, slots, structure = trees.flatten(ours)
-    leaves = structure.flatten_up_to(given)
+    pairs = zip(*trees.flatten(given)[:2], strict=True)
+    leaves = {path: leaf for path, leaf in pairs if not trees.is_placeholder(leaf)}
+    averaged = dict(zip(paths, slots, strict=True))
+    others = [path for path, slot in averaged.items() if trees.is_placeholder(slot)]
+    problem = None
+    for path, slot in averaged.items():
+        if trees.is_placeholder(slot):
+            continue
+        if path not in leaves:
+            problem = f"it has no '{path}'. {nearest(path, leaves)}"
+        elif jnp.shape(leaves[path]) != jnp.shape(slot):
+            shapes = f"{jnp.shape(leaves[path])}, and averaged it is {jnp.shape(slot)}"
+            problem = f"'{path}' is of shape {shapes}."
+        if problem:
+            break
+    for path in leaves:
+        unknown = path not in averaged and not any(
+            f"{path}/".startswith(f"{other}/") for other in others
+        )
+        if unknown and not problem:
+            problem = f"it has '{path}'. {nearest(path, averaged)}"
+    if problem:
+        raise ValueError(
+            f"The shadow does not fit the optimizer state: {problem} Pass a tree like "
+            "the params that optimizer.init was given, with each leaf that is averaged."
+        )
     return jax.tree.unflatten(
         structure,
         [
-            slot if trees.is_placeholder(slot) else _leaf(slot, leaf, path)
-            for path, slot, leaf in zip(paths, slots, leaves, strict=True)
+            slot if trees.is_placeholder(slot) else _leaf(slot, leaves[path], path)
+            for path, slot in averaged.items()
         ],
     )
 

@@ -227,6 +227,7 @@ ROOMS = {
             "leaves",
             "manifest",
             "restoring",
+            "same_averages",
             "slots",
             "state_nodes",
             "step",

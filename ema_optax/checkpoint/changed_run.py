@@ -25,6 +25,7 @@ from ema_optax.checkpoint.kept_averages import (
 from ema_optax.checkpoint.leaves import Place
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
 from ema_optax.checkpoint.restoring import shared_manifest
+from ema_optax.checkpoint.same_averages import check_bema_goes_on
 from ema_optax.checkpoint.slots import by_path, filled, place_in_run
 from ema_optax.checkpoint.state_nodes import joined, matched, nodes_of, split
 from ema_optax.checkpoint.step import structure_of
@@ -63,6 +64,11 @@ def restore_what_fits(
     manifest.check_decays()
     mistaken.check_no_nnx(params, "params", CALL)
     mistaken.check_no_nnx(opt_state, "an optimizer state", CALL)
+    has_init = callable(opt_state)
+    if not has_init:
+        found = averages.find(opt_state, call=CALL, params=params)
+        if not found and len(Averages(params)):
+            raise ValueError(found.none())
     slots = by_path(params)
     names = StoredNames(rename, manifest, slots)
     taking = Taking(manifest)
@@ -73,13 +79,10 @@ def restore_what_fits(
         return filled(params, lambda path: _param(taking, slots, path))
 
     live = None
-    has_init = callable(opt_state)
     if has_init:  # what starts is made from the params that go on
         live = resumed_params()
         opt_state = opt_state(live)
     found = averages.find(opt_state, call=CALL, params=params)
-    if not found and len(Averages(params)):
-        raise ValueError(found.none())
     names.check_trees(found)
     places = [place_in_run(average, params, names.places) for average in found]
     rest = found.rest()
@@ -88,13 +91,21 @@ def restore_what_fits(
         taking, manifest, found, names, places, accept_new_decay=accept_new_decay
     )
     params_of = _offer_state(taking, manifest, found, names, places, rest)
+    bema = [
+        average.path
+        for average in found
+        if average.is_computed
+        and taking.takes(Slot(STATE, under(average.path, "count")))
+    ]
+    if bema:
+        check_bema_goes_on(manifest.averages[SHADOW], found, False, accept_new_decay)
     if not has_init:
         _check_started(taking, found, params_of)
     set_counts(taking, item, manifest, found, names, of_state, verify=verify)
     live = resumed_params() if live is None else live
     taking.read(item, placement.meshes_of((params, opt_state)), verify=verify)
     by_slot = by_path(live)
-    bema = tuple(
+    started_as_params = tuple(
         under(average.path, field)
         for average in found
         if average.is_computed
@@ -109,7 +120,7 @@ def restore_what_fits(
         return check_concrete(leaf, slot)
 
     def state_leaf(path: str) -> Any:
-        ours = any(f"{path}/".startswith(f"{at}/") for at in bema)
+        ours = any(f"{path}/".startswith(f"{at}/") for at in started_as_params)
         return value(
             Slot(STATE, path), of_state[path], params_of[path] if ours else None
         )
@@ -127,10 +138,11 @@ def restore_what_fits(
     pairs = enumerate(zip(found, places, strict=True))
     shadows = [shadow(i, average, place) for i, (average, place) in pairs]
     opt_state = found.put_back(filled(rest, state_leaf), shadows)
-    computed = {
+    computed = {  # when it is read, of what goes on
         Place(SHADOW, names.path(path))
         for average, place in zip(found, places, strict=True)
-        for path in (by_path(average.tree, place) if average.is_computed else ())
+        if average.is_computed and average.path in bema
+        for path in by_path(average.tree, place)
     }
     known = counts_on_disk(manifest) | computed
     return resumed(live, opt_state, taking.changes(known))
@@ -222,7 +234,7 @@ def _offer_state(
             beside.setdefault(part.node, []).append(path)
     for node, paths in beside.items():
         for path in paths:
-            if any(moments.get(node, [True])):
+            if node not in same or any(moments.get(node, [True])):
                 offer(path)
             else:
                 taking.started[Slot(STATE, path)] = "nothing that it counts goes on"

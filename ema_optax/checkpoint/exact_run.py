@@ -41,6 +41,13 @@ def restore_run(
         )
     manifest.check_decays()
     mistaken.check_no_nnx(params, "params", CALL)
+    mistaken.check_no_nnx(opt_state, "an optimizer state", CALL)
+    if callable(opt_state):
+        raise TypeError(
+            f"This is {text.brief(opt_state)}, not an optimizer state: {CALL} with "
+            "optimizer.init(params); or pass missing='start', which calls it with the "
+            "params that go on."
+        )
     found = averages.find(opt_state, call=CALL, params=params)
     if not found and len(averages.Averages(params)):
         raise ValueError(found.none())
@@ -140,13 +147,8 @@ def _targets(
     }
     wanted = {place for place, _ in slots.values()}
     if wanted != set(stored):
-        odd = min(wanted ^ set(stored), key=_order)
-        who = "only the checkpoint has" if odd in stored else "the checkpoint lacks"
-        near = ""
-        if odd not in stored and odd.tree in manifest.trees:
-            near = f" {text.nearest(odd.path, manifest.trees[odd.tree].leaves)}"
         raise ValueError(
-            f"Cannot resume: {who} '{odd.path}' in the {_spoken(odd.tree)}.{near} "
+            f"Cannot resume: {_difference(manifest, wanted, set(stored))} "
             "Build model and optimizer as for the saved run; or map names with "
             "rename={'of this run': 'stored'}; or take what fits and start the rest: "
             "resume(directory, params, optimizer.init, missing='start')."
@@ -160,8 +162,26 @@ def _targets(
     }
 
 
-def _order(place: Place) -> tuple[bool, str, str]:
-    return place.tree != PARAMS, place.tree, place.path
+def _difference(manifest: Manifest, wanted: set[Place], stored: set[Place]) -> str:
+    """Returns what is only on one side: of params, if those differ."""
+
+    def first(places: set[Place]) -> Place | None:
+        return min(places, key=lambda p: (p.tree != PARAMS, p), default=None)
+
+    lacking, alone = first(wanted - stored), first(stored - wanted)
+    told: list[str] = []
+    if lacking:
+        told.append(
+            f"the checkpoint lacks '{lacking.path}' in the {_spoken(lacking.tree)}"
+        )
+    if alone:
+        who = "it" if lacking else "the checkpoint"
+        told.append(
+            f"only {who} has '{alone.path}' in the {_spoken(alone.tree)}",
+        )
+    tree = manifest.trees.get(lacking.tree) if lacking else None
+    near = f" {text.nearest(lacking.path, tree.leaves)}" if lacking and tree else ""
+    return f"{', and '.join(told)}.{near}"
 
 
 def _spoken(tree: str) -> str:

@@ -112,10 +112,10 @@ def matched(
         for node in mine:
             if node.path in found:
                 continue
-            fields = ", ".join(node.fields or ()) or "a sequence"
-            several = ", ".join(f"'{other.path}'" for other in theirs[:4])
+            fields = ", ".join(node.fields or ()) or "this place"
             reasons[node.path] = (
-                f"the checkpoint has several states of {fields}, at {several}"
+                f"of the states of {fields} here are {len(mine)} and in the "
+                f"checkpoint {len(theirs)}, and which is which is not known"
                 if theirs
                 else f"the checkpoint has no state of {fields}"
             )
