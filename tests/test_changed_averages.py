@@ -313,6 +313,22 @@ def test_moments_in_another_dtype_are_cast(tmp_path):
         started(tmp_path, optax.adam(0.1), whole)
 
 
+def test_a_layer_is_averaged_or_not(tmp_path):
+    """What a mask leaves out is left; let in again it starts as the param is."""
+    plain = chain(ema_optax.ema_params(0.9))
+    mask = {"encoder": {"w": True}, "head": False}
+    masked = chain(ema_optax.ema_params(0.9, mask=mask))
+    params, state = saved(tmp_path / "plain", plain)
+    found = started(tmp_path / "plain", masked)
+    assert found.changes.left == ("shadow: head",)
+    assert_same(found.opt_state[1].shadow["encoder"], state[1].shadow["encoder"])
+    checkpoint.save(tmp_path / "masked", *found)
+    back = started(tmp_path / "masked", plain)
+    assert dict(back.changes.started) == {"shadow: head": "not in the checkpoint"}
+    shadow = {"encoder": state[1].shadow["encoder"], "head": params["head"]}
+    assert_same(back.opt_state[1], state[1]._replace(shadow=shadow))
+
+
 def test_nnx(tmp_path):
     """A module of Flax NNX with a layer more, its own state among what goes on."""
 

@@ -188,9 +188,7 @@ def test_around_it_all_several_steps_of_gradients_are_added_up(run):
     """MultiSteps around Adam: what it adds starts as zeros, what it wraps goes on."""
     folder, _, state = run
     optimizer = optax.chain(
-        optax.GradientTransformation(
-            *optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation()[:2]
-        ),
+        optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
         EMA,
     )
     found = started(folder, OLD, optimizer)

@@ -5,7 +5,7 @@ starts: a param as it was given, a shadow as a copy of the param that goes on, t
 optimizer's own as `optimizer.init` makes it from those params.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import optax
@@ -15,20 +15,18 @@ from ema_optax import averages, mistaken, placement, text
 from ema_optax.average import Average
 from ema_optax.averages import Averages
 from ema_optax.checkpoint.changes import Resumed, resumed
-from ema_optax.checkpoint.entries import TreeEntry
 from ema_optax.checkpoint.kept_averages import (
     counts_on_disk,
     offer_shadows,
     set_counts,
     started_as,
 )
+from ema_optax.checkpoint.kept_state import check_started, offer_state
 from ema_optax.checkpoint.leaves import Place
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
 from ema_optax.checkpoint.restoring import shared_manifest
 from ema_optax.checkpoint.same_averages import check_bema_goes_on
 from ema_optax.checkpoint.slots import by_path, filled, place_in_run
-from ema_optax.checkpoint.state_nodes import joined, matched, nodes_of, split
-from ema_optax.checkpoint.step import structure_of
 from ema_optax.checkpoint.stored_names import StoredNames
 from ema_optax.checkpoint.taking import Slot, Taking, check_concrete
 from ema_optax.locating import under
@@ -90,7 +88,7 @@ def restore_what_fits(
     offer_shadows(
         taking, manifest, found, names, places, accept_new_decay=accept_new_decay
     )
-    params_of = _offer_state(taking, manifest, found, names, places, rest)
+    params_of = offer_state(taking, manifest, found, names, places, rest)
     bema = [
         average.path
         for average in found
@@ -100,7 +98,7 @@ def restore_what_fits(
     if bema:
         check_bema_goes_on(manifest.averages[SHADOW], found, False, accept_new_decay)
     if not has_init:
-        _check_started(taking, found, params_of)
+        check_started(taking, found, params_of, CALL)
     set_counts(taking, item, manifest, found, names, of_state, verify=verify)
     live = resumed_params() if live is None else live
     taking.read(item, placement.meshes_of((params, opt_state)), verify=verify)
@@ -122,7 +120,7 @@ def restore_what_fits(
     def state_leaf(path: str) -> Any:
         ours = any(f"{path}/".startswith(f"{at}/") for at in started_as_params)
         return value(
-            Slot(STATE, path), of_state[path], params_of[path] if ours else None
+            Slot(STATE, path), of_state[path], params_of.get(path) if ours else None
         )
 
     def shadow(i: int, average: Average, place: str) -> Any:
@@ -177,91 +175,3 @@ def _offer_params(
 def _param(taking: Taking, slots: Mapping[str, Any], path: str) -> Any:
     slot = Slot(PARAMS, path)
     return taking.leaves[slot] if slot in taking.leaves else slots[path]
-
-
-def _offer_state(
-    taking: Taking,
-    manifest: Manifest,
-    found: Averages,
-    names: StoredNames,
-    places: Sequence[str],
-    rest: Any,
-) -> dict[str, str]:
-    """Offers the leaves of the optimizer's own state the stored ones.
-
-    What a node has beside leaves of params, such as a count of updates, goes on where
-    one of these does.
-
-    Returns:
-        The slot of the param that a leaf is of, by its path in the state.
-    """
-    counts = {under(a.path, "count") for a in found if not a.is_computed}
-    leaves = {path: x for path, x in by_path(rest).items() if path not in counts}
-    stored = manifest.trees.get(STATE, TreeEntry({}, {}))
-    counted = {place.path for place in counts_on_disk(manifest)}
-    their_parts = {
-        path: split(path, names.stored_params)
-        for path in stored.leaves
-        if path not in counted
-    }
-    parts, params_of = names.parts(leaves, places)
-    given = {path: names.as_given(slot) for path, slot in params_of.items()}
-    theirs_given = {
-        path: [part.param]
-        for path, part in their_parts.items()
-        if part.param is not None
-    }
-    same, reasons = matched(
-        nodes_of(parts, structure_of(rest), given).values(),
-        nodes_of(their_parts, stored.structure, theirs_given).values(),
-    )
-    beside: dict[str, list[str]] = {}  # the leaves of a node that are of no param
-    moments: dict[str, list[bool]] = {}  # whether those of params are taken
-
-    def offer(path: str) -> bool:
-        slot, part = Slot(STATE, path), parts[path]
-        if part.node not in same:
-            taking.started[slot] = reasons[part.node]
-            return False
-        paths = [joined(same[part.node], part, p) for p in given.get(path, [None])]
-        at = next((each for each in paths if each in their_parts), paths[0])
-        return taking.offer(slot, leaves[path], Place(STATE, at))
-
-    for path, part in parts.items():
-        if path in params_of:
-            moments.setdefault(part.node, []).append(offer(path))
-        else:
-            beside.setdefault(part.node, []).append(path)
-    for node, paths in beside.items():
-        for path in paths:
-            if node not in same or any(moments.get(node, [True])):
-                offer(path)
-            else:
-                taking.started[Slot(STATE, path)] = "nothing that it counts goes on"
-    return params_of
-
-
-def _check_started(
-    taking: Taking, found: Averages, params_of: Mapping[str, str]
-) -> None:
-    """Refuses to start a leaf of the optimizer's own from params that are not live.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    ours = [f"{average.path}/" if average.path else "" for average in found]
-    stale = [
-        path
-        for path, param in params_of.items()
-        if Slot(STATE, path) in taking.started
-        and taking.takes(Slot(PARAMS, param))
-        and not any(path.startswith(at) for at in ours)
-    ]
-    if stale:
-        reason = taking.started[Slot(STATE, stale[0])]
-        raise ValueError(
-            f"{text.some(map(repr, stale))} of the optimizer state start ({reason}), "
-            "and may be copies of the fresh params, while these go on from the "
-            f"checkpoint. Pass optimizer.init itself, not its result: {CALL}; or "
-            "another function from the resumed params to the optimizer state."
-        )
