@@ -29,6 +29,7 @@ from ema_optax.order import OrderWarning
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.profiles import Profile, profile
 from ema_optax.shadows import shadow_params, with_shadow
+from ema_optax.starting import started_from
 from ema_optax.states import BemaParamsState, EmaParamsState, NamedShadowsState
 from ema_optax.version import __version__ as __version__
 
@@ -66,6 +67,7 @@ __all__ = [
     "scale_to_batch",
     "shadow_params",
     "start_after",
+    "started_from",
     "uniform",
     "update_shadow",
     "warmup",

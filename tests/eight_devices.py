@@ -452,6 +452,28 @@ def test_a_run_goes_on_where_it_was_placed(tmp_path):
     assert_placed(state.shadow, "split host")
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_that_changes_stays_where_it_is_placed(tmp_path, place):
+    """A leaf more and clipping in front: each part lies where init puts it."""
+    average = ema_optax.ema_params(0.9, shadow_sharding=PLACES[place])
+    params, state = small_run(optax.chain(optax.trace(0.9), average))
+    checkpoint.save(tmp_path, params, state)
+    changed = optax.chain(optax.clip(1.0), optax.trace(0.9), average)
+    more = jax.device_put(jnp.ones((8, 2)), jax.tree.leaves(params)[0].sharding)
+    new = jax.tree.map(jnp.zeros_like, params) | {"more": more}
+    expected = changed.init(new)
+    for given in (changed.init, expected):
+        found = checkpoint.resume(tmp_path, new, given, missing="start")
+        assert_same(found.params, params | {"more": more})
+        assert_alike(found, (new, expected))
+        shadow = found.opt_state[2].shadow
+        assert_same(shadow, state[1].shadow | {"more": more})
+        assert_placed({name: shadow[name] for name in params}, place)
+        assert_same(found.opt_state[2].count, state[1].count)
+        trace = {name: found.opt_state[1].trace[name] for name in params}
+        assert_same(trace, state[0].trace)
+
+
 def test_what_was_placed_is_restored_anywhere(tmp_path):
     """Replicated, split another way, on one device, in host memory."""
     transform = ema_optax.ema_params(0.9, shadow_sharding=PLACES["split host"])

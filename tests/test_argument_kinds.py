@@ -55,6 +55,12 @@ CALLS = {
     ema_optax.shadow_params: {"opt_state": STATE, "params": PARAMS, "name": None},
     ema_optax.metrics: {"opt_state": STATE, "params": PARAMS, "name": None},
     ema_optax.with_shadow: {"train_state": OTHERS["TrainState"], "name": None},
+    ema_optax.started_from: {
+        "opt_state": STATE,
+        "shadow": PARAMS,
+        "count": 10,
+        "name": None,
+    },
     ema_optax.ema_params: {
         "decay": 0.9,
         "mask": None,
@@ -113,6 +119,8 @@ CALLS = {
         "opt_state": STATE,
         "step": 1,
         "accept_new_decay": False,
+        "rename": None,
+        "missing": "start",
     },
     checkpoint.describe: {"directory": FOLDER, "step": 1, "item": None},
     checkpoint.verify: {"directory": FOLDER, "step": 1, "item": None},

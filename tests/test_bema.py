@@ -521,7 +521,7 @@ def test_a_manager_saves_it_in_the_background(tmp_path):
         (ema_optax.ema_params({"a": 0.9}), r"of bema_params\(every=2.*no bema_params"),
         (
             optax.identity(),
-            r"of bema_params\(every=2.*no bema_params.*take the weights",
+            r"of bema_params\(every=2.*no bema_params.*missing='start'",
         ),
         (
             bema_params(every=3),

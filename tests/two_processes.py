@@ -41,6 +41,32 @@ def whole(tree):
     )
 
 
+def sharded_state(optimizer, params):
+    """Returns a fresh optimizer state, its matrices by rows."""
+    shapes = jax.eval_shape(optimizer.init, params)
+    shardings = jax.tree.map(lambda x: ROWS if x.ndim == 2 else EVERYWHERE, shapes)
+    return jax.jit(optimizer.init, out_shardings=shardings)(params)
+
+
+def change(folder, params, state):
+    """Resumes with a leaf more and clipping in front, which moves the rest."""
+    changed = optax.chain(optax.clip(1.0), optax.adam(0.1), ema_optax.ema_params(0.9))
+    new = params | {"new": jax.jit(lambda: jnp.ones(SHAPE), out_shardings=ROWS)()}
+    found = checkpoint.resume(
+        folder, new, lambda p: sharded_state(changed, p), missing="start"
+    )
+    assert len(found.changes.started) == 4
+    shadow = found.opt_state[2].shadow
+    assert shadow["w"].sharding == ROWS
+    for actual, expected in (
+        (shadow, state[1].shadow | {"new": new["new"]}),
+        (found.opt_state[2].count, state[1].count),
+        (found.opt_state[1][0].mu["w"], state[0][0].mu["w"]),
+        (found.params["w"], params["w"]),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, whole(actual), whole(expected))
+
+
 def train(optimizer):
     """Three updates of sharded params."""
 
@@ -48,9 +74,7 @@ def train(optimizer):
         return {"w": jax.random.normal(jax.random.key(0), SHAPE), "b": jnp.ones(3)}
 
     params = jax.jit(init, out_shardings={"w": ROWS, "b": EVERYWHERE})()
-    shapes = jax.eval_shape(optimizer.init, params)
-    shardings = jax.tree.map(lambda x: ROWS if x.ndim == 2 else EVERYWHERE, shapes)
-    state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    state = sharded_state(optimizer, params)
 
     @jax.jit
     def step(params, state):
@@ -155,6 +179,7 @@ def main():
         ):
             assert a.sharding == b.sharding
             np.testing.assert_array_equal(whole(a), whole(b))
+        change(folder, params, state)
 
     multihost_utils.sync_global_devices("before damage")
     if RANK == 0:  # in a piece that the other process wrote

@@ -6,11 +6,11 @@
 This package is the only importer of Orbax.
 """
 
+from ema_optax.checkpoint.changes import Changes, Resumed
 from ema_optax.checkpoint.directory import (
     Description,
     describe,
     restore,
-    resume,
     save,
     save_average,
     verify,
@@ -26,11 +26,13 @@ from ema_optax.checkpoint.handlers import (
     EmaSave,
     SnapshotSave,
 )
+from ema_optax.checkpoint.resuming import resume
 from ema_optax.checkpoint.retention import KeepSnapshots
 from ema_optax.checkpoint.snapshots import snapshots
 from ema_optax.checkpoint.sources import StoredTree, stored
 
 __all__ = [
+    "Changes",
     "CorruptCheckpointError",
     "Description",
     "EmaCheckpointableHandler",
@@ -40,6 +42,7 @@ __all__ = [
     "EmaSave",
     "KeepSnapshots",
     "Leaf",
+    "Resumed",
     "SnapshotSave",
     "StoredTree",
     "Tree",

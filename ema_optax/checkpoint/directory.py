@@ -1,4 +1,4 @@
-"""Functions on a directory: save, restore, resume, describe and verify."""
+"""Functions on a directory: save, restore, describe and verify."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from ema_optax.checkpoint import storage
 from ema_optax.checkpoint.background import ELSEWHERE
 from ema_optax.checkpoint.entries import AverageEntry, TreeEntry
 from ema_optax.checkpoint.errors import CorruptCheckpointError
-from ema_optax.checkpoint.handlers import EmaRestore, EmaResume, EmaSave, save_args
+from ema_optax.checkpoint.handlers import EmaRestore, EmaSave, save_args
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, read_manifest
 from ema_optax.checkpoint.paths import absolute
 from ema_optax.checkpoint.processes import together
@@ -232,52 +232,6 @@ def restore(
     """
     found = find_same_step(directory, step, item)
     return EmaRestore(tree, like, rename, verify).read(found.item)
-
-
-def resume(
-    directory: epath.PathLike,
-    params: optax.Params,
-    opt_state: optax.OptState,
-    *,
-    step: int | None = None,
-    item: str | None = None,
-    accept_new_decay: bool = False,
-    verify: bool = True,
-) -> tuple[Any, Any]:
-    """Restore params and optimizer state exactly, to go on with the run.
-
-    Args:
-        directory: The folder of a run, or of one step of it.
-        params: Params of the same model, abstract or concrete.
-        opt_state: `optimizer.init(params)` of the same optimizer, or its `eval_shape`.
-        step: Number of the step; None for the newest that was committed.
-        item: Name of the item, where the step holds several of ours.
-        accept_new_decay: Keep the shadow although the chain has another decay or
-            `every` than the one it was averaged with.
-        verify: Whether to compare what is read with its checksums.
-
-    Returns:
-        Params and optimizer state, count and shadows included, bit for bit.
-
-    Raises:
-        CorruptCheckpointError: If data on disk is not what was saved.
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If model or optimizer differ from the saved run's, and how.
-
-    >>> import tempfile, jax.numpy as jnp, ema_optax
-    >>> params = {"w": jnp.ones(2)}
-    >>> opt_state = ema_optax.ema_params(0.99).init(params)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(folder, params, opt_state, step=300)
-    ...     params, opt_state = resume(folder, params, opt_state)
-    >>> opt_state.shadow
-    {'w': Array([1., 1.], dtype=float32)}
-    """
-    found = find_same_step(directory, step, item)
-    args = EmaResume(
-        params, opt_state, accept_new_decay=accept_new_decay, verify=verify
-    )
-    return args.read(found.item)
 
 
 def describe(

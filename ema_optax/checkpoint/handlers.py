@@ -14,15 +14,20 @@ from orbax.checkpoint import multihost, v1
 
 from ema_optax import arguments
 from ema_optax.checkpoint import saving, step, storage
+from ema_optax.checkpoint.changed_run import restore_what_fits
 from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.exact_run import restore_run
 from ema_optax.checkpoint.manifest import SHADOW
 from ema_optax.checkpoint.rescue import explained
 from ema_optax.checkpoint.restoring import SLOTS, restore_raw, restore_tree
-from ema_optax.checkpoint.resuming import restore_run
+from ema_optax.checkpoint.stored_names import SLOTS as STORED
 from ema_optax.renaming import Renames
 from ema_optax.text import brief
 
 Reading: TypeAlias = Callable[[epath.Path], Any]
+
+# What `missing` may be, and what it does.
+_MISSING = {"refuse": restore_run, "start": restore_what_fits}
 
 
 class EmaHandler(ocp.AsyncCheckpointHandler):
@@ -183,9 +188,11 @@ def EmaResume(  # noqa: N802 used as the other arguments are
     opt_state: optax.OptState,
     *,
     accept_new_decay: bool = False,
+    rename: Mapping[str, str] | None = None,
+    missing: str = "refuse",
     verify: bool = True,
 ) -> RestoreArgs:
-    """Restore params and optimizer state exactly, to go on; see `checkpoint.resume`.
+    """Restore params and optimizer state, to go on with a run; see `checkpoint.resume`.
 
     >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
@@ -201,9 +208,21 @@ def EmaResume(  # noqa: N802 used as the other arguments are
     """
     accept_new_decay = arguments.flag(accept_new_decay, "accept_new_decay")
     verify = arguments.flag(verify, "verify")
+    Renames(rename, STORED)  # says what is wrong with it
+    if not isinstance(missing, str) or missing not in _MISSING:
+        raise ValueError(
+            f"missing is 'refuse', to resume all of a run or nothing, or 'start', to "
+            f"take what fits and start the rest; got {brief(missing)}."
+        )
+    restore = _MISSING[missing]
     return RestoreArgs(
-        lambda item: restore_run(
-            item, params, opt_state, accept_new_decay=accept_new_decay, verify=verify
+        lambda item: restore(
+            item,
+            params,
+            opt_state,
+            accept_new_decay=accept_new_decay,
+            rename=rename,
+            verify=verify,
         )
     )
 

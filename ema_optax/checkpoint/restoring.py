@@ -1,6 +1,6 @@
 """Restores a chosen tree into the slots of a model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -201,10 +201,11 @@ def check_fits(entry: LeafEntry, leaf: Any, slot: str, *, exact: bool) -> None:
         ValueError: If shape, dtype or kind differ, with both sides.
     """
     if entry.shape != tuple(np.shape(leaf)):
+        advice = " missing='start' starts it anew." if exact else ""
         raise ValueError(
             f"'{slot}' is {entry.shape} on disk and {np.shape(leaf)} in "
             "the target. Build the model as for the saved run, or rename slots to the "
-            "leaves that fit."
+            f"leaves that fit.{advice}"
         )
     if entry.is_key or is_key(leaf):
         if not (entry.is_key and is_key(leaf)):
@@ -222,11 +223,25 @@ def check_fits(entry: LeafEntry, leaf: Any, slot: str, *, exact: bool) -> None:
         if alike and not exact:
             return
     advice = (
-        "A resumed run goes on in the dtypes it was saved in."
+        "A resumed run goes on in the dtypes it was saved in. missing='start' casts."
         if exact
         else "Only floats are cast, and only to floats: ask for the stored dtype."
     )
     raise ValueError(f"'{slot}' is {have} on disk and {want} in the target. {advice}")
+
+
+def is_turned(
+    rename: Mapping[str, str], slots: Collection[str], sources: Collection[str]
+) -> bool:
+    """Returns whether `rename` maps stored paths to slots, and not slots to paths."""
+
+    def is_stored(path: str) -> bool:
+        return any(f"{at}/".startswith(f"{path}/") for at in sources)
+
+    return all(
+        path not in slots and is_stored(path) and slot in slots and slot not in sources
+        for path, slot in rename.items()
+    )
 
 
 def without_elements(leaf: Any) -> Any:
@@ -242,7 +257,7 @@ def _places(
     tree: str,
 ) -> dict[str, Place]:
     """Returns the stored leaf of each slot that has elements."""
-    if rename and _is_turned(rename, slots, sources):
+    if rename and is_turned(rename, slots, sources):
         path, slot = next(iter(rename.items()))
         raise ValueError(
             "rename maps slots of `like` to stored paths, and here it is the other way "
@@ -263,20 +278,6 @@ def _places(
         places[slot] = sources[path]
     renames.check_used(slots, "slot of `like`")
     return places
-
-
-def _is_turned(
-    rename: Mapping[str, str], slots: Mapping[str, Any], sources: Mapping[str, Place]
-) -> bool:
-    """Returns whether `rename` maps stored paths to slots, and not slots to paths."""
-
-    def is_stored(path: str) -> bool:
-        return any(f"{at}/".startswith(f"{path}/") for at in sources)
-
-    return all(
-        path not in slots and is_stored(path) and slot in slots and slot not in sources
-        for path, slot in rename.items()
-    )
 
 
 def _dtype(leaf: Any) -> np.dtype:

@@ -142,7 +142,7 @@ def of_trees(
         leaves.setdefault(name, {})
     entries = {
         name: TreeEntry(
-            structure=_structure(stored.get(name, {})),
+            structure=structure_of(stored.get(name, {})),
             leaves={path: _entry(leaf) for path, leaf in by_path.items()},
             average=described.get(name),
         )
@@ -272,7 +272,7 @@ def _entry(leaf: Any) -> LeafEntry:
     return LeafEntry(tuple(leaf.shape), str(leaf.dtype), kind=kind)
 
 
-def _structure(tree: object) -> Structure:
+def structure_of(tree: object) -> Structure:
     """Returns a tree as Orbax nests it, in JSON: dicts, lists, and paths as leaves."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = [trees.path_name(path) for path, _ in pairs]
