@@ -13,6 +13,7 @@ EXTRAS = {
     "sklearn": "demo",
     "tensorflow": "tensorflow",
     "gcsfs": "gcs",
+    "msgpack": "msgpack",
 }
 REQUIRED = ("etils", "jax", "numpy", "optax", "orbax", "tensorstore", "xxhash")
 

@@ -6,6 +6,7 @@
 This package is the only importer of Orbax.
 """
 
+from ema_optax.checkpoint.adopting import Adopted, adopt
 from ema_optax.checkpoint.directory import (
     Description,
     describe,
@@ -31,6 +32,7 @@ from ema_optax.checkpoint.snapshots import snapshots
 from ema_optax.checkpoint.sources import StoredTree, stored
 
 __all__ = [
+    "Adopted",
     "CorruptCheckpointError",
     "Description",
     "EmaCheckpointableHandler",
@@ -43,6 +45,7 @@ __all__ = [
     "SnapshotSave",
     "StoredTree",
     "Tree",
+    "adopt",
     "describe",
     "restore",
     "resume",

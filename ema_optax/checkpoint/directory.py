@@ -112,7 +112,9 @@ def save_average(
     *,
     params: Any = None,
     step: int = 0,
+    count: int | None = None,
     decay: Decay | None = None,
+    every: int | None = None,
     extra: Any = None,
 ) -> None:
     """Save one average as a checkpoint of its own, for inference.
@@ -128,7 +130,9 @@ def save_average(
             leaves that are averaged, others are theirs.
         params: The live params, for an average that no optimizer state holds.
         step: Number of the step, ≥ 0.
+        count: Updates that the average has seen, ≥ 0; None for the step.
         decay: What it was averaged with, for `describe`.
+        every: Updates between its folds, ≥ 1; None where that is not known.
         extra: Anything that is JSON, for `describe`.
 
     Raises:
@@ -150,7 +154,11 @@ def save_average(
     for given, name in ((tree, "an average"), (params, "params")):
         mistaken.check_no_nnx(given, name, "save_average(directory, tree, params=…)")
     both = {PARAMS: tree} if params is None else {PARAMS: params, SHADOW: tree}
-    averages = {SHADOW: AverageEntry(decay, None, step)}
+    if count is not None:
+        count = arguments.whole(count, "count", 0, "count=300 is after 300 updates.")
+    if every is not None:
+        every = arguments.whole(every, "every", 1, "every=1 is at each update.")
+    averages = {SHADOW: AverageEntry(decay, every, step if count is None else count)}
     _write(directory, lambda: save_args(of_trees(both, averages, extra)), step)
 
 

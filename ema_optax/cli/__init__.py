@@ -10,6 +10,7 @@ import jax
 import ema_optax
 from ema_optax import extras
 from ema_optax.cli import (
+    adopt,
     completion,
     demo,
     export,
@@ -82,7 +83,7 @@ def _parser() -> parsing.Parser:
     version = f"%(prog)s {ema_optax.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (demo, export, import_tf, inspect, profile, reconstruct):
+    for command in (adopt, demo, export, import_tf, inspect, profile, reconstruct):
         command.add(commands)
     completion.add(commands, parser)
     return parser
