@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -48,7 +49,7 @@ OTHERS = {
 }
 # A model may be called, so that it is taken for a function; what comes is its own.
 CALLED = {"mask", "decay", "shadow_sharding", "place", "progress", "call", "apply_fn"}
-FOLDER, OUT = "FOLDER", "OUT"
+FOLDER, OUT, THEIRS = "FOLDER", "OUT", "THEIRS"
 
 CALLS = {
     ema_optax.shadow_params: {"opt_state": STATE, "params": PARAMS, "name": None},
@@ -95,7 +96,22 @@ CALLS = {
         "directory": FOLDER,
         "tree": PARAMS,
         "step": 8,
+        "count": None,
         "decay": None,
+        "every": None,
+    },
+    checkpoint.adopt: {
+        "source": THEIRS,
+        "out": FOLDER,
+        "params": None,
+        "shadow": "auto",
+        "like": None,
+        "step": 9,
+        "count": None,
+        "decay": None,
+        "zero_started": None,
+        "partial": False,
+        "dry_run": True,
     },
     checkpoint.restore: {
         "directory": FOLDER,
@@ -161,7 +177,10 @@ CALLS = {
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     checkpoint.save(folder, PARAMS, STATE, step=1)
-    return {FOLDER: folder, OUT: folder / "model.safetensors"}
+    theirs = tmp_path_factory.mktemp("theirs")
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(theirs / "9", {"params": PARAMS, "ema_params": PARAMS})
+    return {FOLDER: folder, OUT: folder / "model.safetensors", THEIRS: theirs}
 
 
 def told(function, arguments):

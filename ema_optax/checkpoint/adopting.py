@@ -115,7 +115,7 @@ def adopt(
             1−β^count yet. Then that is done, in float64; it needs `decay=constant(β)`
             and `count`. None for what the layout says.
         partial: Whether floating params may have no average: raw in both trees.
-        dry_run: Whether to look and check, and neither read arrays nor write.
+        dry_run: Whether to look and check, and write nothing.
         progress: As in `reconstruction.merge`: True draws a bar, a function is called.
 
     Raises:
@@ -317,13 +317,12 @@ def _zero_started(source: Foreign, choice: Choice, told: bool | None) -> bool:
 
 def _haiku_zero_started(source: Foreign, choice: Choice) -> bool | None:
     """Returns False where Haiku has divided an average; None where it may not have."""
-    paths = [leaf.path for leaf in choice.average.values()]
-    hidden = [f"{path.removesuffix('average')}hidden" for path in paths]
-    found = dict(source.read([*paths, *hidden]))
-    same = all(
-        np.array_equal(found[a], found[b]) for a, b in zip(paths, hidden, strict=True)
-    )
-    return None if same else False
+    for leaf in choice.average.values():
+        hidden = f"{leaf.path.removesuffix('average')}hidden"
+        found = dict(source.read([leaf.path, hidden]))
+        if not np.array_equal(found[leaf.path], found[hidden]):
+            return False
+    return None
 
 
 def _division(decay: Decay | None, count: int, count_from: str) -> tuple[Decay, float]:
@@ -382,6 +381,8 @@ def _left_out(source: Foreign, choice: Choice) -> dict[str, int]:
     above = {path[:i] for path in kept for i in _ends(path)}
     found: dict[str, int] = {}
     for path, leaf in source.leaves.items():
+        if choice.shadow and path.startswith(f"{choice.shadow}/"):
+            continue  # what is beside the averages, or of params that are no floats
         top = next((path[:i] for i in _ends(path) if path[:i] not in above), None)
         if top is not None:
             found[top] = found.get(top, 0) + leaf.bytes

@@ -204,7 +204,7 @@ def _print(done: "Adopted", *, dry_run: bool) -> None:
         if paths:
             print(parsing.printable(f"{len(paths):,} params {what}: {some(paths)}"))
     if dry_run:
-        print("Nothing was read of the arrays, and nothing written: a dry run.")
+        print("Nothing was written: a dry run.")
 
 
 def _origin(count_from: str) -> str:
