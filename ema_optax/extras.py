@@ -15,6 +15,7 @@ EXTRAS = {
     "tensorflow": "tensorflow",
     "torch": "torch",
     "gcsfs": "gcs",
+    "msgpack": "msgpack",
 }
 REQUIRED = ("etils", "jax", "numpy", "optax", "orbax", "tensorstore", "xxhash")
 

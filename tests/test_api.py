@@ -40,6 +40,7 @@ WITHOUT_EXAMPLE = {
     "ema_optax.NamedShadowsState": "made by ema_params, read by name",
     "ema_optax.Profile": "returned by profile, whose example reads it",
     "ema_optax.checkpoint.Changes": "returned by resume, as `changes`",
+    "ema_optax.checkpoint.Adopted": "returned by adopt, whose example reads it",
     "ema_optax.checkpoint.CorruptCheckpointError": "an error",
     "ema_optax.checkpoint.Description": "returned by describe",
     "ema_optax.checkpoint.EmaCheckpointableHandler": "called by Orbax alone",

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 from flax import nnx
@@ -49,7 +50,8 @@ OTHERS = {
 }
 # A model may be called, so that it is taken for a function; what comes is its own.
 CALLED = {"mask", "decay", "shadow_sharding", "place", "progress", "call", "apply_fn"}
-FOLDER, OUT, RULES, WEIGHTS = "FOLDER", "OUT", "RULES", "WEIGHTS"
+FOLDER, OUT, THEIRS = "FOLDER", "OUT", "THEIRS"
+RULES, WEIGHTS = "RULES", "WEIGHTS"
 
 CALLS = {
     ema_optax.shadow_params: {"opt_state": STATE, "params": PARAMS, "name": None},
@@ -102,7 +104,22 @@ CALLS = {
         "directory": FOLDER,
         "tree": PARAMS,
         "step": 8,
+        "count": None,
         "decay": None,
+        "every": None,
+    },
+    checkpoint.adopt: {
+        "source": THEIRS,
+        "out": FOLDER,
+        "params": None,
+        "shadow": "auto",
+        "like": None,
+        "step": 9,
+        "count": None,
+        "decay": None,
+        "zero_started": None,
+        "partial": False,
+        "dry_run": True,
     },
     checkpoint.restore: {
         "directory": FOLDER,
@@ -200,8 +217,11 @@ def places(tmp_path_factory):
     weights = folder / "weights.safetensors"
     both = {"w.a": np.ones(2, np.float32), "ema.a": np.ones(2, np.float32)}
     safetensors.numpy.save_file(both, weights)
+    theirs = tmp_path_factory.mktemp("theirs")
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(theirs / "9", {"params": PARAMS, "ema_params": PARAMS})
     out = folder / "model.safetensors"
-    return {FOLDER: folder, OUT: out, RULES: rules, WEIGHTS: weights}
+    return {FOLDER: folder, OUT: out, RULES: rules, WEIGHTS: weights, THEIRS: theirs}
 
 
 def told(function, arguments):

@@ -329,3 +329,27 @@ def test_killed_while_it_saves(bucket, share):
     same(checkpoint.resume(folder, *RUN[0]), ([RUN[0], *RUN])[newest - 1])
     checkpoint.save(folder, *RUN[-1], step=newest + 1)
     assert checkpoint.describe(folder).step == newest + 1
+
+
+def test_a_run_of_another_program_is_adopted_from_a_bucket_into_one(bucket, tmp_path):
+    """As from a disk: the newest committed step, bit for bit; no other is written."""
+    theirs, ours = f"{bucket.url}/theirs", f"{bucket.url}/adopted"
+    mean = jax.tree.map(lambda x: x * 2, PARAMS)
+    tree = {"params": PARAMS, "ema_params": mean, "opt_state": [PARAMS]}
+    for step in (1, 2):
+        with ocp.CheckpointManager(theirs) as manager:
+            manager.save(step, args=ocp.args.StandardSave(tree | {"step": step}))
+    done = checkpoint.adopt(theirs, ours)
+    assert (done.step, done.layout, done.source) == (2, "flax", f"{theirs}/2")
+    same(checkpoint.restore(ours, "params", PARAMS), PARAMS)
+    same(checkpoint.restore(ours, "shadow", PARAMS), mean | {"n": 3})
+    checkpoint.verify(ours)
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        checkpoint.adopt(theirs, ours)
+    epath.Path(f"{theirs}/2/commit_success.txt").unlink()
+    with pytest.raises(ValueError, match="not written to its end"):
+        checkpoint.adopt(f"{theirs}/2", tmp_path)
+    assert checkpoint.adopt(theirs, tmp_path).step == 1
+    assert cli.main(["adopt", theirs, "--out", ours, "--dry-run"]) == 0
+    with pytest.raises(FileNotFoundError, match="it does not exist"):
+        checkpoint.adopt(f"{bucket.url}/nowhere", tmp_path)

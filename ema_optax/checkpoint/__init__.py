@@ -6,6 +6,7 @@
 This package is the only importer of Orbax.
 """
 
+from ema_optax.checkpoint.adopting import Adopted, adopt
 from ema_optax.checkpoint.changes import Changes, Resumed
 from ema_optax.checkpoint.directory import (
     Description,
@@ -32,6 +33,7 @@ from ema_optax.checkpoint.snapshots import snapshots
 from ema_optax.checkpoint.sources import StoredTree, stored
 
 __all__ = [
+    "Adopted",
     "Changes",
     "CorruptCheckpointError",
     "Description",
@@ -46,6 +48,7 @@ __all__ = [
     "SnapshotSave",
     "StoredTree",
     "Tree",
+    "adopt",
     "describe",
     "restore",
     "resume",

@@ -57,11 +57,7 @@ class Store:
         )
 
     def _base(self, tree: str) -> str | dict[str, str]:
-        """Returns the folder of a tree as TensorStore names it: a URL if it is one."""
-        text = str(self._item if tree == PARAMS else self._item / FOLDER)
-        if "://" in text:
-            return f"{text}/"
-        return {"driver": "file", "path": f"{text}/"}
+        return key_value_store(self._item if tree == PARAMS else self._item / FOLDER)
 
     def _name(self, tree: str, path: str) -> str:
         """Returns what the files of an array begin with: nothing for a bare array."""
@@ -69,6 +65,14 @@ class Store:
             above = () if tree == PARAMS else (tree,)
             self._names[tree] = dict(_names(self._structures[tree], above))
         return self._names[tree][path]
+
+
+def key_value_store(folder: epath.Path) -> str | dict[str, str]:
+    """Returns a folder as TensorStore names it: a URL if it is one."""
+    text = str(folder)
+    if "://" in text:
+        return f"{text}/"
+    return {"driver": "file", "path": f"{text}/"}
 
 
 def parse(read: "ts.KvStore.ReadResult") -> dict[str, Any]:

@@ -117,7 +117,7 @@ def find(directory: epath.PathLike, step: int | None) -> Found:
         number, inside = step, None
         if step in folders:
             inside = storage.listed(folders[step])
-            inside = inside if _is_committed(folders[step], inside) else None
+            inside = inside if is_committed(folders[step], inside) else None
     if number is None or inside is None:
         raise FileNotFoundError(_without(root, step, folders))
     items = _items_among(folders[number], inside)
@@ -207,7 +207,7 @@ def is_taken(folder: epath.Path) -> bool:
     """Returns whether a step is there already, or what somebody put in its place."""
     if not storage.is_remote(folder):
         return folder.exists()
-    return _is_committed(folder, storage.listed(folder))
+    return is_committed(folder, storage.listed(folder))
 
 
 def steps_in(root: epath.Path) -> dict[int, epath.Path]:
@@ -270,7 +270,7 @@ def _newest(
     """Returns the newest step that was committed, and what its folder holds."""
     for number in sorted(folders, reverse=True):
         inside = storage.listed(folders[number])  # or raises: there may be a step
-        if _is_committed(folders[number], inside):
+        if is_committed(folders[number], inside):
             return number, inside
     return None, None
 
@@ -278,18 +278,18 @@ def _newest(
 def _committed(folders: Mapping[int, epath.Path]) -> list[int]:
     """Returns the numbers of the committed steps; a bucket is asked for each."""
 
-    def is_committed(number: int) -> bool:
+    def is_whole(number: int) -> bool:
         try:
             inside = storage.listed(folders[number])
         except PermissionError:
             return True
-        return _is_committed(folders[number], inside)
+        return is_committed(folders[number], inside)
 
-    found = storage.side_by_side(is_committed, folders)
+    found = storage.side_by_side(is_whole, folders)
     return [number for number, good in zip(folders, found, strict=True) if good]
 
 
-def _is_committed(folder: epath.Path, inside: Mapping[str, bool] | None) -> bool:
+def is_committed(folder: epath.Path, inside: Mapping[str, bool] | None) -> bool:
     """Returns whether a step was written whole, by what its folder holds.
 
     In a bucket, and wherever a manager was told `AtomicityOptions(COMMIT_FILE)`, a step
@@ -317,7 +317,7 @@ def _is_committed(folder: epath.Path, inside: Mapping[str, bool] | None) -> bool
 
 def _items_if_committed(folder: epath.Path) -> list[epath.Path]:
     inside = storage.listed(folder)
-    return _items_among(folder, inside or {}) if _is_committed(folder, inside) else []
+    return _items_among(folder, inside or {}) if is_committed(folder, inside) else []
 
 
 def number_of(path: epath.Path) -> int | None:

@@ -10,6 +10,7 @@ import jax
 import ema_optax
 from ema_optax import extras
 from ema_optax.cli import (
+    adopt,
     completion,
     demo,
     export,
@@ -85,6 +86,7 @@ def _parser() -> parsing.Parser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (
+        adopt,
         demo,
         export,
         import_tf,

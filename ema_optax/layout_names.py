@@ -1,0 +1,16 @@
+"""Names of the layouts of other programs' checkpoints, and what each is.
+
+Apart from what finds them, which needs Orbax: a command's help lists them without.
+"""
+
+LAYOUTS = {
+    "flax": "a TrainState with ema_params, params_ema, ema or ema_state beside params",
+    "nnx": "nnx.EMA beside the model, as ema and model",
+    "openpi": "the items params (the average) and train_state (with the raw params)",
+    "optax": "the state of optax.ema, fed with the params, as ema_state beside params",
+    "haiku": "the state of EMAParamsTree beside params",
+    "kauldron": "ema_params and its count in the optimizer state",
+    "axlearn": "learner/ema with count and ema, beside model; or any state like it",
+    "levanter": "model_averaging beside model",
+    "ema_optax": "the state of ema_params, in a state that this library did not save",
+}
