@@ -12,6 +12,7 @@ EXTRAS = {
     "flax": "demo",
     "sklearn": "demo",
     "tensorflow": "tensorflow",
+    "keras": "keras",
     "gcsfs": "gcs",
 }
 REQUIRED = ("etils", "jax", "numpy", "optax", "orbax", "tensorstore", "xxhash")

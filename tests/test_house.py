@@ -98,6 +98,8 @@ HOUSE = {
     "interop": {
         "checkpoint",
         "decay",
+        "decays",
+        "derived_decays",
         "progress",
         "renaming",
         "shadows",
@@ -248,6 +250,7 @@ ROOMS = {
     "interop": {
         "batch_stats": set(),
         "flat_names": set(),
+        "keras_models": set(),
         "nnx_modules": {"batch_stats"},
         "safetensors_files": {"flat_names"},
         "tensorflow_checkpoints": {"tensorflow_names"},

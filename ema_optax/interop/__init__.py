@@ -1,8 +1,9 @@
-"""Model libraries and other formats: NNX modules, statistics, safetensors, TensorFlow.
+"""Model libraries and other formats: NNX, Keras, statistics, safetensors, TensorFlow.
 
     with interop.swapped(model, optimizer):
         evaluate(model)
 
+    params, rest = interop.keras_split(model)
     variables = interop.refresh_batch_stats(apply_fn, variables, batches)
     interop.export_safetensors("run", "model.safetensors", dtype="bfloat16")
     interop.import_tensorflow("old_run/model.ckpt-300000", "imported")
@@ -11,6 +12,13 @@ What a library or a format needs is imported when its function is called.
 """
 
 from ema_optax.interop.batch_stats import refresh_batch_stats
+from ema_optax.interop.keras_models import (
+    KerasAverage,
+    keras_average,
+    keras_split,
+    keras_swapped,
+    keras_update,
+)
 from ema_optax.interop.nnx_modules import (
     nnx_split,
     nnx_update,
@@ -24,8 +32,13 @@ from ema_optax.interop.tensorflow_checkpoints import Imported, import_tensorflow
 __all__ = [
     "Exported",
     "Imported",
+    "KerasAverage",
     "export_safetensors",
     "import_tensorflow",
+    "keras_average",
+    "keras_split",
+    "keras_swapped",
+    "keras_update",
     "nnx_split",
     "nnx_update",
     "refresh_batch_stats",
