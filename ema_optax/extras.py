@@ -13,6 +13,7 @@ EXTRAS = {
     "flax": "demo",
     "sklearn": "demo",
     "tensorflow": "tensorflow",
+    "keras": "keras",
     "torch": "torch",
     "gcsfs": "gcs",
     "msgpack": "msgpack",

@@ -351,6 +351,7 @@ ROOMS = {
         "export_plan": {"appearing", "flat_names", "moves", "rule", "rules"},
         "export_writing": {"appearing", "export_plan", "moves"},
         "flat_names": set(),
+        "keras_models": set(),
         "litema_names": {"torch_files"},
         "moves": set(),
         "nnx_modules": {"batch_stats"},

@@ -1,8 +1,9 @@
-"""Model libraries and other formats: NNX, statistics, PyTorch, TensorFlow.
+"""Model libraries and other formats: NNX, Keras, statistics, PyTorch, TensorFlow.
 
     with interop.swapped(model, optimizer):
         evaluate(model)
 
+    params, rest = interop.keras_split(model)
     variables = interop.refresh_batch_stats(apply_fn, variables, batches)
     interop.export_safetensors("run", "model.safetensors", dtype="bfloat16")
     interop.import_torch("last.ckpt", "imported", layout="lightning")
@@ -13,6 +14,13 @@ What a library or a format needs is imported when its function is called.
 
 from ema_optax.interop.batch_stats import refresh_batch_stats
 from ema_optax.interop.export_plan import Tensor
+from ema_optax.interop.keras_models import (
+    KerasAverage,
+    keras_average,
+    keras_split,
+    keras_swapped,
+    keras_update,
+)
 from ema_optax.interop.moves import Move
 from ema_optax.interop.nnx_modules import (
     nnx_split,
@@ -31,6 +39,7 @@ __all__ = [
     "Imported",
     "ImportedLeaf",
     "ImportedTorch",
+    "KerasAverage",
     "Move",
     "Rule",
     "Rules",
@@ -38,6 +47,10 @@ __all__ = [
     "export_safetensors",
     "import_tensorflow",
     "import_torch",
+    "keras_average",
+    "keras_split",
+    "keras_swapped",
+    "keras_update",
     "nnx_split",
     "nnx_update",
     "read_rules",
