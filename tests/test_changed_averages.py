@@ -390,6 +390,15 @@ def test_refused_in_words(tmp_path):
     new = {"encoder": PARAMS["encoder"], "top": PARAMS["head"]}
     with pytest.raises(ValueError, match=r"other way round: .*\{'top': 'head'"):
         started(tmp_path / "run", chain(SLOW), new, rename={"head": "top"})
+    for options in ({}, {"missing": "start"}):
+        with pytest.raises(ValueError, match=r"'head', and the checkpoint has no"):
+            checkpoint.resume(
+                tmp_path / "run",
+                FRESH,
+                chain(SLOW).init(FRESH),
+                rename={"head": "haed"},
+                **options,
+            )
     with pytest.raises(TypeError, match=r"function.*missing='start'"):
         checkpoint.resume(tmp_path / "run", FRESH, chain(SLOW).init)
     with pytest.raises(TypeError, match="This is an optimizer"):

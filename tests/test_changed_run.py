@@ -284,6 +284,20 @@ def test_a_layer_is_frozen_and_unfrozen(run, tmp_path, freeze):
         checkpoint.resume(tmp_path, OLD, ADAM.init(OLD), missing="start")
 
 
+def test_a_count_goes_on_with_what_it_counts(tmp_path):
+    """Adam of a head that is new in every leaf: its bias correction starts too."""
+    head_only = optax.masked(optax.adam(0.1), {"encoder": False, "head": True})
+    optimizer = optax.chain(head_only, EMA)
+    params, state = trained(optimizer, OLD)
+    checkpoint.save(tmp_path, params, state)
+    new = {"encoder": OLD["encoder"], "head": layer(4, 5)}
+    found = started(tmp_path, new, optimizer)
+    assert_same(found.opt_state[0], optimizer.init(new)[0])
+    count = "state: 0/inner_state/0/count"
+    assert found.changes.started[count] == "nothing that it counts goes on"
+    assert int(found.opt_state[1].count) == 3  # of the encoder's shadow
+
+
 def test_groups_with_an_optimizer_each_take_their_moments(run):
     """One Adam becomes two, of disjoint params: each finds its own."""
     folder, _, state = run

@@ -73,6 +73,7 @@ class StoredNames:
         )
         self._paths = {slot: str(self._renames(slot)) for slot in slots}
         self._renames.check_used(slots, "slot of this run's params")
+        self._check_stored()
         self._places = with_beginnings(
             place
             for average in manifest.averages.values()
@@ -150,6 +151,21 @@ class StoredNames:
         An optimizer may have been given a part of the params: its paths begin there.
         """
         return self._seen(self.path(slot))
+
+    def _check_stored(self) -> None:
+        """Refuses a name for which the checkpoint has no param.
+
+        Raises:
+            ValueError: If there is one: it would start what was meant to go on.
+        """
+        stored = self._stored_paths()
+        for key, slots in self._renames.used.items():
+            paths = [self._paths[slot] for slot in slots]
+            if paths and not any(path in stored for path in paths):
+                raise ValueError(
+                    f"rename has {text.brief(key)}, and the checkpoint has no param "
+                    f"'{paths[0]}'. {text.nearest(paths[0], stored)}"
+                )
 
     def _stored_paths(self) -> Collection[str]:
         stored = self._manifest.trees.get(PARAMS)
