@@ -142,6 +142,7 @@ SETTLED = {
     "warmup": (ema_optax.warmup(0.9), 80),  # 81/90 = 0.9
     "start_after": (ema_optax.start_after(ema_optax.constant(0.9), 500), 501),
     "inverse_power": (ema_optax.inverse_power(0.99, power=1.0), 100),
+    "past a power of two": (ema_optax.start_after(ema_optax.constant(0.9), 512), 513),
 }
 
 
