@@ -148,6 +148,27 @@ def test_averaged_model(tmp_path):
     done = interop.import_torch(tmp_path / "both.pth", tmp_path / "both")
     check(tmp_path / "both", model.state_dict(), average.module.state_dict())
     assert (done.layout, done.count) == ("torchvision", STEPS)
+    named = {"model": model.state_dict(), "ema": average.state_dict()}
+    torch.save(named, tmp_path / "named.pth")
+    done = interop.import_torch(tmp_path / "named.pth", tmp_path / "named")
+    check(tmp_path / "named", model.state_dict(), average.module.state_dict())
+    assert (done.layout, done.count) == ("model-averaged", STEPS)
+
+
+def test_a_wrapper_that_is_named(tmp_path):
+    """The average in the state of an AveragedModel under any key, with its count."""
+    model = torch.nn.Linear(2, 2)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    with torch.no_grad():
+        model.bias += 1
+    both = {"net": model.state_dict(), "polyak": average.state_dict()}
+    torch.save(both, tmp_path / "both.pt")
+    done = interop.import_torch(
+        tmp_path / "both.pt", tmp_path / "out", params="net", shadow="polyak", step=9
+    )
+    check(tmp_path / "out", model.state_dict(), average.module.state_dict())
+    assert (done.shadow, done.count) == ("polyak.module.** of both.pt", 1)
 
 
 @pytest.mark.parametrize("online", [True, False])

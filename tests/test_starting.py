@@ -90,7 +90,7 @@ def test_the_rest_of_the_state_is_as_it_was():
         {"shadow_dtype": "bfloat16"},
         {"shadow_sharding": placement.in_host_memory()},
     ],
-    ids=str,
+    ids=["packed", "bfloat16", "host"],
 )
 def test_a_shadow_lies_where_the_state_keeps_it(options):
     """Packed, narrower, in the host's memory: as after init."""

@@ -33,6 +33,11 @@ _AVERAGES = frozenset(
 )
 
 
+# What PyTorch's AveragedModel and ema-pytorch call their count, and where they keep the
+# average beside it.
+_WRAPPERS = {"n_averaged": "module.**", "step": "ema_model.**"}
+
+
 def found(tensors: Tensors, name: str | None = None) -> Layout:
     """Returns the layout of a file.
 
@@ -97,8 +102,22 @@ def given(tensors: Tensors, params: str | None, shadow: str | None) -> Layout:
             )
     start = TORCHTITAN.partition("**")[0]
     is_partial = shadow is not None and shadow.startswith(start)
-    what = "as the arguments say"
-    return Layout("given", what, params, shadow, is_partial=is_partial)
+    what, count = "as the arguments say", None
+    if shadow is not None:
+        shadow, count = _inside(tensors, shadow)
+    return Layout("given", what, params, shadow, count=count, is_partial=is_partial)
+
+
+def _inside(tensors: Tensors, key: str) -> tuple[str, str | None]:
+    """Returns where the average is in what is named, and where its count.
+
+    What is named may be the whole state of a wrapper, which keeps both.
+    """
+    there = tensors.entries.keys() | tensors.values.keys()
+    for count, average in _WRAPPERS.items():
+        if f"{key}.{count}" in there and names_of(tensors, f"{key}.{average}"):
+            return f"{key}.{average}", f"{key}.{count}"
+    return key, None
 
 
 def left_out(tensors: Tensors, taken: set[str]) -> dict[str, str]:

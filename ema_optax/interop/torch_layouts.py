@@ -123,6 +123,15 @@ LAYOUTS = {
             count="model_ema.n_averaged",
         ),
         Layout(
+            "model-averaged",
+            "model, and ema of an AveragedModel",
+            "model",
+            "ema.module.**",
+            ("model", "ema"),
+            needs=("ema.n_averaged",),
+            count="ema.n_averaged",
+        ),
+        Layout(
             "model-ema",
             "model and ema, as DiT and many others write",
             "model",
