@@ -48,6 +48,7 @@ WITHOUT_EXAMPLE = {
     "ema_optax.checkpoint.Resumed": "returned by resume, whose example unpacks it",
     "ema_optax.checkpoint.StoredTree": "returned by stored",
     "ema_optax.checkpoint.Tree": "part of what describe returns",
+    "ema_optax.interop.Tensor": "returned by export_safetensors, as `tensors`",
     "ema_optax.interop.Exported": "returned by export_safetensors",
     "ema_optax.interop.Imported": "returned by import_tensorflow",
     "ema_optax.interop.ImportedLeaf": "part of what import_torch returns",
