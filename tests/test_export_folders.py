@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     transform = ema_optax.ema_params(0.5)
     state = transform.init(PARAMS)
     moved = {**PARAMS, "table": PARAMS["table"] + 1}
-    updates = {k: v for k, v in moved.items()}
+    updates = dict(moved.items())
     updates["table"] = jnp.ones((50, 4))
     _, state = transform.update(updates, state, PARAMS)
     checkpoint.save(folder, PARAMS, state, step=7)
@@ -78,10 +78,7 @@ def test_the_rules_backwards_and_forth(run, tmp_path, most):
     done = interop.export_safetensors(
         run, out, tree="params", rules=RULES, max_shard_size=most
     )
-    if most is None:
-        names = safetensors.numpy.load_file(out)
-    else:
-        names = loaded(out)
+    names = safetensors.numpy.load_file(out) if most is None else loaded(out)
     assert {t.name: (t.shape, t.dtype) for t in done.tensors} == {
         name: (array.shape, array.dtype.name) for name, array in names.items()
     }
@@ -295,7 +292,7 @@ def test_a_disk_that_is_full(run, tmp_path, monkeypatch):
     tiny = type("Usage", (), {"free": 1000, "total": 2000})
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: tiny)
-        with pytest.raises(OSError, match="has 0.001 MB left"):
+        with pytest.raises(OSError, match=r"has 0\.001 MB left"):
             interop.export_safetensors(run, out, max_shard_size=250)
     original = safetensors.numpy.save_file
     written = []
