@@ -164,7 +164,7 @@ CALLS = {
         "shadow_from": None,
         "layout": None,
         "rules": None,
-        "step": 9,
+        "step": 19,
         "decay": None,
         "count": 9,
         "dry_run": True,

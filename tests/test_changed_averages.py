@@ -9,6 +9,7 @@ from flax import nnx
 
 import ema_optax
 from ema_optax import checkpoint, interop, placement
+from tests import older
 from tests.same import assert_same
 
 PARAMS = {"encoder": {"w": jnp.arange(6.0).reshape(2, 3)}, "head": jnp.ones(2)}
@@ -275,7 +276,7 @@ def test_shadows_stay_where_they_are_kept(tmp_path, from_tree):
     full = state[1].shadow | {"new": new["new"]}
     for options in (
         {"pack_small": True},
-        {"shadow_sharding": placement.in_host_memory()},
+        *([{"shadow_sharding": placement.in_host_memory()}] * older.has_host_memory()),
         {"shadow_dtype": "bfloat16"},
     ):
         optimizer = chain(ema_optax.ema_params(0.9, **options))
@@ -329,6 +330,7 @@ def test_a_layer_is_averaged_or_not(tmp_path):
     assert_same(back.opt_state[1], state[1]._replace(shadow=shadow))
 
 
+@older.needs_nnx
 def test_nnx(tmp_path):
     """A module of Flax NNX with a layer more, its own state among what goes on."""
 

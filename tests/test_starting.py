@@ -9,7 +9,7 @@ import pytest
 import ema_optax
 from ema_optax import placement
 from ema_optax.starting import settled_count
-from tests import reference
+from tests import older, reference
 from tests.same import assert_same
 
 PARAMS = {"dense": {"w": jnp.linspace(-1, 1, 6).reshape(2, 3)}, "n": jnp.int32(3)}
@@ -92,6 +92,7 @@ def test_the_rest_of_the_state_is_as_it_was():
     ],
     ids=["packed", "bfloat16", "host"],
 )
+@older.in_host_memory_or_not
 def test_a_shadow_lies_where_the_state_keeps_it(options):
     """Packed, narrower, in the host's memory: as after init."""
     params = PARAMS | {"more": jnp.ones(4)}

@@ -156,7 +156,7 @@ def _safetensors(path: Path) -> Tensors:
         header = _parsed(file.read(length), str(path))
     header.pop("__metadata__", None)
     entries = {
-        name: Entry(tuple(x["shape"]), _DTYPES.get(x["dtype"], x["dtype"]))
+        name: Entry(tuple(x["shape"]), _DTYPES.get(x["dtype"]) or x["dtype"])
         for name, x in header.items()
     }
     # The library's own reader copies what it has mapped: twice the memory.
