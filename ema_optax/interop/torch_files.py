@@ -156,8 +156,7 @@ def _safetensors(path: Path) -> Tensors:
         header = _parsed(file.read(length), str(path))
     header.pop("__metadata__", None)
     entries = {
-        name: Entry(tuple(x["shape"]), _DTYPES.get(x["dtype"]) or x["dtype"])
-        for name, x in header.items()
+        name: Entry(tuple(x["shape"]), _dtype(x["dtype"])) for name, x in header.items()
     }
     # The library's own reader copies what it has mapped: twice the memory.
     data = np.asarray(np.memmap(path, np.uint8, mode="r"))[8 + length :]
@@ -168,6 +167,10 @@ def _safetensors(path: Path) -> Tensors:
         return data[start:stop].view(jnp.dtype(entry.dtype)).reshape(entry.shape)
 
     return Tensors(str(path), entries, {}, frozenset(), read)
+
+
+def _dtype(name: str) -> str:
+    return _DTYPES.get(name, name)
 
 
 def shards_of(index: Path) -> dict[Path, list[str]]:
