@@ -63,13 +63,9 @@ def fold_update(
         in_place, weights, seeds, new = given
         chosen = dict.fromkeys(parts[n] for n in held)
         gathered = {part: _gathered([new[i] for i in part]) for part in chosen}
-        # As the params first, or XLA splits them before the loop, due or not.
-        there = {
-            n: placement.put_as_param(gathered[parts[n]], sharding[n]) for n in held
-        }
         held, there = (
             {n: placement.put_on_device(x, sharding[n]) for n, x in each.items()}
-            for each in (held, there)
+            for each in (held, {n: gathered[parts[n]] for n in held})
         )
         given = weights, seeds, there
         folded = {}
