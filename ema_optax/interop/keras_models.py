@@ -241,7 +241,6 @@ def _slots(model: Any, caller: str) -> tuple[_Part, _Part]:
             f"The model '{model.name}' has no variables yet: it is not built. Call it "
             "on a batch, or model.build(input_shape), or give it a keras.Input."
         )
-    model.jax_state_sync()  # during fit the values are elsewhere, and those here stale
     return (
         _Part("trainable variables", _by_path(model.trainable_variables)),
         _Part("other variables", _by_path(model.non_trainable_variables)),
