@@ -183,7 +183,12 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("shell")
     params = {"w": jnp.zeros(3)}
     transform = ema_optax.ema_params(0.9)
-    checkpoint.save(root / "run", params, transform.init(params), step=1)
+    for step in range(1, 11):
+        checkpoint.save(root / "run", params, transform.init(params), step=step)
+    with ocp.CheckpointManager(root / "old_run") as manager:
+        theirs = {"params": params, "ema_params": params}
+        manager.save(9, args=ocp.args.StandardSave(theirs))
+    (root / "rules.json").write_text('[{"name": "fc.weight", "path": "w"}]')
     checkpoint.save(root / "imported", params, transform.init(params), step=1)
     (root / "names.json").write_text(json.dumps({"w": "fc.weight"}))
     power = ema_optax.ema_params(
@@ -201,11 +206,14 @@ def folders(tmp_path_factory):
 def test_the_readme_shows_all_commands():
     shown = {command.split()[0] for command in _commands()}
     assert shown == {
+        "adopt",
         "completion",
         "demo",
         "export",
         "import-tf",
+        "import-torch",
         "inspect",
+        "merge",
         "profile",
         "reconstruct",
     }
@@ -223,7 +231,7 @@ def test_readme_commands_run(command, folders, monkeypatch, capsys):
         return
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out
-    if "--out" in arguments:
+    if "--out" in arguments and "--dry-run" not in arguments:
         assert (folders / arguments[arguments.index("--out") + 1]).exists()
 
 
