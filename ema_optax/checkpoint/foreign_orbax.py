@@ -25,7 +25,7 @@ from ema_optax.checkpoint.untrusted import refusal
 METADATA = "_METADATA"  # what Orbax writes into the folder of a tree
 
 # Read at once: Orbax reads side by side, and parses the metadata once a call.
-_BATCH = 2**28  # bytes
+_BATCH = 2**25  # bytes
 
 
 class OrbaxStep(Foreign):
