@@ -81,10 +81,10 @@ def _unpacked(file: Path) -> Any:
     try:
         return msgpack.unpackb(data, ext_hook=_extension, strict_map_key=False)
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
+        said = text.one_line(error).rstrip(".") or type(error).__name__
         raise CorruptCheckpointError(
-            f"{file} is no msgpack file of flax.serialization: "
-            f"{text.one_line(error) or type(error).__name__}. If it was copied, copy "
-            "it again."
+            f"{file} is no msgpack file of flax.serialization: {said}. If it was "
+            "copied, copy it again."
         ) from error
 
 

@@ -118,13 +118,14 @@ def _explained(error: Exception) -> str:
     for argument, option in {
         "shadow=None": "--shadow none",
         "partial=True": "--partial",
+        "like='axlearn'": "--like axlearn",
         "zero_started=True": "--zero-started",
         "zero_started=False": "--no-zero-started",
         "Leave zero_started out": "Leave --zero-started out",
     }.items():
         line = line.replace(argument, option)
     line = re.sub(r"decay=constant\(([^)]*)\)", r"--decay constant:\1", line)
-    return re.sub(r"\b(params|shadow|count|like)=(?='|…|\d)", r"--\1 ", line)
+    return re.sub(r"\b(params|shadow|count)=(?='|…|\d)", r"--\1 ", line)
 
 
 def _run(args: argparse.Namespace) -> int:
