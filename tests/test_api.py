@@ -48,6 +48,7 @@ WITHOUT_EXAMPLE = {
     "ema_optax.interop.Exported": "returned by export_safetensors",
     "ema_optax.interop.Imported": "returned by import_tensorflow",
     "ema_optax.interop.Move": "made by Rules, whose example reads it",
+    "ema_optax.interop.Tensor": "part of what export_safetensors returns",
     "ema_optax.interop.import_tensorflow": "needs TensorFlow, which few have installed",
     "ema_optax.reconstruction.Plan": "returned by plan, whose example prints it",
     "ema_optax.reconstruction.Reconstruction": "returned by reconstruct",

@@ -162,7 +162,7 @@ def file_name(name: str | None) -> str:
     if name is None:
         return "model"
     name = arguments.a_name(name, "name", "diffusion_pytorch_model")
-    if Path(name).name != name or not name.isprintable() or len(name) > 100:
+    if not name or Path(name).name != name or not name.isprintable() or len(name) > 99:
         raise ValueError(
             f"name begins the names of files, got {brief(name)}. Pass "
             "name='diffusion_pytorch_model'."
