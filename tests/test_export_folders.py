@@ -357,3 +357,18 @@ def test_what_the_command_refuses(run, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "needs both name and path" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(300, [300, 800, 56]), (299, [280, 20, 800, 56]), (856, [300, 856])],
+)
+def test_a_file_is_filled_to_the_byte(run, tmp_path, most, sizes):
+    """The bound itself is allowed, and one byte less is not."""
+    done = interop.export_safetensors(
+        run, tmp_path / "out", rules=RULES, max_shard_size=most, dry_run=True
+    )
+    found = {}
+    for tensor in done.tensors:
+        found[tensor.file] = found.get(tensor.file, 0) + tensor.bytes
+    assert list(found.values()) == sizes
