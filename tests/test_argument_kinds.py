@@ -154,7 +154,10 @@ CALLS = {
         "step": 1,
         "dtype": None,
         "rename": None,
+        "rules": None,
+        "max_shard_size": None,
         "overwrite": True,
+        "dry_run": True,
     },
     interop.import_torch: {
         "source": WEIGHTS,

@@ -58,7 +58,7 @@ def add(commands: parsing.Commands) -> None:
             "\n"
             '  [{"name": "h.#.fc.weight", "path": "h/fc/kernel",\n'
             '    "rearrange": "l o i -> l i o"},\n'
-            '   {"name": "**", "path": "**"}, {"name": null, "path": "rng/key"}]\n'
+            '   {"name": null, "path": "rng/key"}, {"name": "**", "path": "**"}]\n'
             "\n"
             "rearrange is that of einops from the file's axes to the tree's, turned\n"
             "round here. Several names, with axis and lengths, take parts of a leaf;\n"

@@ -152,7 +152,7 @@ def as_options(text: str) -> str:
     return re.sub(
         r"\b(step|tree|dtype|average|scope|max-shard-size|name)='?([^\s',:;.]+)'?",
         r"--\1 \2",
-        text.replace("max_shard_size", "max-shard-size"),
+        text.replace("max_shard_size=", "max-shard-size="),
     )
 
 
