@@ -54,7 +54,6 @@ WITHOUT_EXAMPLE = {
     "ema_optax.interop.ImportedLeaf": "part of what import_torch returns",
     "ema_optax.interop.ImportedTorch": "returned by import_torch",
     "ema_optax.interop.Move": "made by Rules, whose example reads it",
-    "ema_optax.interop.Tensor": "part of what export_safetensors returns",
     "ema_optax.interop.import_tensorflow": "needs TensorFlow, which few have installed",
     "ema_optax.interop.KerasAverage": "returned by keras_average",
     "ema_optax.interop.keras_average": "needs Keras, as the next three do",
