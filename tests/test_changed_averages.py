@@ -91,10 +91,10 @@ def test_an_average_goes_on_under_another_name(tmp_path):
         found = checkpoint.resume(
             tmp_path, FRESH, chain(SLOW).init(FRESH), rename=rename, **options
         )
-        assert_same(found.opt_state[1].shadow["slow"], state[1].shadow)
-        assert int(found.opt_state[1].count) == 4
-        assert found.changes.moved["shadow/slow: head"] == "shadow: head"
-        assert found.changes.left == ()
+        assert_same(found[1][1].shadow["slow"], state[1].shadow)
+        assert int(found[1][1].count) == 4
+    assert found.changes.moved["shadow/slow: head"] == "shadow: head"
+    assert found.changes.left == ()
     alone = started(tmp_path, chain(SLOW))
     assert_same(alone.opt_state[1].shadow["slow"], params)
     both = ema_optax.ema_params({"slow": 0.99, "new": 0.99})
@@ -235,9 +235,9 @@ def test_params_beside_other_state(tmp_path):
     renamed = variables({"trunk": FRESH["encoder"], "head": FRESH["head"]})
     rename = {"params/trunk": "params/encoder"}
     blank = optimizer.init(renamed["params"])
-    found = checkpoint.resume(tmp_path, renamed, blank, rename=rename)
-    assert_same(found.opt_state[0][0].nu["trunk"], state[0][0].nu["encoder"])
-    assert_same(found.opt_state[1].shadow["trunk"], state[1].shadow["encoder"])
+    _, (adam, ema) = checkpoint.resume(tmp_path, renamed, blank, rename=rename)
+    assert_same(adam[0].nu["trunk"], state[0][0].nu["encoder"])
+    assert_same(ema.shadow["trunk"], state[1].shadow["encoder"])
     # The params alone, which were saved inside: their optimizer was given them so.
     alone = checkpoint.resume(
         tmp_path, FRESH, optimizer.init, missing="start", rename={"": "params"}

@@ -83,12 +83,12 @@ def test_a_run_as_it_was_is_the_same_both_ways(run):
     folder, params, state = run
     exact = checkpoint.resume(folder, OLD, ADAM.init(OLD))
     assert_same(exact, (params, state))
-    changes = exact.changes
-    assert (dict(changes.started), changes.left) == ({}, ())
-    assert len(changes.taken) == len(jax.tree.leaves((params, state)))
+    assert type(exact) is tuple  # which programs map beside their own
     same = started(folder, OLD, ADAM)
     assert_same(same, (params, state))
-    assert set(same.changes.taken) == set(changes.taken)
+    changes = same.changes
+    assert (dict(changes.started), changes.left) == ({}, ())
+    assert len(changes.taken) == len(jax.tree.leaves((params, state)))
     assert str(same.changes).splitlines()[0] == "taken   params: 4 leaves"
     found, kept = same
     assert found is same.params
@@ -114,9 +114,10 @@ def test_a_module_is_renamed(run):
     )
     found = checkpoint.resume(folder, new, ADAM.init(new), rename=rename)
     assert_same(found, expected)
-    moved = found.changes.moved["state: 0/0/mu/trunk/dense/bias"]
+    told = started(folder, new, ADAM, rename=rename)
+    assert_same(told, expected)
+    moved = told.changes.moved["state: 0/0/mu/trunk/dense/bias"]
     assert moved == "state: 0/0/mu/encoder/bias"
-    assert_same(started(folder, new, ADAM, rename=rename), expected)
     pattern = {"trunk/dense/**": "encoder/**"}
     shapes = jax.eval_shape(lambda: new)
     blank = jax.eval_shape(ADAM.init, shapes)

@@ -60,7 +60,7 @@ class _Pair(NamedTuple):
 
 
 class Resumed(_Pair):
-    """A run to go on with: a pair `params, opt_state` to unpack.
+    """A changed run to go on with: a pair `params, opt_state` to unpack.
 
     Attributes:
         params: The params.

@@ -8,7 +8,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from ema_optax import averages, mistaken, placement, text
-from ema_optax.checkpoint.changes import Changes, Resumed, called, resumed
 from ema_optax.checkpoint.leaves import Place, read
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
 from ema_optax.checkpoint.restoring import check_fits, shared_manifest
@@ -29,7 +28,7 @@ def restore_run(
     accept_new_decay: bool,
     rename: Mapping[str, str] | None,
     verify: bool,
-) -> Resumed:
+) -> tuple[optax.Params, optax.OptState]:
     """Returns params and optimizer state exactly as saved. See `directory.resume`."""
     manifest = shared_manifest(item)
     if STATE not in manifest.trees:
@@ -94,15 +93,7 @@ def restore_run(
         for average, place in zip(found, places, strict=True)
     ]
     opt_state = found.put_back(filled(rest, of(STATE)), shadows)
-    changes = Changes(
-        taken=tuple(called(*slot) for slot in slots),
-        moved={
-            called(*slot): called(*place)
-            for slot, (place, _) in slots.items()
-            if slot != place
-        },
-    )
-    return resumed(filled(params, of(PARAMS)), opt_state, changes)
+    return filled(params, of(PARAMS)), opt_state
 
 
 def _in_state(

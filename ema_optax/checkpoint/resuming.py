@@ -1,6 +1,7 @@
 """The function on a directory that resumes a run."""
 
 from collections.abc import Mapping
+from typing import Any, Literal, overload
 
 import optax
 from etils import epath
@@ -10,6 +11,32 @@ from ema_optax.checkpoint.handlers import EmaResume
 from ema_optax.checkpoint.steps import find_same_step
 
 
+@overload
+def resume(
+    directory: epath.PathLike,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    *,
+    step: int | None = None,
+    item: str | None = None,
+    accept_new_decay: bool = False,
+    rename: Mapping[str, str] | None = None,
+    missing: Literal["refuse"] = "refuse",
+    verify: bool = True,
+) -> tuple[Any, Any]: ...
+@overload
+def resume(
+    directory: epath.PathLike,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    *,
+    step: int | None = None,
+    item: str | None = None,
+    accept_new_decay: bool = False,
+    rename: Mapping[str, str] | None = None,
+    missing: Literal["start"],
+    verify: bool = True,
+) -> Resumed: ...
 def resume(
     directory: epath.PathLike,
     params: optax.Params,
@@ -21,7 +48,7 @@ def resume(
     rename: Mapping[str, str] | None = None,
     missing: str = "refuse",
     verify: bool = True,
-) -> Resumed:
+) -> tuple[Any, Any]:
     """Restore params and optimizer state, to go on with a run.
 
     All of it exactly, or, where model or optimizer have changed, what fits:
@@ -59,7 +86,8 @@ def resume(
 
     Returns:
         A pair of params and optimizer state, count and shadows included, bit for bit
-        where they are taken. Its `changes` say what was taken, started and left.
+        where they are taken. With `missing="start"` it is a `Resumed`, whose `changes`
+        say what was taken, started and left.
 
     Raises:
         CorruptCheckpointError: If data on disk is not what was saved.

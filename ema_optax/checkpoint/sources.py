@@ -116,6 +116,17 @@ class StoredTree(Source):
             raise explained(self._item, error, _RESCUE) from error
         return parts[part]
 
+    def check_size(self) -> None:
+        """Compares the bytes that its leaves should have with those of its files.
+
+        Raises:
+            CorruptCheckpointError: If the files cannot hold them.
+        """
+        try:
+            _ = self._reader
+        except CorruptCheckpointError as error:
+            raise explained(self._item, error, _RESCUE) from error
+
     @functools.cached_property
     def _reader(self) -> Reader:
         places = list(self._places.values())

@@ -200,6 +200,7 @@ def export_safetensors(
         below = Path() if isinstance(tree, str) else Path(full)
         if below in done:
             raise ValueError(f"tree has {full!r} twice: {brief(tree)}.")
+        source.check_size()  # or the disk would be blamed for what is not there
         tensors = [tensor for tensor, _ in plan]
         exported = Exported(
             path=path / below,
