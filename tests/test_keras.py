@@ -69,10 +69,10 @@ class Path(keras.callbacks.Callback):
         self.average = interop.keras_average(self.model)
 
 
-def _fitted(steps=6, callback=None, **options):
+def _fitted(steps=6, **options):
     model = _model()
     model.compile(_optimizer(**options), loss="mse")
-    path = callback or Path()
+    path = Path()
     many = np.tile(X, (steps, 1)), np.tile(Y, (steps, 1))
     model.fit(*many, batch_size=len(X), verbose=0, shuffle=False, callbacks=[path])
     return model, path
@@ -135,20 +135,6 @@ def test_the_average_is_that_of_the_decay_that_it_names(steps):
         average.tree,
         expected,
     )
-
-
-class Early(Path):
-    """Keras writes the model's variables for it only when it asks."""
-
-    async_safe = True
-
-
-def test_a_callback_that_keras_does_not_wait_for_reads_no_stale_values():
-    """While fit runs, the variables are emptied: read, they would be initial ones."""
-    _, path = _fitted(callback=Early())
-    _, expected = _fitted()
-    _assert_same(path.raw, expected.raw)
-    _assert_same(path.average.tree, expected.average.tree)
 
 
 def test_fit_ends_with_the_average_in_the_model():
