@@ -3,7 +3,6 @@
 import argparse
 import collections
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,6 @@ from ema_optax.text import some
 
 if TYPE_CHECKING:
     from ema_optax.interop import Exported, Rules
-
-_LONGEST = 2**24  # characters of a file of names
 
 
 def add(commands: parsing.Commands) -> None:
@@ -129,15 +126,10 @@ def add(commands: parsing.Commands) -> None:
 def _renames(text: str) -> Any:
     """Returns what a file holds; whether it fits is for the export to say."""
     try:
-        with parsing.path(text).open(encoding="utf-8") as file:
-            read = file.read(_LONGEST + 1)
-        if len(read) > _LONGEST:
-            raise ValueError(f"it has more than {_LONGEST:,} characters")
-        return json.loads(read, object_pairs_hook=_without_repeats)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
+        return parsing.json_file(text, _without_repeats)
+    except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(
-            f"needs a JSON object of paths and names, cannot read {text}: {reason}"
+            f"needs a JSON object of paths and names, {error}"
         ) from None
 
 

@@ -1,7 +1,6 @@
 """Schedules of a merge in one word of a command line, or in a file."""
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -26,7 +25,6 @@ HELP = (
     "  FILE.json      coefficients, oldest first, with sum 1; or\n"
     '                 {"multipliers": [...]} of the learning rate between the steps\n'
 )
-_LONGEST = 2**24  # characters of a file
 
 
 def parse(text: str) -> tuple[str, Schedule]:
@@ -63,15 +61,7 @@ def parse(text: str) -> tuple[str, Schedule]:
 
 
 def _from_file(text: str) -> Schedule:
-    try:
-        with parsing.path(text).open(encoding="utf-8") as file:
-            content = file.read(_LONGEST + 1)
-        if len(content) > _LONGEST:
-            raise ValueError(f"it has more than {_LONGEST:,} characters")
-        given = json.loads(content)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise argparse.ArgumentTypeError(f"cannot read {text}: {reason}") from None
+    given = parsing.json_file(text)
     multipliers = given.get("multipliers") if isinstance(given, dict) else None
     numbers = given if multipliers is None else multipliers
     if not isinstance(numbers, list) or not all(map(_is_number, numbers)):

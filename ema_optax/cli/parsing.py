@@ -6,9 +6,11 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from ema_optax.text import one_line
+
+_LONGEST = 2**24  # characters of a JSON file
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,6 +108,23 @@ def place(text: str) -> str:
     if not text:  # would be the current folder
         raise argparse.ArgumentTypeError("needs a path, got an empty text")
     return text
+
+
+def json_file(text: str, hook: Callable[[Any], Any] | None = None) -> Any:
+    """Returns what a JSON file of this machine holds; `hook` makes its objects.
+
+    Raises:
+        argparse.ArgumentTypeError: If it cannot be read, or is too large.
+    """
+    try:
+        with path(text).open(encoding="utf-8") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise ValueError(f"it has more than {_LONGEST:,} characters")
+        return json.loads(content, object_pairs_hook=hook)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"cannot read {text}: {reason}") from None
 
 
 def fail(line: str) -> int:
