@@ -63,9 +63,12 @@ def fold_update(
         in_place, weights, seeds, new = given
         chosen = dict.fromkeys(parts[n] for n in held)
         gathered = {part: _gathered([new[i] for i in part]) for part in chosen}
+        there = {
+            n: placement.whole_until_fold(gathered[parts[n]], sharding[n]) for n in held
+        }
         held, there = (
             {n: placement.put_on_device(x, sharding[n]) for n, x in each.items()}
-            for each in (held, {n: gathered[parts[n]] for n in held})
+            for each in (held, there)
         )
         given = weights, seeds, there
         folded = {}

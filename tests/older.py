@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ema_optax.memories import is_kept
+from ema_optax.placement import cuts_in_loops
 
 try:
     from flax import nnx
@@ -39,6 +40,12 @@ def skip_without_host_memory():
     """Skips a test of what is in the host's memory."""
     if not has_host_memory():
         pytest.skip("what this JAX compiles for CPUs leaves nothing in pinned_host")
+
+
+def skip_where_no_loop_cuts():
+    """Skips a test of what is cut into parts, where every update cuts it."""
+    if not cuts_in_loops(jax.default_backend()):
+        pytest.skip("XLA of this JAX aborts where a loop on CPUs cuts arrays")
 
 
 @functools.cache
