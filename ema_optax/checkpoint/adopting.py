@@ -94,8 +94,8 @@ def adopt(
     items, paths begin with the item's name. Optimizer states are left out.
 
     Where params and average lie is found by the names that known programs give them,
-    if that is unmistakable. Memory holds both and 32 MB more while they are read, a
-    msgpack file whole; and three times both while Orbax writes NumPy arrays.
+    if that is unmistakable. Memory holds both and 64 MiB or one leaf more; a msgpack
+    file whole.
 
     Args:
         source: The folder of a `CheckpointManager`, of one of its steps, or of an item

@@ -44,13 +44,13 @@ def slices(bounds: Bounds, within: Bounds | None = None) -> tuple[slice, ...]:
     return tuple(slice(a - start, b - start) for (a, b), (start, _) in pairs)
 
 
-def host_parts(leaf: Any) -> HostParts:
+def host_parts(leaf: Any, *, kept: bool = False) -> HostParts:
     """Returns what this process writes of a leaf, on the host.
 
     Call it after Orbax has copied the leaf to the host. On CPU a part is then a view,
     which keeps the buffer alive if the caller donates the leaf; on an accelerator it is
     the host copy that the shard has cached. NumPy leaves may be overwritten in place
-    and are copied.
+    and are copied, unless they are `kept` until all is written.
     """
     if isinstance(leaf, jax.Array):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -62,7 +62,7 @@ def host_parts(leaf: Any) -> HostParts:
         ]
     if jax.process_index() != 0:  # Orbax writes these from process 0
         return []
-    value = np.array(leaf)
+    value = np.asarray(leaf) if kept else np.array(leaf)
     return [(whole(value.shape), value)]
 
 

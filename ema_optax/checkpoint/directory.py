@@ -159,7 +159,11 @@ def save_average(
     if every is not None:
         every = arguments.whole(every, "every", 1, "every=1 is at each update.")
     averages = {SHADOW: AverageEntry(decay, every, step if count is None else count)}
-    _write(directory, lambda: save_args(of_trees(both, averages, extra)), step)
+    _write(
+        directory,
+        lambda: save_args(of_trees(both, averages, extra), at_once=True),
+        step,
+    )
 
 
 def _write(directory: epath.PathLike, build: Callable[[], EmaSave], step: int) -> None:

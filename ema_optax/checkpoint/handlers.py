@@ -56,11 +56,14 @@ class EmaHandler(ocp.AsyncCheckpointHandler):
 
     async def async_save(self, directory: epath.Path, args: "EmaSave") -> Any:
         """Starts a save and returns the futures that finish it."""
+        if args._at_once:
+            await asyncio.to_thread(saving.save_now, directory, args.contents)
+            return []
         return await saving.start_save(directory, args.contents, self._trees)
 
     def save(self, directory: epath.Path, args: "EmaSave") -> None:
         """Saves without a background part."""
-        saving.save_now(directory, args.contents, self._trees)
+        saving.save_now(directory, args.contents)
 
     def restore(self, directory: epath.Path, args: "RestoreArgs | None" = None) -> Any:
         """Restores a tree, or a whole run."""
@@ -120,6 +123,7 @@ class EmaSave(ocp.args.CheckpointArgs):
     averaged: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
+        self._at_once = False
         self._contents = step.of_run(
             self.params, self.opt_state, self.extra, self.averaged
         )
@@ -262,11 +266,18 @@ def SnapshotSave(  # noqa: N802 used as the other arguments are
     return save_args(step.of_shadows(opt_state, dtype, extra))
 
 
-def save_args(contents: step.Step) -> EmaSave:
-    """Returns the arguments that save a step as it was built."""
+def save_args(contents: step.Step, *, at_once: bool = False) -> EmaSave:
+    """Returns the arguments that save a step as it was built.
+
+    Args:
+        contents: The step.
+        at_once: Whether nothing of it is left to the background: its NumPy arrays are
+            not copied. For a manager without asynchronous saves.
+    """
     args: Any = object.__new__(EmaSave)
     args.params = args.opt_state = args.extra = args.averaged = None
     args._contents = contents
+    args._at_once = at_once
     return args
 
 

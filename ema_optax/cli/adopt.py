@@ -39,7 +39,7 @@ def add(commands: parsing.Commands) -> None:
             + "\n"
             "--shadow none is for a run without an average: it starts as a copy of\n"
             "the params, with count 0. Nothing is overwritten. Memory holds params\n"
-            "and average, while they are written three times.\n"
+            "and average, and a few leaves more.\n"
             "\n"
             "Few programs write the decay down. If you know it, constant:0.9999 is\n"
             "the plain average, and 0.9999 the one with TensorFlow's warm-up;\n"

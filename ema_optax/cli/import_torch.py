@@ -58,8 +58,8 @@ def add(commands: parsing.Commands) -> None:
             '  [{"name": "**.fc.weight", "path": "**/fc/kernel",\n'
             '    "rearrange": "o i -> i o"}, {"name": "**", "path": "**"}]\n'
             "\n"
-            "Files are mapped into memory, and one leaf more; writing takes what\n"
-            "checkpoint.save takes. Nothing is overwritten."
+            "Files are mapped into memory; params, average and a few leaves more are\n"
+            "held. Nothing is overwritten."
         ),
         examples=(
             "  ema-optax import-torch last.pth.tar --step 90000 --out imported\n"
