@@ -79,6 +79,7 @@ def _assert_close(found, expected, within=REFRESHED):
             assert difference.max() < within * np.abs(value).max(initial=1), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.9, 0.99, 0.999, 1 - 1 / 300])
 def test_the_mean_of_each_batchs_statistics(momentum):
     """Against NumPy in float64, whatever the momentum and the statistics of before."""
@@ -137,6 +138,7 @@ def test_nnx_modules_that_are_called_otherwise():
     _assert_close(stats, {"first": first, "second": second})
 
 
+@pytest.mark.long
 @older.needs_nnx
 def test_inside_swapped_they_are_of_the_shadow_and_go_with_it():
     """The raw params get their own statistics back."""

@@ -95,6 +95,7 @@ def _chunks(root, tree, path, step=1):
 # What is cut.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", [*CUT, "prime", "small", "seen"])
 def test_pieces_are_blocks_that_fill_the_leaf(root, run, path):
     """None is larger than a block, but where a prime length would end in crumbs."""
@@ -326,6 +327,7 @@ def test_sums_with_a_gap_or_of_another_shape_are_refused(run, tmp_path):
 # Sharded.
 
 
+@pytest.mark.long
 def test_eight_devices():
     """All of sharded_blocks.py, in a process that has them."""
     launch.run_on_eight_devices(EIGHT)

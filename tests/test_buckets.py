@@ -353,3 +353,25 @@ def test_a_run_of_another_program_is_adopted_from_a_bucket_into_one(bucket, tmp_
     assert cli.main(["adopt", theirs, "--out", ours, "--dry-run"]) == 0
     with pytest.raises(FileNotFoundError, match="it does not exist"):
         checkpoint.adopt(f"{bucket.url}/nowhere", tmp_path)
+
+
+def test_files_of_pytorch_go_into_a_bucket(bucket, tmp_path, capsys):
+    """By the command; a second time the step is there, and a plan writes nothing."""
+    numpy = pytest.importorskip("safetensors.numpy")
+    raw = {"fc.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    average = {"fc.weight": raw["fc.weight"] + 0.5}
+    for name, tensors in (("model", raw), ("ema", average)):
+        numpy.save_file(tensors, tmp_path / f"{name}.safetensors")
+    out = f"{bucket.url}/from_torch"
+    command = ["import-torch", str(tmp_path / "model.safetensors"), "--step", "300"]
+    command += ["--shadow-from", str(tmp_path / "ema.safetensors"), "--out", out]
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert storage.listed(epath.Path(out)) is None
+    assert cli.main(command) == 0
+    for tree, expected in (("params", raw), ("shadow", average)):
+        found = checkpoint.restore(out, tree)
+        np.testing.assert_array_equal(found["fc"]["weight"], expected["fc.weight"])
+    assert checkpoint.describe(out).step == 300
+    capsys.readouterr()
+    assert cli.main(command) == 1
+    assert "exists" in capsys.readouterr().err

@@ -152,6 +152,7 @@ def test_ctrl_c_in_a_destructor():
     assert (done.returncode, done.stderr) == (130, "ema-optax: interrupted\n")
 
 
+@pytest.mark.long
 def test_a_missing_extra(tmp_path: Path):
     """Without one of the demo's packages: code 1, and the pip command, in one line."""
     script = (

@@ -467,6 +467,7 @@ SWEPT = {  # name: from β in (0, 1) to a decay; what it is in plain numbers
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SWEPT)
 def test_arguments_may_be_traced(name):
     """A sweep under vmap or jit folds as each of its decays alone, to float32.

@@ -48,6 +48,7 @@ def trained(byol):
     return SimpleNamespace(online=online, target=target, nets=nets[0], table=table)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["encoder", "projector"])
 @pytest.mark.parametrize("layer", ["in", "out"])
 def test_the_target_is_the_average_of_the_online_weights(byol, trained, part, layer):

@@ -47,6 +47,7 @@ def test_gradients_pass_the_rounding_straight_through(options, folds):
     np.testing.assert_allclose(state.shadow["w"], expected, rtol=3e-2)
 
 
+@pytest.mark.long
 @older.in_host_memory_or_not
 @pytest.mark.parametrize("host", [False, True])
 @pytest.mark.parametrize("every", [1, 2])
@@ -72,6 +73,7 @@ def test_derivatives_pass_where_a_fold_is_due(every, host):
         np.testing.assert_allclose(jax.grad(loss)(p), expected, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_figures_of_a_stacked_state():
     """One for each member under vmap; without it the error names that call."""
     optimizer = optax.chain(optax.sgd(0.1), ema_optax.ema_params(0.99))

@@ -1,5 +1,6 @@
 """How much memory saving NumPy arrays takes, and that they are stored as ever."""
 
+import itertools
 import subprocess
 import sys
 
@@ -31,6 +32,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.long
 def test_saving_takes_a_few_leaves_more(tmp_path):
     """256 MiB in 16 leaves take some 64 MiB more, where a copy of all takes 256."""
     done = subprocess.run(
@@ -55,8 +57,10 @@ def test_parts_are_of_eight_bytes_or_one_array(monkeypatch, sizes):
     parts = [arrays[part] for part in host_arrays.parts(arrays)]
     assert [array.size for part in parts for array in part] == sizes
     held = [sum(array.size for array in part) for part in parts]
-    assert all(size <= 8 or len(part) == 1 for size, part in zip(held, parts))
-    assert all(a + b > 8 for a, b in zip(held, held[1:]) if b)
+    assert all(
+        size <= 8 or len(part) == 1 for size, part in zip(held, parts, strict=True)
+    )
+    assert all(a + b > 8 for a, b in itertools.pairwise(held) if b)
 
 
 def test_every_kind_of_leaf_comes_back(tmp_path):

@@ -149,6 +149,7 @@ ROOMS = {
         "processes": {"errors"},
         "sealed": {"errors", "untrusted"},
         "background": {"processes"},
+        "host_arrays": set(),
         "pieces": {"entries", "errors", "untrusted"},
         "checksums": {"pieces"},
         "manifest": {
@@ -178,6 +179,7 @@ ROOMS = {
         "saving": {
             "background",
             "checksums",
+            "host_arrays",
             "manifest",
             "paths",
             "processes",

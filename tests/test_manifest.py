@@ -127,6 +127,7 @@ MANIFESTS = st.builds(
 )
 
 
+@pytest.mark.long
 @given(MANIFESTS)
 @settings(max_examples=50, deadline=None)
 def test_a_manifest_comes_back_as_it_was(value):

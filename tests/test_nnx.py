@@ -102,6 +102,7 @@ WAYS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_swapped_holds_the_average_of_what_the_module_held(way):
     """Against a float64 average of the path; the raw params come back bit for bit."""
@@ -215,6 +216,7 @@ def test_a_step_inside_is_an_error():
     _assert_same(_arrays(model, nnx.Param), before)
 
 
+@pytest.mark.long
 def test_nested():
     """The inner shadow comes from the raw params, and the outer one comes back."""
     decays = {"fast": ema_optax.constant(0.1), "slow": ema_optax.constant(0.9)}
@@ -229,6 +231,7 @@ def test_nested():
     _assert_same(_arrays(model), before)
 
 
+@pytest.mark.long
 def test_bema_inside_its_own_shadow_is_still_of_the_raw_params():
     """Its correction needs the live params, which the module does not hold then."""
     bema = ema_optax.bema_params(every=1)

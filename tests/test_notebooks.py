@@ -85,6 +85,7 @@ def test_a_slow_disk_is_no_warning_of_the_notebook(script):
     assert script.without_slow_disk([printed]) == [printed]
 
 
+@pytest.mark.once
 def test_a_changed_output_and_a_raising_cell_fail(script, tmp_path):
     """The check fails where it should: a copy of the script beside bad notebooks."""
     nbformat = pytest.importorskip("nbformat")

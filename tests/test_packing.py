@@ -80,6 +80,7 @@ def pair(decay=0.9, **options):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decay", [0.9, ema_optax.power(0.05), DECAYS])
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_same_as_leaf_by_leaf(decay, every):
@@ -173,6 +174,7 @@ def test_a_donated_state_is_folded_in_place():
     assert step._cache_size() == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("saved", "resumed"), [(0, 1), (1, 0), (1, 1)], ids=["to", "from", "packed"]
 )
@@ -298,6 +300,7 @@ def test_plans_hash_and_compare():
 # What a packed state does where a plain one has its say leaf by leaf.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("copies", ["vmap", "replicated"])
 def test_stacked_and_replicated_states(tmp_path, copies):
     """Read, measured, saved and resumed as without packing."""

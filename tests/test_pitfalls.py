@@ -413,6 +413,7 @@ def test_float64_params_keep_a_float64_shadow():
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

@@ -23,6 +23,7 @@ EVERYWHERE, ROWS = NamedSharding(MESH, P()), NamedSharding(MESH, P("data"))
 EIGHT = pathlib.Path(__file__).parent / "eight_devices.py"
 
 
+@pytest.mark.long
 def test_eight_devices():
     """All of eight_devices.py, in a process that has them."""
     # Without it XLA folds bfloat16 params before they are rounded, where it can.
@@ -83,6 +84,7 @@ def by_path(path, param):
     return HOST if path == "head/w" and param.shape == (4, 2) else None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("given", "head", "body"),
     [
@@ -248,6 +250,7 @@ def test_shadows_leave_the_host_in_bounded_groups():
     assert [len(group) for group in groups] == [40] * 16  # 160 MiB each
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("every", [1, 3])
 def test_groups_change_no_number(every, monkeypatch):
     """One loop a group, in one program; to the bit what one loop for all makes."""

@@ -309,6 +309,7 @@ def test_error_over_width_draws_errors_and_what_was_tracked():
     assert len(ax.figure.axes) == 1
 
 
+@pytest.mark.long
 def test_error_over_width_shows_when_reconstruct_warns_and_refuses():
     """The levels are those of the library; one far above all errors is left out."""
     snapshots = [

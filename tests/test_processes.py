@@ -17,6 +17,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("version", ["v0", "v1"])
 def test_one_process_reads_what_two_wrote(folder, version):
     """Resharded onto this process's one device, verified, the same bits."""

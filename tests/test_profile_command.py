@@ -213,6 +213,7 @@ def test_rare_folds_draw_no_comb(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.count("█" * 64 + "\n") == 6
 
 
+@pytest.mark.once
 def test_a_terminal_without_unicode():
     """Where stdout cannot encode blocks the drawing is ASCII."""
     done = subprocess.run(

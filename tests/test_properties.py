@@ -242,6 +242,7 @@ def op_by_op(every):
         yield
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", STORAGES, ids=lambda s: s.name())
 @pytest.mark.parametrize("family", AND_CALLABLES)
 @examples(12)
@@ -303,6 +304,7 @@ def _spoiled(update):
     return spoiled
 
 
+@pytest.mark.long
 @examples(200)
 @given(trees, cases(), seeds)
 def test_params_that_do_not_move_are_a_fixed_point(tree, case, seed):
@@ -333,6 +335,7 @@ def test_params_that_do_not_move_are_a_fixed_point(tree, case, seed):
                 assert np.asarray(before).tobytes() == np.asarray(after).tobytes()
 
 
+@pytest.mark.long
 @examples(30)
 @given(trees, cases(), seeds)
 def test_jit_equals_no_jit(tree, case, seed):
@@ -387,6 +390,7 @@ def test_a_fold_over_k_updates_takes_the_product_of_their_decays(decay, step, ev
     np.testing.assert_allclose(1 - weight, product, rtol=0, atol=1e-12)
 
 
+@pytest.mark.long
 @examples(150)
 @given(exact, st.sampled_from([2, 3, 5]), seeds)
 def test_folding_every_k_is_one_fold_with_that_product(decay, every, seed):
@@ -465,6 +469,7 @@ def test_one_fold_of_any_bits(old, new, weight, seed, how):
     assert inside[back & np.isfinite(got)].all()
 
 
+@pytest.mark.long
 @examples(40)
 @given(trees, cases(), seeds)
 def test_a_checkpoint_gives_back_every_bit(tree, case, seed):

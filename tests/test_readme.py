@@ -22,6 +22,7 @@ def _blocks(page, kind=""):
     return re.findall(rf"^{fence}\n(.*?)^```", page.read_text(), re.S | re.M)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("page", [README, MIGRATING], ids=lambda page: page.stem)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """In one namespace, in an empty folder; each assertion in them holds."""
@@ -77,7 +78,7 @@ def test_the_two_commands_are_there():
     commands = [line for line in lines if line.startswith("python3 -m venv")]
     assert len(commands) == 2
     assert commands[0].endswith("ema-optax demo")
-    assert commands[1].endswith("pytest")
+    assert commands[1].endswith("pytest -n 2")
 
 
 @pytest.mark.skipif(not README.exists(), reason="the README travels with the source")

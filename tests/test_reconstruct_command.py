@@ -105,6 +105,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line
 
 
+@pytest.mark.long
 def test_whole_models(run: Path, tmp_path: Path, capsys: Any):
     """Params of the step fill what is not averaged, and give the dtypes."""
     folders, out = [run / "snapshots", run / "checkpoints"], tmp_path / "deep" / "out"

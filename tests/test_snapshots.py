@@ -864,6 +864,7 @@ print("done")
 """
 
 
+@pytest.mark.long
 def test_sharded_snapshots_onto_other_shardings(tmp_path):
     """Written from eight devices, summed onto all of them, some, and one: the same."""
     done = subprocess.run(

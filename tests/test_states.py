@@ -68,6 +68,7 @@ def test_the_record_survives_what_states_go_through(name, tmp_path):
     assert stacked.count.shape == (4,)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_the_record_passes_through_the_wrappers_of_optax(name):
     """And NNX: it is found inside them, after an update, as it was made."""

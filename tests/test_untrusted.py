@@ -334,6 +334,7 @@ SUMS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SUMS)
 def test_checksums_that_are_none(run, name):
     path = manifest.checksums_path(item_of(run), 0)

@@ -8,6 +8,7 @@ snapshot has that one alone.
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
@@ -43,12 +44,14 @@ Parts: TypeAlias = dict[str, dict[str, checksums.HostParts]]
 # weights 8 % smaller; without it save and restore take three quarters of the time. One
 # file a leaf instead of OCDBT is within noise for large leaves, 1.2 times
 # slower for a thousand small ones, and makes two files a leaf.
-_STORED = {"use_ocdbt": True, "use_compression": False}
+_tree_handler = functools.partial(
+    ocp.PyTreeCheckpointHandler, use_ocdbt=True, use_compression=False
+)
 
 
 def tree_handler() -> ocp.PyTreeCheckpointHandler:
     """Returns the Orbax handler that stores one tree as we store it."""
-    return ocp.PyTreeCheckpointHandler(**_STORED)
+    return _tree_handler()
 
 
 async def start_save(
@@ -111,9 +114,7 @@ async def start_save(
 
 def save_now(item: epath.Path, step: Step) -> None:
     """Saves without a background part."""
-    handler = ocp.PyTreeCheckpointHandler(
-        **_STORED, type_handler_registry=host_arrays.registry()
-    )
+    handler = _tree_handler(type_handler_registry=host_arrays.registry())
     check_store(os.fspath(item))
     refuse_different(step)
     beside = _beside(step)

@@ -36,7 +36,7 @@ def add(commands: parsing.Commands) -> None:
             "Lists the variables without a shadow, which are raw in both trees, and\n"
             "what is left out: optimizer slots, counters, texts. Checkpoints of\n"
             "tf.train.Checkpoint are read where no two variables have one name.\n"
-            "Memory holds params and shadow twice. Nothing is overwritten.\n"
+            "Memory holds params and shadow. Nothing is overwritten.\n"
             "\n"
             "TensorFlow does not write the decay down. If you know it, 0.9999 means\n"
             "ExponentialMovingAverage(0.9999, num_updates=step), and constant:0.9999\n"

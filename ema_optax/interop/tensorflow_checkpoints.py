@@ -69,7 +69,8 @@ def import_tensorflow(
     out. Read are checkpoints of `tf.compat.v1.train.Saver`, and those of
     `tf.train.Checkpoint` where no two variables have the same name.
 
-    The shadow's count is the step. Memory holds params and shadow twice.
+    The shadow's count is the step. Memory holds params and shadow, and some leaves
+    more.
 
     Args:
         source: Prefix of the checkpoint, `run/model.ckpt-300`, one of its files, or its

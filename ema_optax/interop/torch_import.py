@@ -116,8 +116,8 @@ def import_torch(
     told by the layouts of timm, Lightning, diffusers, `AveragedModel`, ema-pytorch,
     torchvision, torchtitan, latent-diffusion and DiT, or by `params` and `shadow`.
 
-    All is read and checked before anything is written. Files are mapped: reading holds
-    their tensors once, and one leaf more; writing takes what `checkpoint.save` takes.
+    All is read and checked before anything is written. Files are mapped. Memory holds
+    params and average, and 64 MiB or one leaf more.
 
     Args:
         source: The file, index or folder, on this machine.
