@@ -439,7 +439,7 @@ def test_a_manifest_that_cannot_be_written(root, monkeypatch):
 def test_a_save_that_fails_at_once(root, monkeypatch):
     """It raises from `save`, leaves no thread waiting, and commits nothing."""
 
-    def fail(*_):
+    def fail(*_, **__):
         raise MemoryError("no room for a copy")
 
     with ocp.CheckpointManager(root) as manager:

@@ -70,6 +70,7 @@ def test_the_target_is_the_average_of_the_online_weights(byol, trained, part, la
         assert min(reference.relative_rms(wrong, expected) for wrong in off) > 1e-5
 
 
+@pytest.mark.long
 def test_the_weights_of_the_last_step_are_returned(trained):
     """Untrained, online and target all differ in the end."""
     same = np.testing.assert_array_equal
@@ -79,6 +80,7 @@ def test_the_weights_of_the_last_step_are_returned(trained):
         assert len({np.asarray(leaf).tobytes() for leaf in leaves}) == 3
 
 
+@pytest.mark.long
 def test_features_have_not_collapsed(byol, trained):
     """Normalised features of different images differ; of one answer they do not."""
     assert all(0.3 < spread <= 1 for _, spread in trained.table.values())
@@ -88,6 +90,7 @@ def test_features_have_not_collapsed(byol, trained):
     assert np.allclose(np.square(features).mean(axis=1), 1, atol=1e-3)
 
 
+@pytest.mark.long
 def test_training_without_labels_helps_the_probe(trained):
     """With two labels a digit, trained features tell more digits than untrained."""
     accuracy = {name: accuracy for name, (accuracy, _) in trained.table.items()}

@@ -14,6 +14,8 @@ from ema_optax import checkpoint
 from tests import killed_hosts, launch, many_hosts, saving_hosts, saving_run
 from tests.many_hosts import BREAK, ROUNDING, STEPS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -33,7 +35,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.long
 def test_saves_that_failed_on_one_process_left_the_step_before(folder):
     """Both were told each time; what they had committed is whole, and one goes on."""
     root, layout = folder / "failing", many_hosts.layouts()["fsdp"]
@@ -49,7 +50,6 @@ def test_one_device_goes_on_with_the_run_of_two_processes(folder, source):
     many_hosts.go_on(folder / source)
 
 
-@pytest.mark.long
 def test_four_devices_of_one_process_go_on(folder):
     """From runs of two processes and of one; to the bit where the layout is alike."""
     output = launch.run("tests.many_hosts", 1, folder, count=1, devices=4)
@@ -112,7 +112,6 @@ def test_a_process_dies_in_a_save(tmp_path):
         checkpoint.verify(tmp_path, step=step)
 
 
-@pytest.mark.long
 def test_a_process_that_hangs_says_where():
     """It is killed, and what it was waiting for is in the error."""
     with launch.launched("tests.test_many_hosts") as processes:

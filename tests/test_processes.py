@@ -8,6 +8,8 @@ import pytest
 from ema_optax import checkpoint, reconstruction
 from tests import launch
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -17,7 +19,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("version", ["v0", "v1"])
 def test_one_process_reads_what_two_wrote(folder, version):
     """Resharded onto this process's one device, verified, the same bits."""
