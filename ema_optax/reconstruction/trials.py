@@ -1,4 +1,4 @@
-"""The averages that a choice tries: made a few at once, evaluated, logged down."""
+"""The averages that a choice tries: made a few at once, evaluated, written down."""
 
 import math
 import warnings
