@@ -16,7 +16,7 @@ _LABELS = {
     "schedule": "Schedule of the merge",
     "alpha": "α of the extrapolation: −1 is the older half's mean, 0 the newer half's",
 }
-_TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # in each power of ten
+_TICKS = {"width": (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), "last": (1.0, 2.0, 3.0, 5.0, 7.0)}
 _TRIED = {"color": style.BLUE, "marker": "o", "linestyle": "none", "capsize": 3}
 _FAILED = {"color": style.ORANGE, "marker": "x", "linestyle": "none", "markersize": 8}
 _OTHERS = ((0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1, 1.5)))
@@ -163,8 +163,8 @@ def _dress_values(ax: Axes, over: str, names: Sequence[str]) -> None:
     if names:
         ax.set_xticks(range(len(names)), names, rotation=25, ha="right")
         ax.margins(x=0.08)
-    elif over in ("width", "last"):
+    elif over in _TICKS:
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=_TICKS))
+        ax.xaxis.set_major_locator(LogLocator(subs=_TICKS[over]))
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_locator(NullLocator())

@@ -15,7 +15,7 @@ from ema_optax.progress import Progress, shown
 from ema_optax.reconstruction import axes, choices, ingredients
 from ema_optax.reconstruction.choices import Choice
 from ema_optax.reconstruction.ingredients import Ingredients
-from ema_optax.reconstruction.searching import Axis
+from ema_optax.reconstruction.searching import Axis, are_alike
 from ema_optax.reconstruction.trials import Trials
 from ema_optax.reconstruction.widths import Snapshot
 from ema_optax.text import brief
@@ -245,6 +245,6 @@ def _least(axis: Axis) -> int:
     different: list[np.ndarray] = []
     for name in axis.names:
         weights = axis.coefficients(name)
-        if not any(np.allclose(weights, x, rtol=0, atol=1e-12) for x in different):
+        if not any(are_alike(weights, others) for others in different):
             different.append(weights)
     return len(different)

@@ -80,6 +80,11 @@ class Axis:
         return min(max(neat, self.low), self.high) + 0.0  # no −0
 
 
+def are_alike(a: np.ndarray, b: np.ndarray) -> bool:
+    """Returns whether coefficients are those of one average."""
+    return np.allclose(a, b, rtol=0, atol=1e-12)
+
+
 def coarse(share: int) -> int:
     """Returns how many of the evaluations a grid takes; odd, so that 0 is in ±α."""
     return min(max(share * 3 // 5 | 1, 3), _COARSE)

@@ -87,20 +87,50 @@ class Trials:
             report: Called after each evaluation.
         """
         axis = self._axes[name]
-        while (left := share + spare - self.counts[name]) > 0:
+        while True:
             known = {p.value: p.scored for p in self.points if p.over == name}
             wanted = searching.ask(axis, known, share, maximize=self._maximize)
             if not wanted:
-                return
-            new = [value for value in wanted if not self._copied(name, value)]
-            for value, average in self._averages(name, new[: min(self._at_once, left)]):
+                break
+            different = self._different(name, wanted)
+            left = share + spare - self.counts[name]
+            if different and left <= 0:
+                break
+            batch = different[: min(self._at_once, left)]
+            for value, average in self._averages(name, batch):
                 entry = self._evaluated(name, value, average)
+                del average  # else it is held while the next are made
                 self._add(entry)
                 self.counts[name] += 1
                 if self._log is not None:
                     self._log.append(entry)
                 told = entry.failure or f"{self.points[-1].score:.6g}"
                 report(self.evaluations(), f"{name} {choices.shown(value)}: {told}")
+        places: dict[Value, int] = {
+            value: place for place, value in enumerate(axis.names)
+        }
+        self.points.sort(  # stable: names that share an average were tried together
+            key=lambda p: places.get(p.value, 0) if p.over == name else -1
+        )
+
+    def _different(self, name: str, values: Sequence[Value]) -> list[Value]:
+        """Returns values whose averages are not tried yet, each once.
+
+        A value whose average was tried becomes a point with its score.
+        """
+        found: dict[Value, np.ndarray] = {}
+        for value in values:
+            weights = self._axes[name].coefficients(value)
+            if any(searching.are_alike(weights, others) for others in found.values()):
+                continue  # asked for again, when the other has a score
+            for point in self.points:
+                same = self._given[point.over] is self._given[name]
+                if same and searching.are_alike(point.coefficients, weights):
+                    self._add(Entry(name, value, point.scored, point.failure))
+                    break
+            else:
+                found[value] = weights
+        return list(found)
 
     def _averages(
         self, name: str, values: Sequence[Value]
@@ -148,14 +178,3 @@ class Trials:
                 entry.failure,
             )
         )
-
-    def _copied(self, name: str, value: Value) -> bool:
-        """Adds a point with the score of the same average, if that was tried."""
-        weights = self._axes[name].coefficients(value)
-        made_of = self._given[name]
-        for point in self.points:
-            same = self._given[point.over] is made_of
-            if same and np.allclose(point.coefficients, weights, rtol=0, atol=1e-12):
-                self._add(Entry(name, value, point.scored, point.failure))
-                return True
-        return False
