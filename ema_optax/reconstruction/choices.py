@@ -21,6 +21,7 @@ class Point:
         value: The width, the number of checkpoints, the name of the schedule, or α.
         coefficients: float64[trees], the weight of each tree, with sum 1.
         steps: Of the trees: of the snapshots of a width, else of the checkpoints.
+        exponents: γ of the snapshots; None of checkpoints.
         score: What the evaluation returned, or the mean of it; NaN where it failed.
         error: Standard error of the score; None where it is not known.
         samples: What the score is the mean of; None where it is not known.
@@ -31,6 +32,7 @@ class Point:
     value: Value
     coefficients: np.ndarray = dataclasses.field(repr=False)
     steps: tuple[float, ...] = dataclasses.field(repr=False)
+    exponents: tuple[float, ...] | None = dataclasses.field(repr=False)
     score: float = math.nan
     error: float | None = None
     samples: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)
@@ -178,5 +180,7 @@ def _point(point: Point, *, whole: bool = False) -> dict[str, Any]:
     if whole:
         content["noise_gain"] = point.noise_gain
         content["steps"] = list(point.steps)
+        if point.exponents is not None:
+            content["exponents"] = list(point.exponents)
         content["coefficients"] = point.coefficients.tolist()
     return content

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,9 +61,11 @@ class Ingredients:
         """
         used = np.flatnonzero(np.any(weights != 0, axis=0))
         given = [self.trees[i] for i in used.tolist()]
-        found = merge(given, weights[:, used], params=self.like)
+        # 0·inf is NaN: a tree that one of the sums leaves out may have diverged.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "invalid value", RuntimeWarning)
+            found = merge(given, weights[:, used], params=self.like)
         for row, result in enumerate(found):
-            # 0·inf is NaN: a tree that this sum leaves out may have diverged.
             alone = weights[row : row + 1]
             if len(found) > 1 and np.any(alone[:, used] == 0) and not _finite(result):
                 found[row] = self.summed(alone)[0]

@@ -172,6 +172,7 @@ class Trials:
                 entry.value,
                 self._axes[entry.over].coefficients(entry.value),
                 made_of.steps,
+                made_of.exponents,
                 math.nan if score is None else score.value,
                 None if score is None else score.error,
                 None if score is None else score.samples,
