@@ -196,8 +196,6 @@ CALLS = {
         "maximize": False,
         "between": None,
         "among": None,
-        "tree": "params",
-        "item": None,
         "params": None,
         "at_once": 3,
         "log": None,

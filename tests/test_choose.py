@@ -293,6 +293,7 @@ def test_what_is_a_score(returned: object):
 def test_scores():
     """They hold numbers, and an error that can be one."""
     assert Score(np.float32(0.5), 0) == Score(0.5, 0.0)
+    assert Score(2, samples=np.float32([1, 3])).samples == (1.0, 3.0)
     for wrong in ((None,), ([1.0],), ("1",), (1.0, "0"), (1.0, [0.1])):
         with pytest.raises(TypeError, match="of a Score must be one number"):
             Score(*wrong)
@@ -435,6 +436,9 @@ def test_the_chosen_one_as_a_checkpoint(run: Path, tmp_path: Path):
     evaluate = Counted(near(last(4)))
     with pytest.raises(FileExistsError, match="holds steps already: 1100"):
         choose(run, evaluate, over="last", out=out)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file"):
+        choose(run, evaluate, over="last", out=tmp_path / "file")
     assert evaluate.calls == 0
     choose(line(), best_at(0.1), out=tmp_path / "width", budget=3)
     decay = checkpoint.describe(tmp_path / "width").trees["shadow"].decay

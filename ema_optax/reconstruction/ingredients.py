@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import types
 import warnings
 from collections.abc import Mapping, Sequence
@@ -136,8 +137,10 @@ def check_free(out: str, step: int) -> None:
     """Refuses a folder that has such a step already, or steps of a run.
 
     Raises:
-        FileExistsError: If it has.
+        FileExistsError: If it has, or is a file.
     """
+    if os.path.isfile(out):
+        raise FileExistsError(f"out={out!r} is a file. Pass a folder of its own.")
     try:
         steps = _checkpoint().describe(out).steps
     except FileNotFoundError:

@@ -39,6 +39,9 @@ class Score:
     def __post_init__(self) -> None:
         arguments.one_number(self.value, "The value of a Score")
         object.__setattr__(self, "value", float(self.value))
+        if self.samples is not None:
+            samples = arguments.numbers(self.samples, "The samples of a Score")
+            object.__setattr__(self, "samples", tuple(np.ravel(samples).tolist()))
         if self.error is None:
             return
         arguments.one_number(self.error, "The error of a Score")
