@@ -50,6 +50,7 @@ OTHERS = {
 }
 # A model may be called, so that it is taken for a function; what comes is its own.
 CALLED = {"mask", "decay", "shadow_sharding", "place", "progress", "call", "apply_fn"}
+CALLED |= {"evaluate"}
 FOLDER, OUT, THEIRS = "FOLDER", "OUT", "THEIRS"
 RULES, WEIGHTS = "RULES", "WEIGHTS"
 
@@ -187,6 +188,20 @@ CALLS = {
     interop.nnx_split: {"model": MODEL, "optimizer": NNX_OPTIMIZER},
     interop.shadow_copy: {"model": MODEL, "optimizer": NNX_OPTIMIZER, "name": None},
     placement.over_axis: {"axis": "data"},
+    reconstruction.choose: {
+        "source": SNAPSHOTS,
+        "evaluate": lambda params: float(params["w"][0]),
+        "over": "width",
+        "budget": 3,
+        "maximize": False,
+        "between": None,
+        "among": None,
+        "params": None,
+        "at_once": 3,
+        "log": None,
+        "out": None,
+    },
+    reconstruction.Score: {"value": 0.5, "error": 0.1},
     reconstruction.coefficients: {
         "steps": [1, 2, 3],
         "exponents": 3.0,
@@ -237,6 +252,7 @@ def told(function, arguments):
 
 
 @pytest.mark.filterwarnings("ignore::ema_optax.OrderWarning")
+@pytest.mark.filterwarnings("ignore::ema_optax.reconstruction.EvaluationWarning")
 @pytest.mark.parametrize(
     "function", CALLS, ids=lambda f: f"{f.__module__}.{f.__name__}"
 )

@@ -60,7 +60,15 @@ def test_bash(
 def test_other_shells(shell: str, capsys: pytest.CaptureFixture[str]):
     """All commands are in the script."""
     text = script(shell, capsys)
-    commands = ("demo", "export", "import-tf", "import-torch", "inspect", "profile")
+    commands = (
+        "choose",
+        "demo",
+        "export",
+        "import-tf",
+        "import-torch",
+        "inspect",
+        "profile",
+    )
     for command in (*commands, "reconstruct"):
         assert command in text
 

@@ -12,7 +12,7 @@ from ema_optax import arguments
 from ema_optax.checkpoint.checksums import bounds_of
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.leaves import Place, Reader
-from ema_optax.checkpoint.manifest import Manifest, read_manifest
+from ema_optax.checkpoint.manifest import Manifest, read_manifest, read_sums
 from ema_optax.checkpoint.rescue import explained
 from ema_optax.checkpoint.restoring import sources_of
 from ema_optax.checkpoint.steps import find_step
@@ -115,6 +115,16 @@ class StoredTree(Source):
         except CorruptCheckpointError as error:
             raise explained(self._item, error, _RESCUE) from error
         return parts[part]
+
+    def fingerprint(self) -> bytes:
+        """Returns what tells its leaves from those of others: their checksums."""
+        sums = read_sums(self._item, self._manifest)
+        known = [
+            (path, leaf.dtype, leaf.shape, sums[place.tree].get(place.path))
+            for path, leaf in sorted(self.leaves.items())
+            for place in [self._places[path]]
+        ]
+        return repr(known).encode()
 
     def check_size(self) -> None:
         """Compares the bytes that its leaves should have with those of its files.

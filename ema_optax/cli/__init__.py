@@ -11,6 +11,7 @@ import ema_optax
 from ema_optax import extras
 from ema_optax.cli import (
     adopt,
+    choose,
     completion,
     demo,
     export,
@@ -87,6 +88,7 @@ def _parser() -> parsing.Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (
         adopt,
+        choose,
         demo,
         export,
         import_tf,

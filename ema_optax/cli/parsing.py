@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from ema_optax.text import one_line
 
+PICTURES = (".png", ".svg", ".pdf")
 _LONGEST = 2**24  # characters of a JSON file
 
 
@@ -101,6 +102,16 @@ def path(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"needs a local file, got {text}")
     return Path(place(text))
+
+
+def picture(text: str) -> Path:
+    """Returns a file of this machine that a picture can be written to."""
+    file = path(text)
+    if file.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(
+            f"needs a file that ends in {', '.join(PICTURES)}, got {text!r}"
+        )
+    return file
 
 
 def place(text: str) -> str:

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from ema_optax.cli import decay_text, parsing, sketch
 from ema_optax.decay import Decay
@@ -12,7 +11,6 @@ from ema_optax.profiles import Profile, profile
 from ema_optax.text import percent
 
 _LONGEST = 10_000_000  # updates: seconds and half a gigabyte of memory a decay
-_PICTURES = (".png", ".svg", ".pdf")
 _COLUMNS = ("width", "mean age", "of the run", "initial", "effective")
 
 
@@ -69,22 +67,13 @@ def add(commands: parsing.Commands) -> None:
     )
     parser.add_argument(
         "--out",
-        type=_picture,
+        type=parsing.picture,
         metavar="FILE",
-        help=f"draw up to six decays as a picture ({', '.join(_PICTURES)})",
+        help=f"draw up to six decays as a picture ({', '.join(parsing.PICTURES)})",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the figures as JSON, draw no text"
     )
-
-
-def _picture(text: str) -> Path:
-    path = parsing.path(text)
-    if path.suffix.lower() not in _PICTURES:
-        raise argparse.ArgumentTypeError(
-            f"needs a file that ends in {', '.join(_PICTURES)}, got {text!r}"
-        )
-    return path
 
 
 def _run(args: argparse.Namespace) -> int:

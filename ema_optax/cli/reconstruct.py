@@ -1,12 +1,8 @@
 """`ema-optax reconstruct`: its arguments, its warnings, and the order of its work."""
 
 import argparse
-import contextlib
-import warnings
-from collections.abc import Iterator
-from typing import TextIO
 
-from ema_optax.cli import averages, parsing, wide
+from ema_optax.cli import averages, parsing, warning_lines, wide
 from ema_optax.power_profiles import exponent_from_width
 from ema_optax.reconstruction import ReconstructionWarning, reconstruct
 from ema_optax.reconstruction.projection import DOUBTFUL, WRONG
@@ -124,7 +120,10 @@ def _run(args: argparse.Namespace) -> int:
     missing = [name for name, value in given.items() if value is None]
     if missing and not args.dry_run:
         args.wrong(f"needs {' and '.join(missing)}, or --dry-run")
-    with wide.in_64_bits(), _warnings_as_lines():
+    with (
+        wide.in_64_bits(),
+        warning_lines.of("reconstruct", ReconstructionWarning),
+    ):
         return _do(args)
 
 
@@ -158,27 +157,3 @@ def _do(args: argparse.Namespace) -> int:
     average_files.write(plan, found)
     averages.show(plan, as_json=args.json)
     return 0
-
-
-@contextlib.contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Has what the library warns of told in one line of stderr, as soon as it does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", ReconstructionWarning)
-        show = warnings.showwarning
-
-        def tell(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if issubclass(category, ReconstructionWarning):
-                parsing.tell(f"ema-optax reconstruct: warning: {message}")
-            else:
-                show(message, category, filename, lineno, file, line)
-
-        warnings.showwarning = tell
-        yield

@@ -1,5 +1,6 @@
-"""Pictures of runs, of what decays average over, of lag, and of many widths."""
+"""Pictures of runs, of what decays average over, of lag, of widths, of a choice."""
 
+from ema_optax.plots.choices import choice
 from ema_optax.plots.lag import lag
 from ema_optax.plots.profiles import profiles
 from ema_optax.plots.runs import accuracy_over_steps
@@ -8,6 +9,7 @@ from ema_optax.plots.widths import accuracy_over_width, error_over_width
 __all__ = [
     "accuracy_over_steps",
     "accuracy_over_width",
+    "choice",
     "error_over_width",
     "lag",
     "profiles",

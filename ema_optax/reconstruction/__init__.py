@@ -3,8 +3,13 @@
 snapshots = checkpoint.snapshots(folder)
 found = reconstruction.reconstruct(snapshots, width=0.03, params=params)
 found.tree, found.profile_error
+
+chosen = reconstruction.choose(folder, evaluate, over="width")
+chosen.best, chosen.ties, chosen.tree
 """
 
+from ema_optax.reconstruction.choices import Choice, Point
+from ema_optax.reconstruction.choosing import choose
 from ema_optax.reconstruction.merging import (
     decay_coefficients,
     lr_decay,
@@ -19,7 +24,9 @@ from ema_optax.reconstruction.projection import (
     rounding_variance,
 )
 from ema_optax.reconstruction.schedules import schedule_coefficients
+from ema_optax.reconstruction.scores import Score
 from ema_optax.reconstruction.sums import Source
+from ema_optax.reconstruction.trials import EvaluationWarning
 from ema_optax.reconstruction.widths import (
     Reconstruction,
     ReconstructionWarning,
@@ -29,11 +36,16 @@ from ema_optax.reconstruction.widths import (
 )
 
 __all__ = [
+    "Choice",
+    "EvaluationWarning",
     "Plan",
+    "Point",
     "Reconstruction",
     "ReconstructionWarning",
+    "Score",
     "Snapshot",
     "Source",
+    "choose",
     "coefficients",
     "decay_coefficients",
     "lr_decay",

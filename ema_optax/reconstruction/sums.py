@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import xxhash
 from jax.typing import DTypeLike
 
 from ema_optax import selection, trees
@@ -43,6 +44,15 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def read(self, path: str, index: Index) -> np.ndarray:
         """Returns a part of a leaf; called from several threads."""
+
+    def fingerprint(self) -> bytes:
+        """Returns what tells its leaves from those of others; reads all of them."""
+        digest = xxhash.xxh3_128()
+        for path, leaf in sorted(self.leaves.items()):
+            digest.update(f"{path} {leaf.dtype} {leaf.shape} ".encode())
+            whole = self.read(path, (slice(None),) * len(leaf.shape))
+            digest.update(np.ascontiguousarray(whole).tobytes())
+        return digest.digest()
 
 
 class InMemory(Source):

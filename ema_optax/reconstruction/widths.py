@@ -164,7 +164,7 @@ def reconstruct(
     used = [i for i in order if given[i].step <= last]
     steps = [given[i].step for i in used]
     exponents = [given[i].exponent for i in used]
-    ridge = max(_rounding(given[i]) for i in used)
+    ridge = max(rounding(given[i]) for i in used)
     x, errors = projection.fit(
         steps, exponents, [exponent_from_width(w) for w in widths], last, ridge=ridge
     )
@@ -306,7 +306,8 @@ def _advice(
     )
 
 
-def _rounding(snapshot: Snapshot) -> float:
+def rounding(snapshot: Snapshot) -> float:
+    """Returns the mean square of the relative rounding error of a snapshot."""
     if snapshot.dtype is not None:
         return projection.rounding_variance(snapshot.dtype)
     tree = snapshot.tree

@@ -1,0 +1,106 @@
+"""The picture of a choice: what its axes hold."""
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from ema_optax import plots, reconstruction
+from ema_optax.reconstruction import Choice, Point
+
+
+def point(over: str, value: Any, score: float, **more: Any) -> Point:
+    return Point(over, value, np.array([0.5, 0.5]), (1, 2), None, score, **more)
+
+
+def choice(points: list[Point], best: int, ties: tuple[int, ...] = ()) -> Choice:
+    return Choice(
+        points=tuple(points),
+        best=points[best],
+        ties=tuple(points[i] for i in ties),
+        tree=None,
+        step=2,
+        evaluations=len(points),
+        maximize=False,
+        origin={},
+    )
+
+
+WIDTHS = choice(
+    [
+        point("width", 0.02, 3.0, error=0.1),
+        point("width", 0.05, 1.0, error=0.2),
+        point("width", 0.08, 1.1, error=0.3),
+        point("width", 0.2, math.nan, failure="it returned nan"),
+        point("last", 3, 0.9 + 1),
+    ],
+    best=1,
+    ties=(2,),
+)
+SEVERAL = choice(
+    [
+        *(point("schedule", n, s) for n, s in (("uniform", 2.0), ("1-sqrt@4", 1.5))),
+        *(point("alpha", a, s) for a, s in ((-1.0, 5.0), (0.0, 1.0), (1.0, 3.0))),
+    ],
+    best=3,
+)
+
+
+def legend_of(ax: Any) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_what_is_drawn():
+    """Points with bars, ties filled, the best starred, failures at the bottom."""
+    ax = plots.choice(WIDTHS)
+    far, near = (container.lines for container in ax.containers)
+    np.testing.assert_array_equal(far[0].get_xydata(), [[0.02, 3.0]])
+    np.testing.assert_array_equal(near[0].get_xydata(), [[0.05, 1.0], [0.08, 1.1]])
+    assert far[0].get_markerfacecolor() == "none" != near[0].get_markerfacecolor()
+    ends = [segment[:, 1].tolist() for segment in near[2][0].get_segments()]
+    np.testing.assert_allclose(ends, [[0.8, 1.2], [0.8, 1.4]])
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    star = lines["best: width 0.05"]
+    assert (star.get_marker(), star.get_xydata().tolist()) == ("*", [[0.05, 1.0]])
+    failed = lines["failed"]
+    assert failed.get_xdata().tolist() == [0.2]
+    assert failed.get_transform() == ax.get_xaxis_transform()
+    assert lines["best last: 3"].get_ydata() == [1.9, 1.9]
+    assert [text.get_text() for text in ax.texts] == ["1"]
+    assert legend_of(ax)[-2:] == ["told from the best", "not told from the best"]
+    assert ax.get_xscale() == "log"
+    assert ax.get_ylabel() == "Score (less is better)"
+    assert "σ_rel" in ax.get_xlabel()
+
+
+def test_names_stand_side_by_side():
+    """In the order in which they were given, under their names."""
+    ax = plots.choice(SEVERAL, over="schedule")
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["uniform", "1-sqrt@4"]
+    labels = [line.get_label() for line in ax.get_lines()]
+    assert "best of these: schedule 1-sqrt@4" in labels
+    assert "best alpha: 0" in labels
+    assert plots.choice(SEVERAL).get_xscale() == "linear"
+
+
+@pytest.mark.parametrize("found", [WIDTHS, SEVERAL])
+def test_it_draws_without_a_warning(found: Choice):
+    """On axes of the caller's, too."""
+    figure = Figure()
+    ax = figure.add_subplot()
+    assert plots.choice(found, ax=ax) is ax
+    assert figure.axes == [ax]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.draw_without_rendering()
+
+
+def test_what_is_refused():
+    with pytest.raises(TypeError, match=r"what reconstruction\.choose returned"):
+        plots.choice(WIDTHS.points)
+    with pytest.raises(ValueError, match=r"over='alpha' was not searched; \['width', "):
+        plots.choice(WIDTHS, over="alpha")
+    assert reconstruction.Choice is Choice
