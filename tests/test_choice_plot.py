@@ -104,3 +104,27 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"over='alpha' was not searched; \['width', "):
         plots.choice(WIDTHS, over="alpha")
     assert reconstruction.Choice is Choice
+
+
+def test_bars_of_batches_are_of_the_difference_from_the_best():
+    """What makes a batch hard moves every average alike: that is no noise."""
+    hard = np.array([1.0, 5.0, 9.0])
+    points = [
+        point(
+            "last", 1, 5.1, error=2.3, samples=tuple(hard + np.array([0.1, 0.2, 0.0]))
+        ),
+        point("last", 2, 5.0, error=2.3, samples=tuple(hard)),
+    ]
+    found = choice(points, best=1)
+    apart, noise = found.against_best(points[0])
+    assert apart == pytest.approx(0.1)
+    assert noise == pytest.approx(np.std([0.1, 0.2, 0.0], ddof=1) / np.sqrt(3))
+    ax = plots.choice(found)
+    ((low, high),) = (
+        segment[:, 1]
+        for bars in ax.containers[0].lines[2]
+        for segment in bars.get_segments()
+    )
+    np.testing.assert_allclose([low, high], [5.1 - noise, 5.1 + noise])
+    with pytest.raises(ValueError, match="has no score: it returned nan"):
+        WIDTHS.against_best(WIDTHS.points[3])

@@ -25,7 +25,9 @@ _OTHERS = ((0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1, 1.5)))
 def choice(found: Choice, *, over: str | None = None, ax: Axes | None = None) -> Axes:
     """Draws the scores of what a choice tried, over their values.
 
-    A bar is a score ± its standard error. Points that cannot be told from the best are
+    A bar is a score ± its standard error; where the evaluation gave a number for each
+    batch, ± that of its difference from the best, in which the batches are alike.
+    Points that cannot be told from the best are
     filled, others hollow, and what failed is a cross at the bottom. Where several
     things were searched, lines stand at the best of each of the others.
 
@@ -65,8 +67,8 @@ def choice(found: Choice, *, over: str | None = None, ax: Axes | None = None) ->
     good = [point for point in points if point.failure is None]
     near = [point for point in good if point is found.best or point in found.ties]
     far = [point for point in good if point not in near]
-    _draw(ax, far, names, "told from the best", markerfacecolor="none")
-    _draw(ax, near, names, "not told from the best")
+    _draw(ax, found, far, names, "told from the best", markerfacecolor="none")
+    _draw(ax, found, near, names, "not told from the best")
     best = min(good, key=_rank(found), default=None)
     if best is not None:
         _mark(ax, best, names, is_best=best is found.best)
@@ -101,11 +103,19 @@ def choice(found: Choice, *, over: str | None = None, ax: Axes | None = None) ->
 
 
 def _draw(
-    ax: Axes, points: Sequence[Point], names: Sequence[str], label: str, **look: str
+    ax: Axes,
+    found: Choice,
+    points: Sequence[Point],
+    names: Sequence[str],
+    label: str,
+    **look: str,
 ) -> None:
     if not points:
         return
-    errors = [point.error or 0.0 for point in points]
+    errors = [
+        found.against_best(point)[1] if point.samples else point.error or 0.0
+        for point in points
+    ]
     ax.errorbar(
         [_at(point, names) for point in points],
         [point.score for point in points],

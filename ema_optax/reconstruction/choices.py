@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ema_optax.reconstruction.scores import Score, are_tied
+from ema_optax.reconstruction.scores import Score, are_tied, difference
 from ema_optax.reconstruction.searching import Value, best_of
 
 
@@ -75,6 +75,24 @@ class Choice:
     evaluations: int
     maximize: bool
     origin: Mapping[str, str]
+
+    def against_best(self, point: Point) -> tuple[float, float]:
+        """Returns how far the score of a point is above the best one, and its noise.
+
+        Args:
+            point: One of the points, with a score.
+
+        Returns:
+            The difference, and its standard error, 0 where no noise is known: where
+            both have a number for each batch, that of their differences.
+
+        Raises:
+            ValueError: If its evaluation failed.
+        """
+        score, best = point.scored, self.best.scored
+        if score is None or best is None:
+            raise ValueError(f"{point} has no score: {point.failure}")
+        return difference(score, best)
 
     @property
     def provenance(self) -> dict[str, Any]:
