@@ -130,6 +130,7 @@ def test_nothing_is_tried_outside_what_the_snapshots_give():
     low, high = reconstruction.reachable(steps, exponents, 1000, ridge=ridge)
     assert low <= min(widths) == found.best.value <= low * 1.001
     assert high * 0.999 <= max(widths) <= high
+    assert all(float(f"{width:.4g}") == width for width in widths)  # to write again
     narrow = choose(line(), best_at(0.0001), between=(0.05, 0.08))
     tried = [point.value for point in narrow.points]
     assert (min(tried), max(tried)) == (0.05, 0.08)
@@ -288,6 +289,9 @@ def test_what_is_a_score(returned: object):
     found = choose(line(), lambda params: returned, budget=3)
     assert found.best.score == 0.5
     assert isinstance(found.best.score, float)
+    if found.best.samples:  # two numbers: their error is half of their distance
+        apart = max(found.best.samples) - min(found.best.samples)
+        assert found.best.error == pytest.approx(apart / 2)
 
 
 def test_scores():
