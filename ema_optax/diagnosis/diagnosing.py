@@ -97,6 +97,12 @@ def diagnose(
         raise TypeError(
             f"evaluate is a function from params to a loss, got {brief(evaluate)}."
         )
+    for leaf in jax.tree.leaves((opt_state, params)):
+        if isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)):
+            raise TypeError(
+                f"{_CALL} looks at values, and got {brief(leaf)} without any. Call it "
+                "outside jit; metrics(opt_state, params) gives figures inside."
+            )
     maximize = arguments.flag(maximize, "maximize")
     sizes = _sizes(batch_sizes)
     found = averages.find(opt_state, call=_CALL, params=params)
@@ -203,11 +209,6 @@ class _Seen:
 
 def _record(average: Average, label: str) -> Record:
     count = average.count
-    if isinstance(count, Tracer):
-        raise TypeError(
-            f"{_CALL} looks at values, which are not known under jit: call it outside. "
-            "metrics(opt_state, params) gives figures inside."
-        )
     if jnp.ndim(count):
         raise ValueError(
             f"The optimizer state is stacked: its count is of shape {count.shape}. "
@@ -249,8 +250,10 @@ def _between(chosen: Sequence[Average], params: Any, at: float) -> Any:
     def point(s: Any, p: Any) -> Any:
         if trees.is_placeholder(s) or at == 1:
             return jnp.copy(p) if isinstance(p, jax.Array) else p
-        moved = s + at * (jnp.asarray(p).astype(s.dtype) - s) if at else s
-        return jnp.array(moved, dtype=jnp.result_type(p))
+        if at:
+            s = s.astype(trees.wide(s.dtype))
+            s += at * (jnp.asarray(p).astype(s.dtype) - s)
+        return jnp.array(s, dtype=jnp.result_type(p))
 
     pairs = zip(shadows, slots, strict=True)
     return jax.tree.unflatten(structure, [point(s, p) for s, p in pairs])

@@ -18,11 +18,6 @@ Figures: TypeAlias = Mapping[str, Any]
 _ORDER: Mapping[str, int] = {"problem": 0, "warning": 1, "note": 2}
 
 
-def no_figures() -> Figures:
-    """Returns an empty mapping, for fields."""
-    return {}
-
-
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """One cause, and what to do.
@@ -41,7 +36,7 @@ class Finding:
     severity: Severity
     sentence: str
     remedy: str
-    figures: Figures = dataclasses.field(default_factory=no_figures)
+    figures: Figures = dataclasses.field(default_factory=dict[str, Any])
     shadow: str = ""
 
 
@@ -61,7 +56,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     figures: Mapping[str, Figures]
     evaluated: Mapping[str, tuple[Figures, ...]] = dataclasses.field(
-        default_factory=lambda: cast("Mapping[str, tuple[Figures, ...]]", {})
+        default_factory=dict[str, tuple[Figures, ...]]
     )
     unchecked: tuple[str, ...] = ()
 

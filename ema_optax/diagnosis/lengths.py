@@ -16,7 +16,7 @@ _YOUNG = 2**16  # updates, or folds, that are looked at one by one on the grid
 _FIRST = 2**12  # updates of the run that are looked at one by one on the grid
 _FINER = 2**12  # blocks for each factor of e
 _GONE = -800.0  # log of a weight that float64 holds as 0
-_LAST = 2**31 - 1  # where a count stays
+LAST = 2**31 - 1  # where a count stays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +79,9 @@ def updates_until(decay: Decay, every: int, initial_weight: float) -> int | None
     """
     low, high = 0, every
     while length(decay, high, every).initial_weight >= initial_weight:
-        if high == _LAST:
+        if high == LAST:
             return None
-        low, high = high, min(2 * high, _LAST)
+        low, high = high, min(2 * high, LAST)
     while high - low > 1:
         middle = (low + high) // 2
         if length(decay, middle, every).initial_weight >= initial_weight:

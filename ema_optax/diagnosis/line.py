@@ -122,8 +122,8 @@ class _Line:
         if bad:
             yield self._record.finding(
                 "evaluation",
-                "problem",
-                f"evaluate failed at {len(bad)} of {len(self._points)} points of "
+                "problem" if any(p.at in (0, 1) for p in bad) else "note",
+                f"Evaluating failed at {len(bad)} of {len(self._points)} points of "
                 f"s + λ(p − s), first at λ = {bad[0].at:g}: {bad[0].problem}.",
                 "See that it gives a finite number for the shadow (λ = 0) and the "
                 "params (λ = 1).",
@@ -148,8 +148,8 @@ class _Line:
             yield find(
                 "flat",
                 "note",
-                f"evaluate returns {self._value(0.0):.6g} at all points: it does not "
-                "tell the average from the params.",
+                f"The evaluation gives {self._value(0.0):.6g} at all points: it does "
+                "not tell the average from the params.",
                 "Evaluate on more examples, or with a loss in place of an accuracy.",
                 **figures,
             )

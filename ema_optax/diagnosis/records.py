@@ -11,7 +11,13 @@ import numpy as np
 from ema_optax.decay import Decay, Floats
 from ema_optax.decays import fraction, power
 from ema_optax.diagnosis.findings import Finding, number, percent
-from ema_optax.diagnosis.lengths import Length, length, updates_until, weight_of_fold
+from ema_optax.diagnosis.lengths import (
+    LAST,
+    Length,
+    length,
+    updates_until,
+    weight_of_fold,
+)
 from ema_optax.states import BemaMadeBy
 from ema_optax.text import one_line
 
@@ -182,7 +188,7 @@ def _checked_length(record: Record) -> Iterator[Finding]:
             count=count,
         )
         return
-    if not early and weight == 1 and _is_copying(decay, count):
+    if not early and _is_copying(decay, count):
         yield record.finding(
             "not_started",
             "warning",
@@ -204,7 +210,10 @@ def _checked_length(record: Record) -> Iterator[Finding]:
 
 
 def _is_copying(decay: Decay, count: int) -> bool:
-    return math.isinf(decay.log_product(max(count, 2)))
+    """Whether it copies for now; one that always does never starts."""
+    return math.isinf(decay.log_product(count)) and math.isfinite(
+        decay.log_product(LAST)
+    )
 
 
 def _initial(record: Record, known: Length, until: int | None) -> Finding:
@@ -350,9 +359,9 @@ def _batches(record: Record, chosen_for: int, batch: int) -> Iterator[Finding]:
     yield record.finding(
         "batch_size",
         "warning",
-        f"{record.text} was chosen for batches of {chosen_for:,} and averages over "
-        f"{factor:.3g} times as many examples at {batch:,}: "
-        f"{number(known.mean_age * batch)} in the mean.",
+        f"The decay {record.text} was chosen for batches of {chosen_for:,}, and of "
+        f"{batch:,} it averages over {factor:.3g} times as many examples: their mean "
+        f"age is {number(known.mean_age * batch)} examples.",
         f"Scale it: scale_to_batch(…, {factor:.6g}), which is β to that power.",
         factor=factor,
         mean_age_in_examples=known.mean_age * batch,
