@@ -74,19 +74,22 @@ def loss(params):
 @pytest.mark.parametrize(
     "average",
     [
-        ema_params(0.99),
-        ema_params(constant(0.98)),
-        ema_params(debiased(0.99), every=7),
-        ema_params(power(0.1)),
-        ema_params(fraction(0.05)),
-        ema_params(half_life(20)),
-        ema_params(start_after(uniform(), 1000)),
-        ema_params({"fast": 0.98, "slow": power(0.05)}, pack_small=True),
+        ema_params(
+            {
+                "warm": 0.99,
+                "constant": constant(0.98),
+                "power": power(0.1),
+                "fraction": fraction(0.05),
+                "half": half_life(20),
+                "late": start_after(uniform(), 1000),
+            },
+            pack_small=True,
+        ),
+        ema_params(debiased(0.99), every=7, rounding="stochastic"),
         ema_params(0.99, shadow_dtype="bfloat16"),
-        ema_params(0.99, rounding="stochastic"),
-        ema_optax.bema_params(every=1, ema_power=0.5, bias_power=8.0, multiplier=0.1),
+        ema_optax.bema_params(every=1, bias_power=8.0, multiplier=0.1),
     ],
-    ids=str,
+    ids=["decays", "every", "bfloat16", "bema"],
 )
 def test_a_healthy_run_gives_no_finding(average):
     """With the evaluation too: seven calls for each shadow, told with its figures."""
@@ -584,19 +587,14 @@ def test_how_much_shorter():
 
 def test_a_lag_is_found_from_the_loss():
     """Params that drift to the optimum with an average too long: where it is best."""
-    optimum, drift = 1000, 1e-3
-
-    def evaluate(params):
-        return float((params["w"][0] - optimum * drift) ** 2)
-
-    transform = ema_params(constant(0.99))
-    state = transform.init({"w": jnp.zeros(1)})
-    update = jax.jit(transform.update)
-    params = {"w": jnp.zeros(1)}
-    for _ in range(1049):  # 49 past the optimum, the shadow 50 before
-        updates, state = update({"w": jnp.full(1, drift)}, state, params)
-        params = optax.apply_updates(params, updates)
-    finding = only(diagnose(state, params, evaluate), "too_long")
+    path = np.arange(1, 1050)[:, None] / 1000  # the best is 1, the shadow is at .95
+    betas = reference.betas("constant", 1049, 0.99)
+    shadow = reference.average(path, betas, start=np.zeros(1))
+    state = ema_params(constant(0.99)).init({"w": jnp.asarray(shadow, jnp.float32)})
+    state = state._replace(count=jnp.int32(1049))
+    params = {"w": jnp.float32(path[-1])}
+    found = diagnose(state, params, lambda tree: float((tree["w"][0] - 1) ** 2))
+    finding = only(found, "too_long")
     assert finding.figures["refined"] == pytest.approx(0.505, abs=0.01)
 
 

@@ -77,7 +77,15 @@ def updates_until(decay: Decay, every: int, initial_weight: float) -> int | None
     >>> updates_until(ema_optax.constant(0.9999), 1, 0.01)  # log .01 / log .9999
     46050
     """
-    low, high = 0, every
+    if every > LAST:
+        return None
+    folds = np.arange(every, _EXACT + 1, every)
+    if folds.size:
+        left = np.cumsum(decay.log_product(folds, every))
+        gone = np.flatnonzero(left < np.log(initial_weight))
+        if gone.size:
+            return int(folds[gone[0]])
+    low, high = 0, max(every, _EXACT)
     while length(decay, high, every).initial_weight >= initial_weight:
         if high == LAST:
             return None
@@ -119,7 +127,7 @@ def _edges(end: int, finely_from: int | None = None) -> np.ndarray:
     parts = [young, [end]]
     if end > _YOUNG:
         blocks = int(_FINER * np.log(end / _YOUNG)) + 2
-        parts.append(np.rint(np.geomspace(_YOUNG, end, blocks)))
+        parts.append(np.rint(np.geomspace(_YOUNG, float(end), blocks)))
     if finely_from is not None:
         parts.append(np.arange(finely_from, end + 1, dtype=np.float64))
     return np.unique(np.concatenate(parts))

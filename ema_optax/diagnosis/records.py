@@ -110,8 +110,7 @@ def check(
         batch_sizes: The batch that the decay was chosen for, and that of the run.
     """
     never = list(_unfolded(record))
-    yield from never or _checked_length(record)
-    yield from _other_counts(record, others)
+    yield from never or [*_checked_length(record), *_other_counts(record, others)]
     if batch_sizes:
         yield from _batches(record, *batch_sizes)
 
@@ -204,7 +203,7 @@ def _checked_length(record: Record) -> Iterator[Finding]:
     elif not (early or record.is_bema) and known.mean_age > _LONG * count:
         yield _lag(record, known)
     elif known.effective_size < _SEVERAL:
-        later = max(count, _SETTLED, 1000 * every)
+        later = max(count, _SETTLED, min(1000 * every, LAST))
         if length(decay, later, every).effective_size < _SEVERAL:
             yield _short(record, known, length(decay, later, 1))
 
