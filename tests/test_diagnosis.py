@@ -618,6 +618,17 @@ def test_small_flickers_are_no_barrier():
     assert keys(along(lambda x: 1.0 + 0.02 * (x == 0.5) + 0.1 * (x > 0.9))) == []
 
 
+def test_steps_of_an_accuracy_are_noise():
+    """One example of 539 more at λ = ½ is no reason for another average."""
+    right = {-0.25: 524, 0: 526, 0.25: 526, 0.5: 527, 0.75: 526, 1: 526, 1.25: 522}
+    assert keys(along(lambda x: right[x] / 539, maximize=True)) == []
+    right[1] = 527  # and none to call the params better
+    found = along(lambda x: right[x] / 539, maximize=True)
+    assert keys(found) == ["within_noise"]
+    # A smooth curve has none: a difference of 1e-4 counts.
+    assert keys(along(lambda x: 1 + 1e-4 * (x - 0.4) ** 2)) == ["too_long"]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, ValueError("no\ndata")])
 @pytest.mark.parametrize("at", [0.0, 0.5, 1.25])
 def test_an_evaluation_that_fails(bad, at):

@@ -116,6 +116,7 @@ class _Line:
         fine = [p for p in points if p.value is not None and not p.problem]
         self.loss = {p.at: sign * float(p.value or 0.0) for p in fine}
         self._error = {p.at: p.standard_error for p in fine}
+        self._flicker = self._unsmooth()
 
     def failures(self) -> Iterator[Finding]:
         bad = [p for p in self._points if p.problem]
@@ -131,8 +132,24 @@ class _Line:
             )
 
     def noise(self, a: float, b: float) -> float:
-        """Returns how much two values may differ by chance; 0 where unknown."""
-        return _SIGMAS * math.hypot(self._error[a] or 0.0, self._error[b] or 0.0)
+        """Returns how much two values may differ by chance.
+
+        Where `evaluate` gives no standard errors, those of a smooth curve do: an
+        accuracy goes in steps of one example.
+        """
+        errors = (self._error[at] for at in (a, b))
+        return _SIGMAS * math.hypot(
+            *(self._flicker if error is None else error for error in errors)
+        )
+
+    def _unsmooth(self) -> float:
+        """Returns the standard deviation of the losses around a cubic; 0 for few."""
+        spare = len(self.loss) - 4
+        if spare < 2:
+            return 0.0
+        at, loss = np.array(list(self.loss.items())).T
+        rest = loss - np.polyval(np.polyfit(at, loss, 3), at)
+        return math.sqrt(float(rest @ rest) / spare)
 
     def verdict(self, worse: bool) -> Iterator[Finding]:
         loss, find = self.loss, self._record.finding
@@ -171,17 +188,21 @@ class _Line:
             )
             return
         gain = min(loss[0.0], loss[1.0]) - low
-        within = abs(loss[0.0] - loss[1.0]) <= self.noise(0.0, 1.0)
-        if within and gain <= self.noise(best, 0.0) and self.noise(0.0, 1.0) > 0:
+        noise = self.noise(0.0, 1.0)
+        within = abs(loss[0.0] - loss[1.0]) <= noise and gain <= self.noise(best, 0.0)
+        # Where its noise is known, or the average looks worse by less than it.
+        asked = self._error[0.0] is not None or loss[0.0] > loss[1.0]
+        if within and asked and noise > 0:
             yield find(
                 "within_noise",
                 "note",
                 f"The average ({self._value(0.0):.6g}) and the params "
                 f"({self._value(1.0):.6g}) differ by less than the noise of the "
-                f"evaluation, {self.noise(0.0, 1.0):.2g}.",
-                "Evaluate on more examples before choosing between them.",
+                f"evaluation, {noise:.2g}.",
+                "Evaluate on more examples, or compare the two example by example, "
+                "before choosing between them.",
                 **figures,
-                noise=self.noise(0.0, 1.0),
+                noise=noise,
             )
             return
         spread = max(loss[0.0], loss[1.0]) - low
