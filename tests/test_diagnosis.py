@@ -233,6 +233,8 @@ def test_initial_params_in_bema():
         (uniform(), 1000, True),
         (power(0.1), 1000, False),
         (power(0.25), 1000, True),
+        (power(exponent=1.1), 1000, False),  # a mean age of 1/(γ+2) of the run
+        (power(exponent=0.95), 1000, True),
     ],
 )
 def test_lag_beside_the_length_of_the_run(decay, count, fires):
@@ -468,7 +470,8 @@ def adam_state(average_count, adam_count, decay=0.999):
 
 
 @pytest.mark.parametrize(
-    ("count", "fires"), [(20_000, False), (100, True), (19_000, False), (9000, False)]
+    ("count", "fires"),
+    [(20_000, False), (100, True), (19_000, False), (9500, False), (8000, True)],
 )
 def test_an_average_that_was_started_anew(count, fires):
     """Told while it still matters: after ten times its length it does not."""

@@ -61,7 +61,9 @@ def diagnose(
         params: The live params.
         evaluate: From params to a loss, or to a pair of it and its standard error.
             Called seven times for each shadow, at λ = 0, 1, ½, ¼, ¾, −¼, 1¼. What it
-            raises, or a value that is not finite, is told, and the others go on.
+            raises, or a value that is not finite, is told, and the others go on. Two
+            values differ where they do by twice the standard error of the difference;
+            without one, what is left beside a cubic through the points is taken for it.
         name: Which shadow. None takes each of them.
         maximize: Whether larger values of `evaluate` are better, as of an accuracy.
         batch_sizes: The batch size that the decay was chosen for, and that of the run.

@@ -214,7 +214,7 @@ class _Line:
                 "longer",
                 "note",
                 f"The loss is lower yet at λ = {best:g}, beyond the average as seen "
-                "from the params: a longer average would do better.",
+                "from the params: a longer average may do better.",
                 "Take a larger β, or a larger width or fraction.",
                 **figures,
             )
