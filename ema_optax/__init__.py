@@ -24,6 +24,7 @@ from ema_optax.decays import (
     warmup,
 )
 from ema_optax.derived_decays import scale_to_batch, start_after
+from ema_optax.diagnosis import Diagnosis, Finding, diagnose
 from ema_optax.monitoring import metrics
 from ema_optax.order import OrderWarning
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
@@ -47,7 +48,9 @@ def __getattr__(name: str) -> types.ModuleType:
 __all__ = [
     "BemaParamsState",
     "Decay",
+    "Diagnosis",
     "EmaParamsState",
+    "Finding",
     "NamedShadowsState",
     "OrderWarning",
     "Profile",
@@ -55,6 +58,7 @@ __all__ = [
     "constant",
     "cosine",
     "debiased",
+    "diagnose",
     "ema_params",
     "exponent_from_width",
     "fraction",

@@ -36,7 +36,9 @@ MODULES = (
 # Public names without an example of their own, and why.
 WITHOUT_EXAMPLE = {
     "ema_optax.BemaParamsState": "made by bema_params, whose example reads it",
+    "ema_optax.Diagnosis": "returned by diagnose, whose example prints it",
     "ema_optax.EmaParamsState": "made by ema_params, whose example reads it",
+    "ema_optax.Finding": "part of what diagnose returns",
     "ema_optax.NamedShadowsState": "made by ema_params, read by name",
     "ema_optax.Profile": "returned by profile, whose example reads it",
     "ema_optax.checkpoint.Changes": "returned by resume, as `changes`",

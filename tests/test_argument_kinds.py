@@ -49,14 +49,30 @@ OTHERS = {
     "list": [1.0, None],
 }
 # A model may be called, so that it is taken for a function; what comes is its own.
-CALLED = {"mask", "decay", "shadow_sharding", "place", "progress", "call", "apply_fn"}
-CALLED |= {"evaluate"}
+CALLED = {
+    "mask",
+    "decay",
+    "shadow_sharding",
+    "place",
+    "progress",
+    "call",
+    "apply_fn",
+    "evaluate",
+}
 FOLDER, OUT, THEIRS = "FOLDER", "OUT", "THEIRS"
 RULES, WEIGHTS = "RULES", "WEIGHTS"
 
 CALLS = {
     ema_optax.shadow_params: {"opt_state": STATE, "params": PARAMS, "name": None},
     ema_optax.metrics: {"opt_state": STATE, "params": PARAMS, "name": None},
+    ema_optax.diagnose: {
+        "opt_state": STATE,
+        "params": PARAMS,
+        "evaluate": None,
+        "name": None,
+        "maximize": False,
+        "batch_sizes": (8, 16),
+    },
     ema_optax.with_shadow: {"train_state": OTHERS["TrainState"], "name": None},
     ema_optax.started_from: {
         "opt_state": STATE,

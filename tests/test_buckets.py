@@ -152,6 +152,11 @@ def test_commands(runs, bucket, tmp_path, capsys):
     assert cli.main(["inspect", remote, "--verify", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["steps"] == [1, 2, 3, 4]
+    explained = []
+    for at in runs:
+        assert cli.main(["inspect", str(at), "--explain", "--json"]) == 0
+        explained.append(json.loads(capsys.readouterr().out)["explained"])
+    assert explained[0] == explained[1]
     out = f"{bucket.url}/averages"
     assert cli.main(["reconstruct", remote, "--width", "0.07", "--out", out]) == 0
     capsys.readouterr()

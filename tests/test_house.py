@@ -107,6 +107,18 @@ HOUSE = {
         "placement",
         "trees",
     },
+    "diagnosis": {
+        "average",
+        "averages",
+        "bema",
+        "decay",
+        "decays",
+        "locating",
+        "mistaken",
+        "profiles",
+        "states",
+        "trees",
+    },
     "digits": {"averaging", "progress", "shadows"},
     "interop": {
         "checkpoint",
@@ -121,10 +133,12 @@ HOUSE = {
     },
     "demo": {"checkpoint", "digits", "plots", "shadows"},
     "cli": {
+        "bema",
         "checkpoint",
         "decay",
         "decays",
         "demo",
+        "diagnosis",
         "interop",
         "layout_names",
         "plots",
@@ -132,6 +146,7 @@ HOUSE = {
         "profiles",
         "progress",
         "reconstruction",
+        "states",
         "trees",
     },
     "__main__": {"cli"},
@@ -265,6 +280,14 @@ ROOMS = {
             "stored_names",
         },
         "resuming": {"changes", "handlers", "steps"},
+        "counts": {
+            "entries",
+            "errors",
+            "leaves",
+            "manifest",
+            "rescue",
+            "steps",
+        },
         "sources": {
             "checksums",
             "errors",
@@ -341,10 +364,11 @@ ROOMS = {
         "demo": {"parsing"},
         "description": {"parsing", "tables"},
         "evaluations": set(),
+        "explain": set(),
         "export": {"parsing", "tables"},
         "import_tf": {"decay_text", "parsing", "tables"},
         "import_torch": {"decay_text", "parsing", "tables"},
-        "inspect": {"description", "parsing"},
+        "inspect": {"description", "explain", "parsing"},
         "interrupts": set(),
         "merge": {"merge_schedules", "output_folders", "parsing", "wide"},
         "merge_schedules": {"decay_text", "parsing"},
@@ -362,6 +386,14 @@ ROOMS = {
         "tables": set(),
         "warning_lines": {"parsing"},
         "wide": set(),
+    },
+    "diagnosis": {
+        "diagnosing": {"findings", "leaf_pairs", "line", "records"},
+        "findings": set(),
+        "leaf_pairs": {"findings", "records"},
+        "lengths": set(),
+        "line": {"findings", "leaf_pairs", "records"},
+        "records": {"findings", "lengths"},
     },
     "interop": {
         "appearing": set(),
@@ -447,7 +479,8 @@ ROOMS = {
 }
 # Files that other rooms may import too; of the others, only what `__init__` has.
 OPEN = {
-    "checkpoint": {"paths", "steps", "storage"},
+    "checkpoint": {"counts", "paths", "steps", "storage"},
+    "diagnosis": {"findings", "leaf_pairs", "records"},
     "reconstruction": {"projection", "schedules"},
 }
 

@@ -12,7 +12,12 @@ from ema_optax import arguments
 from ema_optax.checkpoint.checksums import bounds_of
 from ema_optax.checkpoint.errors import CorruptCheckpointError
 from ema_optax.checkpoint.leaves import Place, Reader
-from ema_optax.checkpoint.manifest import Manifest, read_manifest, read_sums
+from ema_optax.checkpoint.manifest import (
+    PARAMS,
+    Manifest,
+    read_manifest,
+    read_sums,
+)
 from ema_optax.checkpoint.rescue import explained
 from ema_optax.checkpoint.restoring import sources_of
 from ema_optax.checkpoint.steps import find_step
@@ -75,6 +80,8 @@ class StoredTree(Source):
     Attributes:
         leaves: Shape and dtype of each, by path.
         entries: What is on disk of each leaf of the model, others among them.
+        averaged: Paths of the leaves that a shadow has itself; the others are those of
+            the params.
     """
 
     def __init__(
@@ -89,6 +96,9 @@ class StoredTree(Source):
         self._places = {}
         self.leaves = {}
         self.entries = {path: manifest.leaf(place) for path, place in places.items()}
+        self.averaged = frozenset(
+            path for path, place in places.items() if place.tree != PARAMS
+        )
         for path, place in places.items():
             entry = self.entries[path]
             if jnp.issubdtype(jnp.dtype(entry.dtype), jnp.inexact):

@@ -60,12 +60,15 @@ def print_tables(found: Description, *, leaves: bool = False) -> None:
     console.print(table)
 
 
-def as_json(found: Description, *, whole: bool | None = None) -> str:
+def as_json(
+    found: Description, *, whole: bool | None = None, explained: Any = None
+) -> str:
     """Returns a description as JSON text, all leaves included.
 
     Args:
         found: What `checkpoint.describe` returned.
         whole: What `checkpoint.verify` found, or None if it was not asked.
+        explained: What `explain.explained` found, as JSON's; None if it was not asked.
     """
     return json.dumps(
         {
@@ -82,6 +85,7 @@ def as_json(found: Description, *, whole: bool | None = None) -> str:
             "state": _tree(found.state),
             "extra": found.extra,
             "whole": whole,
+            **({} if explained is None else {"explained": explained}),
         },
         indent=2,
     )

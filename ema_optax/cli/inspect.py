@@ -1,6 +1,7 @@
 """`ema-optax inspect`: its arguments, and what it does with them."""
 
 import argparse
+import json
 from typing import Any
 
 from ema_optax.cli import parsing
@@ -20,11 +21,14 @@ def add(commands: parsing.Commands) -> None:
             "and the optimizer state, from the manifest alone. DIR is the folder of\n"
             "a CheckpointManager or of checkpoint.save, one step in it, or the folder\n"
             "above. Of a step with several items all are told, or --item NAME. Ends\n"
-            "with code 1 where there is no such checkpoint or it is damaged."
+            "with code 1 where there is no such checkpoint or it is damaged.\n"
+            "--explain reads shadow and params, and says why the average may be worse\n"
+            "than the params: in a sentence each, with what to do."
         ),
         examples=(
             "  ema-optax inspect run/checkpoints\n"
             "  ema-optax inspect run/checkpoints --step 300 --verify\n"
+            "  ema-optax inspect run/checkpoints --explain\n"
             "  ema-optax inspect run/checkpoints --json | jq .trees.shadow.count"
         ),
     )
@@ -33,6 +37,11 @@ def add(commands: parsing.Commands) -> None:
         "--verify",
         action="store_true",
         help="read everything and compare it with its checksums",
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="say why an average may be worse than the params",
     )
     parser.add_argument(
         "--leaves", action="store_true", help="list path, shape and dtype of all leaves"
@@ -46,7 +55,7 @@ def add(commands: parsing.Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from ema_optax import checkpoint
-    from ema_optax.cli import description
+    from ema_optax.cli import description, explain
 
     def fail(error: Exception) -> int:
         text = one_line(error, limit=None)
@@ -61,8 +70,14 @@ def _run(args: argparse.Namespace) -> int:
     try:
         run, items = _chosen(args)
         found = [checkpoint.describe(run, step=args.step, item=name) for name in items]
-        for each in [] if args.json else found:
+        told = [
+            explain.explained(each, run, args.step, name) if args.explain else None
+            for each, name in zip(found, items, strict=True)
+        ]
+        for each, diagnosis in [] if args.json else zip(found, told, strict=True):
             description.print_tables(each, leaves=args.leaves)
+            for line in str(diagnosis).splitlines() if diagnosis else []:
+                print(parsing.printable(line))
     except (BrokenPipeError, ImportError):
         raise
     except Exception as error:
@@ -75,7 +90,14 @@ def _run(args: argparse.Namespace) -> int:
             damage = error
     if args.json:
         whole = damage is None if args.verify else None
-        texts = [description.as_json(each, whole=whole) for each in found]
+        texts = [
+            description.as_json(
+                each,
+                whole=whole,
+                explained=json.loads(diagnosis.to_json()) if diagnosis else None,
+            )
+            for each, diagnosis in zip(found, told, strict=True)
+        ]
         text = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
         print(text, flush=True)
     elif args.verify and damage is None:
