@@ -32,6 +32,7 @@ from ema_optax.shadows import shadow_params, with_shadow
 from ema_optax.starting import started_from
 from ema_optax.states import BemaParamsState, EmaParamsState, NamedShadowsState
 from ema_optax.version import __version__ as __version__
+from ema_optax.windows import window
 
 # Loaded when first used: they import Orbax and matplotlib, or are seldom needed.
 _ON_FIRST_USE = ("checkpoint", "interop", "plots", "reconstruction")
@@ -72,5 +73,6 @@ __all__ = [
     "update_shadow",
     "warmup",
     "width_from_exponent",
+    "window",
     "with_shadow",
 ]

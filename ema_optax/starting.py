@@ -103,9 +103,10 @@ def settled_count(decay: Decay) -> int:
     def is_settled(step: int) -> bool:
         return np.float32(decay.newest_weight(step)) == end
 
-    powers = [2**i for i in range(31)]
-    unsettled = max((step for step in powers if not is_settled(step)), default=0)
-    if unsettled == powers[-1] or end == 0:
+    # From both ends, where what comes back for ever, as a window does, is another.
+    probes = [*(2**i for i in range(31)), *(_MOST - 2**i for i in range(30))]
+    unsettled = max((step for step in probes if not is_settled(step)), default=0)
+    if unsettled >= 2**30 or end == 0:
         problem = (
             "ends at a weight of 0 for new params, where the shadow stands still"
             if end == 0

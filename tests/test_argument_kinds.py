@@ -83,6 +83,7 @@ CALLS = {
     ema_optax.warmup: {"decay": 0.9, "offset": 10},
     ema_optax.debiased: {"decay": 0.9},
     ema_optax.half_life: {"steps": 10},
+    ema_optax.window: {"n": 3},
     ema_optax.fraction: {"f": 0.1},
     ema_optax.power: {"width": 0.05},
     ema_optax.ramp: {"decay": 0.9, "time_constant": 10},

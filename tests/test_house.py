@@ -56,7 +56,8 @@ HOUSE = {
         "trees",
         "update",
     },
-    "derived_decays": {"decay", "decays"},
+    "windows": {"decay"},
+    "derived_decays": {"decay", "decays", "windows"},
     "profiles": {"decays"},
     "reconstruction": {
         "decay",
