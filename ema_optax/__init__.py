@@ -28,9 +28,15 @@ from ema_optax.monitoring import metrics
 from ema_optax.order import OrderWarning
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.profiles import Profile, profile
+from ema_optax.rings import ring
 from ema_optax.shadows import shadow_params, with_shadow
 from ema_optax.starting import started_from
-from ema_optax.states import BemaParamsState, EmaParamsState, NamedShadowsState
+from ema_optax.states import (
+    BemaParamsState,
+    EmaParamsState,
+    NamedShadowsState,
+    RingState,
+)
 from ema_optax.version import __version__ as __version__
 from ema_optax.windows import window
 
@@ -52,6 +58,7 @@ __all__ = [
     "NamedShadowsState",
     "OrderWarning",
     "Profile",
+    "RingState",
     "bema_params",
     "constant",
     "cosine",
@@ -65,6 +72,7 @@ __all__ = [
     "power",
     "profile",
     "ramp",
+    "ring",
     "scale_to_batch",
     "shadow_params",
     "start_after",

@@ -56,7 +56,8 @@ def started_from(
 
     Raises:
         ValueError: If the tree or a shape differs, if there is no such average or it is
-            BEMA's, if `count` is out of range, or the decay is known not to settle.
+            computed when it is read, as BEMA's is, if `count` is out of range, or the
+            decay is known not to settle.
         TypeError: If `count` or a leaf is of another kind.
     """
     found = averages.find(opt_state, call=_CALL)
@@ -65,10 +66,10 @@ def started_from(
     for average in chosen:
         if average.is_computed:
             raise ValueError(
-                f"The average at '{average.where}' is computed from the params of its "
-                "first update too, which no average from elsewhere has. Chain "
-                "ema_params for this one; or of a run of BEMA put all it has into the "
-                "state: state._replace(count=…, average=…, anchor=…)."
+                f"The average at '{average.where}' is computed from {average.source}, "
+                "which no average from elsewhere has. Chain ema_params for this one; "
+                "or of such a run put all it has into the state: state._replace("
+                f"count=…, {', '.join(f'{field}=…' for field in average.fields)})."
             )
     number = _number(count, chosen)
     _check_shared(found, chosen, number)

@@ -74,6 +74,7 @@ CALLS = {
         "shadow_sharding": None,
     },
     ema_optax.bema_params: {"every": 4, "ema_power": 0.5, "lag": 10, "mask": None},
+    ema_optax.ring: {"k": 3, "every": 2, "mask": None},
     TRANSFORM.update: {
         "updates": PARAMS,
         "state": TRANSFORM.init(PARAMS),
