@@ -29,10 +29,17 @@ from ema_optax.monitoring import metrics
 from ema_optax.order import OrderWarning
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.profiles import Profile, profile
+from ema_optax.rings import ring
 from ema_optax.shadows import shadow_params, with_shadow
 from ema_optax.starting import started_from
-from ema_optax.states import BemaParamsState, EmaParamsState, NamedShadowsState
+from ema_optax.states import (
+    BemaParamsState,
+    EmaParamsState,
+    NamedShadowsState,
+    RingState,
+)
 from ema_optax.version import __version__ as __version__
+from ema_optax.windows import window
 
 # Loaded when first used: they import Orbax and matplotlib, or are seldom needed.
 _ON_FIRST_USE = ("checkpoint", "interop", "plots", "reconstruction")
@@ -54,6 +61,7 @@ __all__ = [
     "NamedShadowsState",
     "OrderWarning",
     "Profile",
+    "RingState",
     "bema_params",
     "constant",
     "cosine",
@@ -68,6 +76,7 @@ __all__ = [
     "power",
     "profile",
     "ramp",
+    "ring",
     "scale_to_batch",
     "shadow_params",
     "start_after",
@@ -76,5 +85,6 @@ __all__ = [
     "update_shadow",
     "warmup",
     "width_from_exponent",
+    "window",
     "with_shadow",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from ema_optax.decay import Decay
-from ema_optax.states import BemaMadeBy, EmaMadeBy
+from ema_optax.states import BemaMadeBy, EmaMadeBy, RingMadeBy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +23,23 @@ class Average(abc.ABC):
         name: Where the state has several; else empty.
         count: int32[], the number of updates seen.
         made_by: What the transform was given; None by hand.
-        tree: What the state keeps, with placeholders where a leaf is not averaged.
-        is_computed: Whether the shadow is computed from `tree` when it is read.
+        tree: What the state keeps, with placeholders where a leaf is not averaged; of
+            several params its shapes alone.
+        is_computed: Whether the shadow is computed when it is read, from what stays
+            part of the optimizer state.
+        fields: Those of the state that it is computed from. They start as the params.
+        source: What that is, in errors.
         where: Its place in errors.
     """
 
     path: str
     name: str
     count: jax.Array
-    made_by: EmaMadeBy | BemaMadeBy | None
+    made_by: EmaMadeBy | BemaMadeBy | RingMadeBy | None
     tree: optax.Params
     is_computed: ClassVar[bool] = False
+    fields: ClassVar[tuple[str, ...]] = ()
+    source: ClassVar[str] = ""
 
     @property
     def where(self) -> str:
@@ -60,6 +66,10 @@ class Average(abc.ABC):
         Raises:
             ValueError: If it cannot be read without them.
         """
+
+    def kept(self, params: optax.Params) -> optax.Params:
+        """Returns what is folded, which may be corrected where the shadow is read."""
+        return self.read(params)
 
     @abc.abstractmethod
     def decay_at(self, count: jax.Array) -> jax.Array | None:

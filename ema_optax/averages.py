@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ema_optax import arguments, bema, mistaken, packing, placement, trees
+from ema_optax import arguments, bema, mistaken, packing, placement, rings, trees
 from ema_optax.average import Average
 from ema_optax.decay import Decay
 from ema_optax.order import warn_unless_last
@@ -17,6 +17,7 @@ from ema_optax.states import (
     EmaMadeBy,
     EmaParamsState,
     NamedShadowsState,
+    RingState,
 )
 from ema_optax.text import brief
 
@@ -112,7 +113,16 @@ KINDS: Mapping[type, Kind] = {
         lambda state: state._replace(made_by=None),
         lambda rest, old, _: rest._replace(made_by=old.made_by),
     ),
+    RingState: Kind(
+        lambda path, state: [rings.average_of(path, state)],
+        lambda state: state._replace(made_by=None),
+        lambda rest, old, _: rest._replace(made_by=old.made_by),
+    ),
 }
+
+
+# How the places of averages end that cannot be given names.
+_WITHOUT_NAMES = (bema.CALLED, rings.CALLED)
 
 
 class Averages:
@@ -267,7 +277,7 @@ def joined(shadows: Mapping[str, optax.Params]) -> optax.Params:
                 "Give them names, in one transform: "
                 "ema_params({'fast': 0.99, 'slow': 0.9999})"
             )
-            if path.endswith(bema.CALLED) or other_path.endswith(bema.CALLED):
+            if any(each.endswith(_WITHOUT_NAMES) for each in (path, other_path)):
                 advice = (
                     "Give the one of ema_params a name: ema_params({'slow': 0.999})"
                 )

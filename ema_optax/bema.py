@@ -142,6 +142,8 @@ class BemaAverage(Average):
 
     made_by: BemaMadeBy | None
     is_computed = True
+    fields = ("average", "anchor")
+    source = "the params of its first update too"
     anchor: optax.Params = ()
 
     @property
@@ -183,6 +185,10 @@ class BemaAverage(Average):
                     leaf, live[i], anchors[i], self.count, self.made_by
                 )
         return jax.tree.unflatten(structure, leaves)
+
+    def kept(self, params: optax.Params) -> optax.Params:
+        """Returns s, without the correction."""
+        return self.tree
 
     def decay_at(self, count: jax.Array) -> jax.Array | None:
         """Returns 1 − b of the newest fold; None where the state was made by hand."""

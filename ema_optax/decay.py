@@ -57,6 +57,7 @@ class Decay:
     """
 
     kind: ClassVar[str]
+    _counts: ClassVar[bool] = False  # whether whole steps stay integers in its formula
     _kinds: ClassVar[dict[str, type["Decay"]]] = {}
 
     def __init_subclass__(
@@ -112,11 +113,13 @@ class Decay:
         """
         if isinstance(step, jax.Array) or self._is_on_device():
             # Unchecked: no host sync inside a train step.
-            t = jnp.asarray(step, float)  # float32, or float64 where x64 is enabled
+            t = _numbers(step, self._counts, jnp)
             return self._log_product(t, every, jnp)
         _check_steps(step)
         with np.errstate(divide="ignore"):  # log 0 = −inf is meant: β = 0, a copy
-            return _plain(self._log_product(np.asarray(step, np.float64), every, np))
+            return _plain(
+                self._log_product(_numbers(step, self._counts, np), every, np)
+            )
 
     @property
     def is_json(self) -> bool:
@@ -189,7 +192,8 @@ class Decay:
     def _log_product(self, t: Floats, k: int, xp: ModuleType) -> Floats:
         """Returns Σ log β over the updates t−k+1 … t that exist, for float t ≥ 1.
 
-        −inf where a β is 0. A decay has this product in closed form, or `_log`.
+        −inf where a β is 0. A decay has this product in closed form, or `_log`. One
+        that counts gets whole steps as integers.
         """
         if k == 1:
             return self._log(t, xp)
@@ -243,6 +247,19 @@ def _brief(value: object) -> str:
         return str(value)[:200]
     except (RecursionError, ValueError):  # too deep, or a number of too many digits
         return f"a {type(value).__name__}"
+
+
+def _numbers(step: ArrayLike, counted: bool, xp: ModuleType) -> Any:
+    """Returns steps as a formula takes them: as floats, or counted ones as integers.
+
+    Float32, JAX's default, does not tell step 2²⁴ + 1 from the one before.
+    """
+    dtype = getattr(step, "dtype", None) or np.asarray(step).dtype
+    if not counted or not np.can_cast(dtype, np.int64):
+        return xp.asarray(step, float)  # JAX: float64 only where x64 is enabled
+    if xp is jnp and not isinstance(step, jax.Array):
+        step = np.minimum(step, jnp.iinfo(int).max)  # where int32 ends, counts stay
+    return xp.asarray(step, int)
 
 
 def _check_steps(step: ArrayLike) -> None:

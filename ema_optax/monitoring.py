@@ -38,7 +38,7 @@ def metrics(
 
     Of `bema_params` s is the average before its correction: that is what is folded, and
     stands still where folds are too small. What `shadow_params` adds to it follows the
-    params at every update.
+    params at every update. Of `ring` there are `distance` and the numbers of elements.
 
     Args:
         opt_state: The optimizer state.
@@ -79,7 +79,7 @@ def metrics(
 
 
 def _metrics(found: Sequence[Average], params: optax.Params) -> dict[str, jax.Array]:
-    shadow = averages.joined({each.where: _kept(each, params) for each in found})
+    shadow = averages.joined({each.where: each.kept(params) for each in found})
     shadow = trees.arranged(shadow, params)
     difference = trees.difference(shadow, params, ("shadow", "params"))
     if difference:
@@ -129,11 +129,6 @@ def _metrics(found: Sequence[Average], params: optax.Params) -> dict[str, jax.Ar
         key: value if value.dtype == jnp.int32 else value.astype(jnp.float32)
         for key, value in figures.items()
     }
-
-
-def _kept(average: Average, params: optax.Params) -> optax.Params:
-    """Returns what is folded: of BEMA the average without its correction."""
-    return average.tree if average.is_computed else average.read(params)
 
 
 def _half_ulp(shadow: jax.Array, average: Average) -> float:

@@ -56,7 +56,8 @@ def started_from(
 
     Raises:
         ValueError: If the tree or a shape differs, if there is no such average or it is
-            BEMA's, if `count` is out of range, or the decay is known not to settle.
+            computed when it is read, as BEMA's is, if `count` is out of range, or the
+            decay is known not to settle.
         TypeError: If `count` or a leaf is of another kind.
     """
     found = averages.find(opt_state, call=_CALL)
@@ -65,10 +66,10 @@ def started_from(
     for average in chosen:
         if average.is_computed:
             raise ValueError(
-                f"The average at '{average.where}' is computed from the params of its "
-                "first update too, which no average from elsewhere has. Chain "
-                "ema_params for this one; or of a run of BEMA put all it has into the "
-                "state: state._replace(count=…, average=…, anchor=…)."
+                f"The average at '{average.where}' is computed from {average.source}, "
+                "which no average from elsewhere has. Chain ema_params for this one; "
+                "or of such a run put all it has into the state: state._replace("
+                f"count=…, {', '.join(f'{field}=…' for field in average.fields)})."
             )
     number = _number(count, chosen)
     _check_shared(found, chosen, number)
@@ -103,9 +104,10 @@ def settled_count(decay: Decay) -> int:
     def is_settled(step: int) -> bool:
         return np.float32(decay.newest_weight(step)) == end
 
-    powers = [2**i for i in range(31)]
-    unsettled = max((step for step in powers if not is_settled(step)), default=0)
-    if unsettled == powers[-1] or end == 0:
+    # From both ends, where what comes back for ever, as a window does, is another.
+    probes = [*(2**i for i in range(31)), *(_MOST - 2**i for i in range(30))]
+    unsettled = max((step for step in probes if not is_settled(step)), default=0)
+    if unsettled >= 2**30 or end == 0:
         problem = (
             "ends at a weight of 0 for new params, where the shadow stands still"
             if end == 0

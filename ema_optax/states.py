@@ -4,13 +4,51 @@
 
 import functools
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import optax
 
 from ema_optax.decay import Decay
 from ema_optax.placement import LeafShardings
+
+
+class _Placed:
+    """A record that says beside its fields where shadows live.
+
+    A serializer of states writes the fields, and drops the rest: the next update finds
+    it again. So do pickles, as devices cannot be pickled.
+
+    Attributes:
+        shardings: Those of each leaf; None where all shadows are with their params.
+    """
+
+    shardings: LeafShardings | None = None
+
+    def at(self, shardings: LeafShardings | None) -> Self:
+        """Returns the same record for shadows that live somewhere."""
+        placed = type(self)(*self)  # pyright: ignore
+        placed.shardings = shardings
+        return placed
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, type(self))
+            and tuple(self) == tuple(other)  # pyright: ignore
+            and self.shardings == other.shardings
+        )
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # a tuple has its own
+
+    def __hash__(self) -> int:
+        return hash((*self, self.shardings))  # pyright: ignore
+
+    def __getstate__(self) -> None:
+        """Pickles the fields alone."""
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self  # nothing in it changes
 
 
 class _EmaFields(NamedTuple):
@@ -20,12 +58,10 @@ class _EmaFields(NamedTuple):
 
 
 @jax.tree_util.register_static
-class EmaMadeBy(_EmaFields):
+class EmaMadeBy(_Placed, _EmaFields):
     """What `ema_params` was given, kept with its state; no leaves, hashable.
 
-    Text and numbers alone, which any serializer of states can write. Where the shadows
-    live is kept beside these fields: a serializer drops it, and the next update finds
-    it again.
+    Text and numbers alone, which any serializer of states can write.
 
     Attributes:
         decays: JSON object from the name of each shadow (`""` where it has none) to its
@@ -33,16 +69,7 @@ class EmaMadeBy(_EmaFields):
             array.
         every: Updates between folds.
         rounding: `"stochastic"`, or `"nearest"`, which leaves out bfloat16.
-        shardings: Those of each leaf; None where all shadows are with their params.
     """
-
-    shardings: LeafShardings | None = None
-
-    def at(self, shardings: LeafShardings | None) -> "EmaMadeBy":
-        """Returns the same record for shadows that live somewhere."""
-        placed = EmaMadeBy(*self)
-        placed.shardings = shardings
-        return placed
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,25 +79,6 @@ class EmaMadeBy(_EmaFields):
     def decay(self, name: str) -> Decay | None:
         """Returns the decay of a shadow; None where it could not be written."""
         return _parsed(self.decays).get(name)
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, EmaMadeBy)
-            and tuple(self) == tuple(other)
-            and self.shardings == other.shardings
-        )
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other  # a tuple has its own
-
-    def __hash__(self) -> int:
-        return hash((*self, self.shardings))
-
-    def __getstate__(self) -> None:
-        """Pickles the fields alone: devices cannot be pickled."""
-
-    def __deepcopy__(self, _: object) -> "EmaMadeBy":
-        return self  # nothing in it changes
 
 
 @jax.tree_util.register_static
@@ -87,6 +95,21 @@ class BemaMadeBy(NamedTuple):
     def __str__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self._asdict().items())
         return f"bema_params({given})"
+
+
+class _RingFields(NamedTuple):
+    k: int
+    every: int
+
+
+@jax.tree_util.register_static
+class RingMadeBy(_Placed, _RingFields):
+    """What `ring` was given, kept with its state; no leaves, hashable.
+
+    Attributes:
+        k: Slots.
+        every: Updates between the params that are kept.
+    """
 
 
 class EmaParamsState(NamedTuple):
@@ -127,6 +150,23 @@ class BemaParamsState(NamedTuple):
     average: optax.Params
     anchor: optax.Params
     made_by: BemaMadeBy | None = None
+
+
+class RingState(NamedTuple):
+    """State of `ring`, whose mean `shadow_params` computes.
+
+    Attributes:
+        count: int32[], the number of updates seen.
+        slots: A tree like the params, each leaf with an axis of k in front, in the
+            params' dtypes; with `optax.MaskedNode()` where a leaf is not averaged. Fold
+            number i, from 1, is in slot (i−1) mod k; the others hold the params at
+            init.
+        made_by: What `ring` was given, without leaves; None by hand.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] as in Optax
+    slots: optax.Params
+    made_by: RingMadeBy | None = None
 
 
 def written(decays: dict[str, Decay | None]) -> str:

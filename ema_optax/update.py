@@ -1,6 +1,6 @@
 """One update of a tree: which leaves fold, when, and with what weight."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,14 +38,9 @@ def fold_update(
         ValueError: If shadows, updates and params do not fit each other.
     """
     stored = [_Stored(shadow, params) for shadow in shadows]
-    old, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
-    deltas = _matching_updates(updates, structure)
     averaged = sorted({i for each in stored for part in each.parts for i in part})
     by_leaf = {i: shardings[i] if shardings else None for i in averaged}
-    new = {
-        i: placement.put_as_param(optax.apply_updates(old[i], deltas[i]), by_leaf[i])
-        for i in averaged
-    }
+    new = new_params(updates, params, by_leaf)
     parts = [part for each in stored for part in each.parts]
     decays = [i for i, each in enumerate(stored) for _ in each.parts]
     arrays = dict(enumerate(array for each in stored for array in each.arrays))
@@ -98,6 +93,29 @@ def fold_update(
         folded |= due.where_due(fold_there, is_due, arrays, (None, *given))
     ordered = (folded[n] for n in range(len(folded)))
     return [each.with_arrays([next(ordered) for _ in each.arrays]) for each in stored]
+
+
+def new_params(
+    updates: optax.Updates,
+    params: optax.Params,
+    shardings: Mapping[int, placement.LeafSharding | None],
+) -> dict[int, Any]:
+    """Returns what the model will hold, by the numbers of its averaged leaves.
+
+    Args:
+        updates: What `optax.apply_updates` will add to the params.
+        params: The params before the update.
+        shardings: By the number of each averaged leaf that of its shadow and param.
+
+    Raises:
+        ValueError: If updates and params do not fit each other.
+    """
+    old, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
+    deltas = _matching_updates(updates, structure)
+    return {
+        i: placement.put_as_param(optax.apply_updates(old[i], deltas[i]), sharding)
+        for i, sharding in shardings.items()
+    }
 
 
 class _Stored:
@@ -182,13 +200,19 @@ def check_state(state: object, kind: type, transform: str) -> None:
         )
 
 
-def check_period(value: object, name: str, static_args: tuple[str, ...]) -> int:
+def check_period(
+    value: object,
+    name: str,
+    static_args: tuple[str, ...],
+    one: str = "every update",
+) -> int:
     """Returns a number of updates as an integer.
 
     Args:
         value: What was given.
         name: The argument it was given for.
         static_args: The arguments that `optax.inject_hyperparams` must leave alone.
+        one: What 1 means.
 
     Raises:
         TypeError: If it is an array.
@@ -202,7 +226,7 @@ def check_period(value: object, name: str, static_args: tuple[str, ...]) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(
             f"{name} must be a whole number of updates ≥ 1, got {brief(value)}. "
-            f"{name}=1 means every update."
+            f"{name}=1 means {one}."
         )
     return int(value)
 

@@ -14,6 +14,7 @@ BETAS = {
     "ramp": lambda t, b, tau: b * (1 - np.exp(-t / tau)),
     "cosine": lambda t, b, n: 1 - (1 - b) * (1 + np.cos(np.pi * min(t, n) / n)) / 2,
     "half_life": lambda t, n: 0.5 ** (1 / n),
+    "window": lambda t, n: ((t - 1) % n) / ((t - 1) % n + 1),
     "fraction": lambda t, f: 0.5 ** (1 / (f * t)),
     "start_after": lambda t, inner, n: inner(t - n) if t > n else 0.0,
     "scale_to_batch": lambda t, inner, factor: inner(t) ** factor,

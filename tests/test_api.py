@@ -40,6 +40,7 @@ WITHOUT_EXAMPLE = {
     "ema_optax.EmaParamsState": "made by ema_params, whose example reads it",
     "ema_optax.Finding": "part of what diagnose returns",
     "ema_optax.NamedShadowsState": "made by ema_params, read by name",
+    "ema_optax.RingState": "made by ring, whose example reads it",
     "ema_optax.Profile": "returned by profile, whose example reads it",
     "ema_optax.checkpoint.Changes": "returned by resume, as `changes`",
     "ema_optax.checkpoint.Adopted": "returned by adopt, whose example reads it",

@@ -91,6 +91,7 @@ CALLS = {
         "shadow_sharding": None,
     },
     ema_optax.bema_params: {"every": 4, "ema_power": 0.5, "lag": 10, "mask": None},
+    ema_optax.ring: {"k": 3, "every": 2, "mask": None},
     TRANSFORM.update: {
         "updates": PARAMS,
         "state": TRANSFORM.init(PARAMS),
@@ -100,6 +101,7 @@ CALLS = {
     ema_optax.warmup: {"decay": 0.9, "offset": 10},
     ema_optax.debiased: {"decay": 0.9},
     ema_optax.half_life: {"steps": 10},
+    ema_optax.window: {"n": 3},
     ema_optax.fraction: {"f": 0.1},
     ema_optax.power: {"width": 0.05},
     ema_optax.ramp: {"decay": 0.9, "time_constant": 10},

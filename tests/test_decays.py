@@ -41,6 +41,7 @@ CASES = {
     "cosine": ((0.996, 3000), ema_optax.cosine(0.996, 3000)),
     "half_life": ((700.0,), ema_optax.half_life(700)),
     "fraction": ((0.05,), ema_optax.fraction(0.05)),
+    "window": ((12,), ema_optax.window(12)),
     "start_after": (
         (functools.partial(reference.BETAS["ramp"], b=0.99, tau=2000.0), 100),
         ema_optax.start_after(ema_optax.ramp(0.99), 100),
@@ -369,6 +370,7 @@ ENDS = {  # start of the error: what takes the value, (last values in, first out
         ema_optax.fraction,
         ([TINY, 1], [0, math.nextafter(1, 2)]),
     ),
+    "window's n must be": (ema_optax.window, ([1, 2**31 - 1], [0, 2**31, 10**300])),
     "power needs an exponent": (
         lambda x: ema_optax.power(exponent=x),
         ([-BELOW_ONE, 1e300], [-1, math.inf]),
@@ -394,7 +396,9 @@ def test_intervals_end_where_they_say(message):
         assert 0 <= decay.newest_weight(5, every=2) <= 1
         assert ema_optax.Decay.from_json(decay.to_json()) == decay
     for value in [*beyond, math.nan]:
-        with pytest.raises(ValueError, match=rf"^{re.escape(message)}.* got "):
+        with pytest.raises(
+            (ValueError, TypeError), match=rf"^{re.escape(message)}.* got "
+        ):
             make(value)
 
 

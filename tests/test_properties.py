@@ -119,8 +119,10 @@ FAMILIES = {
         st.builds(lambda g: ema_optax.power(exponent=g), st.floats(-0.9, 100)),
     ),
     "fraction": st.builds(ema_optax.fraction, st.floats(0.001, 1)),
+    "window": st.builds(ema_optax.window, st.integers(1, 12)),
 }
-_relative = ("power", "fraction")  # of the run's length, whatever the batch
+# Of the run's length, whatever the batch; or of whole updates, which a batch may break.
+_relative = ("power", "fraction", "window")
 # Not the powers below 1 of a β near 0, whose logarithm float32 knows less well.
 exact = st.one_of(*FAMILIES.values())
 FAMILIES["scale_to_batch"] = st.builds(

@@ -25,7 +25,7 @@ from ema_optax.checkpoint.kept_state import check_started, offer_state
 from ema_optax.checkpoint.leaves import Place
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
 from ema_optax.checkpoint.restoring import shared_manifest
-from ema_optax.checkpoint.same_averages import check_bema_goes_on
+from ema_optax.checkpoint.same_averages import check_computed_goes_on
 from ema_optax.checkpoint.slots import by_path, filled, place_in_run
 from ema_optax.checkpoint.stored_names import StoredNames
 from ema_optax.checkpoint.taking import Slot, Taking, check_concrete
@@ -89,14 +89,16 @@ def restore_what_fits(
         taking, manifest, found, names, places, accept_new_decay=accept_new_decay
     )
     params_of = offer_state(taking, manifest, found, names, places, rest)
-    bema = [
+    going = [
         average.path
         for average in found
         if average.is_computed
         and taking.takes(Slot(STATE, under(average.path, "count")))
     ]
-    if bema:
-        check_bema_goes_on(manifest.averages[SHADOW], found, False, accept_new_decay)
+    if going:
+        check_computed_goes_on(
+            manifest.averages[SHADOW], found, False, accept_new_decay
+        )
     if not has_init:
         check_started(taking, found, params_of, CALL)
     set_counts(taking, item, manifest, found, names, of_state, verify=verify)
@@ -107,7 +109,7 @@ def restore_what_fits(
         under(average.path, field)
         for average in found
         if average.is_computed
-        for field in ("average", "anchor")
+        for field in average.fields
     )
 
     def value(slot: Slot, leaf: Any, param: str | None) -> Any:
@@ -139,7 +141,7 @@ def restore_what_fits(
     computed = {  # when it is read, of what goes on
         Place(SHADOW, names.path(path))
         for average, place in zip(found, places, strict=True)
-        if average.is_computed and average.path in bema
+        if average.is_computed and average.path in going
         for path in by_path(average.tree, place)
     }
     known = counts_on_disk(manifest) | computed

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import TypeAlias, TypeGuard, cast
+from typing import NamedTuple, TypeAlias, TypeGuard, cast
 
 import jax.numpy as jnp
 
@@ -94,6 +94,17 @@ class LeafEntry:
         return cls(tuple(shape), dtype, kind=kind)
 
 
+class Computed(NamedTuple):
+    """A call that makes an average which is computed when it is read."""
+
+    maker: str
+    arguments: dict[str, float]
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return f"{self.maker}({given})"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class AverageEntry:
     """How a shadow was made.
@@ -103,6 +114,7 @@ class AverageEntry:
         every: Updates between its folds; None where unknown.
         count: Updates it has seen.
         bema: Arguments of each `bema_params` that it comes from.
+        ring: Arguments of each `ring` that it comes from.
         unread: The JSON of a decay that this version cannot read; `decay` is then None.
         places: Where in the params the averaged tree sits, by the place of its state in
             the optimizer state; those of which it is the whole are left out.
@@ -114,6 +126,15 @@ class AverageEntry:
     bema: tuple[Mapping[str, float], ...] = ()
     unread: Mapping[str, Json] | None = None
     places: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    ring: tuple[Mapping[str, float], ...] = ()
+
+    @property
+    def computed(self) -> tuple["Computed", ...]:
+        """What computes it when it is read, but for what the average of others is."""
+        return (
+            *(Computed("bema_params", dict(each)) for each in self.bema),
+            *(Computed("ring", dict(each)) for each in self.ring),
+        )
 
     def to_json(self) -> dict[str, object]:
         """Its part of the manifest.
@@ -129,6 +150,8 @@ class AverageEntry:
         }
         if self.bema:
             entry["bema"] = [dict(arguments) for arguments in self.bema]
+        if self.ring:
+            entry["ring"] = [dict(arguments) for arguments in self.ring]
         if self.places:
             entry["places"] = dict(self.places)
         return entry
@@ -145,11 +168,8 @@ class AverageEntry:
             raise CorruptCheckpointError(f"has every={brief(every)}")
         if not _is_count(count):
             raise CorruptCheckpointError(f"has the count {brief(count)}")
-        bema = content.get("bema", [])
-        if not is_list(bema) or not all(map(_is_arguments, bema)):
-            raise CorruptCheckpointError(
-                f"has the arguments {brief(bema)} of bema_params"
-            )
+        bema = _arguments(content.get("bema", []), "bema_params")
+        ring = _arguments(content.get("ring", []), "ring")
         places = content.get("places", {})
         if not is_object(places) or not _are_texts(places):
             raise CorruptCheckpointError(f"has the places {brief(places)}")
@@ -159,8 +179,7 @@ class AverageEntry:
             known, unread = Decay.from_json(decay) if decay is not None else None, None
         except ValueError:
             known, unread = None, cast("dict[str, Json]", decay)
-        arguments = cast("list[dict[str, float]]", bema)
-        return cls(known, every, count, tuple(arguments), unread, places)
+        return cls(known, every, count, bema, unread, places, ring)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -268,6 +287,13 @@ def _is_count(value: object) -> TypeGuard[Count]:
 
 def _are_texts(value: Mapping[str, object]) -> TypeGuard[Mapping[str, str]]:
     return all(isinstance(text, str) for text in value.values())
+
+
+def _arguments(value: object, call: str) -> tuple[Mapping[str, float], ...]:
+    """Returns the arguments of each call of a maker of averages."""
+    if not is_list(value) or not all(map(_is_arguments, value)):
+        raise CorruptCheckpointError(f"has the arguments {brief(value)} of {call}")
+    return tuple(cast("list[dict[str, float]]", value))
 
 
 def _is_arguments(value: object) -> bool:

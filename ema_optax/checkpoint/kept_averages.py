@@ -12,7 +12,7 @@ from ema_optax import text
 from ema_optax.averages import Averages
 from ema_optax.checkpoint.leaves import Place, read
 from ema_optax.checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
-from ema_optax.checkpoint.same_averages import check_bema_goes_on, check_decay
+from ema_optax.checkpoint.same_averages import check_computed_goes_on, check_decay
 from ema_optax.checkpoint.slots import by_path
 from ema_optax.checkpoint.state_nodes import average_nodes
 from ema_optax.checkpoint.stored_names import StoredNames
@@ -32,7 +32,7 @@ def offer_shadows(
 ) -> None:
     """Offers each shadow the leaves of the stored one that it goes on from.
 
-    BEMA's are computed: what they are computed from is the optimizer's own state.
+    Some are computed: what they are computed from is the optimizer's own state.
 
     Raises:
         ValueError: If one would go on with another decay, and that is not accepted.
@@ -54,7 +54,9 @@ def offer_shadows(
                 continue
             goes_on |= taking.offer(slot, leaf, Place(lies_in, names.path(path)))
         if goes_on:
-            check_bema_goes_on(saved[source], found, source == SHADOW, accept_new_decay)
+            check_computed_goes_on(
+                saved[source], found, source == SHADOW, accept_new_decay
+            )
             check_decay(average, source, saved, accept_new_decay)
 
 
@@ -124,13 +126,15 @@ def set_counts(
 def started_as(param: Any, leaf: Any) -> Any:
     """Returns a copy of a param as a leaf of an average, where that lies.
 
+    A leaf of several slots holds it in each.
+
     Args:
         param: Concrete.
         leaf: What it becomes, concrete or abstract.
     """
     if isinstance(leaf, np.ndarray):
-        return np.array(param, leaf.dtype)
-    copy = jnp.array(param, dtype=leaf.dtype)
+        return np.array(np.broadcast_to(param, leaf.shape), leaf.dtype)
+    copy = jnp.broadcast_to(jnp.array(param, dtype=leaf.dtype), leaf.shape)
     sharding = getattr(leaf, "sharding", None)
     bound = isinstance(sharding, jax.sharding.Sharding) and (
         not isinstance(leaf, jax.Array) or getattr(leaf, "committed", True)
@@ -141,15 +145,15 @@ def started_as(param: Any, leaf: Any) -> Any:
 
 
 def counts_on_disk(manifest: Manifest) -> set[Place]:
-    """Returns the stored counts of shadows; those of BEMA are the optimizer's own."""
+    """Returns the stored counts of shadows; those of computed ones are its own."""
     stored = manifest.trees.get(STATE)
     if stored is None:
         return set()
     nodes = average_nodes(stored.structure)
     return {
         Place(STATE, under(path, "count"))
-        for path, is_bema in nodes.items()
-        if not is_bema
+        for path, is_computed in nodes.items()
+        if not is_computed
     }
 
 

@@ -1,14 +1,12 @@
 """Whether a run goes on with the averages that it was saved with: refused if not."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from ema_optax.average import Average
 from ema_optax.averages import Averages
-from ema_optax.checkpoint.entries import AverageEntry
+from ema_optax.checkpoint.entries import AverageEntry, Computed
 from ema_optax.checkpoint.manifest import SHADOW, Manifest, tree_of
-from ema_optax.checkpoint.shadows import bema_arguments
-from ema_optax.states import BemaMadeBy
+from ema_optax.checkpoint.shadows import computed_of
 
 START = (
     "Or take what fits: resume(directory, params, optimizer.init, missing='start'), "
@@ -34,7 +32,7 @@ def check_same(
         ValueError: If it would.
     """
     saved = manifest.averages
-    _check_bema(saved.get(SHADOW), found, accept_new)
+    _check_computed(saved.get(SHADOW), found, accept_new)
     ours = {tree_on_disk(average.name) for average in found}
     if set(saved) != ours:
         there = ", ".join(sorted(saved)) or "no shadow"
@@ -77,10 +75,10 @@ def check_decay(
         )
 
 
-def check_bema_goes_on(
+def check_computed_goes_on(
     saved: AverageEntry, found: Averages, takes_shadow: bool, accept_new: bool
 ) -> None:
-    """Refuses to go on unasked from the shadow of BEMA with anything else.
+    """Refuses to go on unasked from a computed shadow with anything else.
 
     Args:
         saved: The stored average of no name.
@@ -91,7 +89,7 @@ def check_bema_goes_on(
     Raises:
         ValueError: If it would.
     """
-    before, now = tuple(map(dict, saved.bema)), bema_arguments(found)
+    before, now = saved.computed, computed_of(found)
     others = [average for average in found if not average.is_computed]
     goes_on = _calls(now) if now else ""
     if not now and takes_shadow and others:
@@ -103,18 +101,23 @@ def check_bema_goes_on(
         )
 
 
-def _check_bema(saved: AverageEntry | None, found: Averages, accept_new: bool) -> None:
-    """Refuses another `bema_params`, or one where there was none."""
-    before = tuple(map(dict, saved.bema)) if saved else ()
-    now = bema_arguments(found)
-    if before == now or (accept_new and len(before) == len(now)):
+def _check_computed(
+    saved: AverageEntry | None, found: Averages, accept_new: bool
+) -> None:
+    """Refuses another `bema_params` or `ring`, or one where there was none."""
+    before = saved.computed if saved else ()
+    now = computed_of(found)
+    # A ring of other length has other slots.
+    alike = [_lasting(each) for each in before] == [_lasting(each) for each in now]
+    if before == now or (accept_new and alike):
         return
     there, here = (
-        _calls(given) if given else "no bema_params" for given in (before, now)
+        _calls(given) if given else f"no {(before or now)[0].maker}"
+        for given in (before, now)
     )
     accept = (
         "Pass accept_new_decay=True to keep the average and go on so; or chain"
-        if len(before) == len(now)
+        if alike
         else "Chain"
     )
     raise ValueError(
@@ -123,14 +126,19 @@ def _check_bema(saved: AverageEntry | None, found: Averages, accept_new: bool) -
     )
 
 
-def _calls(given: tuple[Mapping[str, Any], ...]) -> str:
-    return ", ".join(str(BemaMadeBy(**arguments)) for arguments in given)
+def _lasting(given: Computed) -> tuple[str, float | None]:
+    """Returns what has to stay the same where an average goes on."""
+    return given.maker, given.arguments.get("k")
+
+
+def _calls(given: tuple[Computed, ...]) -> str:
+    return ", ".join(map(str, given))
 
 
 def _decays_text(saved: Mapping[str, AverageEntry]) -> str:
     return "; ".join(
-        f"{tree}: {_calls(entry.bema)}"
-        if entry.bema
+        f"{tree}: {_calls(entry.computed)}"
+        if entry.computed
         else f"{tree}: {entry.decay or 'a callable'} at every="
         f"{entry.every or 'unknown'}"
         for tree, entry in saved.items()

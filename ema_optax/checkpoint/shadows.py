@@ -11,7 +11,7 @@ import optax
 from ema_optax import averages, text, trees
 from ema_optax.average import Average
 from ema_optax.averages import Averages
-from ema_optax.checkpoint.entries import AverageEntry, Count
+from ema_optax.checkpoint.entries import AverageEntry, Computed, Count
 from ema_optax.checkpoint.manifest import SHADOW, tree_of
 from ema_optax.locating import (
     Shape,
@@ -23,7 +23,7 @@ from ema_optax.locating import (
     places_of,
     under,
 )
-from ema_optax.states import BemaMadeBy
+from ema_optax.states import BemaMadeBy, RingMadeBy
 
 
 class Part(NamedTuple):
@@ -83,7 +83,8 @@ def entries(parts: Iterable[Part]) -> dict[str, AverageEntry]:
         known = by_tree.get(SHADOW, _entry_of(computed[-1]))
         by_tree[SHADOW] = dataclasses.replace(
             known,
-            bema=bema_arguments(part.average for part in computed),
+            bema=_arguments_of(computed, BemaMadeBy),
+            ring=_arguments_of(computed, RingMadeBy),
             places={**known.places, **_places(computed)},
         )
     return by_tree
@@ -108,13 +109,24 @@ def _merged(one: AverageEntry, other: AverageEntry) -> AverageEntry:
     )
 
 
-def bema_arguments(found: Iterable[Average]) -> tuple[dict[str, float], ...]:
-    """Returns what each `bema_params` of a state was given."""
-    return tuple(
-        average.made_by._asdict()
-        for average in found
-        if isinstance(average.made_by, BemaMadeBy)
+def _arguments_of(
+    parts: Iterable[Part], maker: type[BemaMadeBy | RingMadeBy]
+) -> tuple[dict[str, float], ...]:
+    records = (part.average.made_by for part in parts)
+    return tuple(each._asdict() for each in records if isinstance(each, maker))
+
+
+def computed_of(found: Iterable[Average]) -> tuple[Computed, ...]:
+    """Returns what makes the computed averages of a state, as their entry has it."""
+    parts = [Part(average, "", ()) for average in found if average.is_computed]
+    entry = AverageEntry(
+        None,
+        None,
+        0,
+        bema=_arguments_of(parts, BemaMadeBy),
+        ring=_arguments_of(parts, RingMadeBy),
     )
+    return entry.computed
 
 
 def _located(
@@ -175,7 +187,7 @@ def _hung(by_place: Mapping[str, Any]) -> Any:
 
 
 def _read(average: Average, params: optax.Params, place: str) -> Any:
-    """Returns the shadow as it is stored; BEMA's is computed from the live params.
+    """Returns the shadow as it is stored; a computed one from the live params too.
 
     In float32 or wider: restored in the params' dtypes it is what `shadow_params`
     returns. The params are matched by path.

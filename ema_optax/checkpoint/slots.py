@@ -57,7 +57,8 @@ def place_in_run(average: Average, params: object, likely: set[str]) -> str:
     Raises:
         ValueError: If it sits nowhere, or may sit at several places.
     """
-    shapes = {path: np.shape(leaf) for path, leaf in by_path(params).items()}
+    pairs = jax.tree_util.tree_flatten_with_path(params)[0]
+    shapes = {trees.path_name(path): np.shape(leaf) for path, leaf in pairs}
     outline = outline_of(average.tree)
     places = places_of(outline, shapes)
     for choice in (

@@ -75,7 +75,7 @@ def snapshots(
         for tree, average in manifest.averages.items():
             decay, taken = average.decay, []
             # A tree that is joined of groups is one average if all of them are.
-            asked = not average.bema and (names is None or name_of(tree) in names)
+            asked = not average.computed and (names is None or name_of(tree) in names)
             if asked and isinstance(decay, power):
                 taken = _snapshot(path, manifest, tree, float(decay.exponent), verify)
             found += taken

@@ -122,8 +122,12 @@ def matched(
     return found, reasons
 
 
+# Fields of the states whose averages are computed: BEMA's, and a ring's.
+_COMPUTED = ({"count", "average", "anchor"}, {"count", "slots", "made_by"})
+
+
 def average_nodes(structure: Structure, at: str = "") -> dict[str, bool]:
-    """Returns the places of averages' states, and whether each is one of BEMA.
+    """Returns the places of averages' states, and whether each is a computed one.
 
     The shadow of `ema_params` is a tree of its own: what is left of its state is a
     count beside nothing. Structures are of bounded depth.
@@ -133,7 +137,7 @@ def average_nodes(structure: Structure, at: str = "") -> dict[str, bool]:
         for i, node in enumerate(structure):
             found |= average_nodes(node, under(at, str(i)))
     elif isinstance(structure, dict):
-        if _is_ema(structure) or set(structure) >= {"count", "average", "anchor"}:
+        if _is_ema(structure) or any(set(structure) >= own for own in _COMPUTED):
             return {at: not _is_ema(structure)}
         for key, node in structure.items():
             found |= average_nodes(node, under(at, key))

@@ -62,7 +62,7 @@ def of_run(
     extra: object,
     averaged: str | Mapping[str, str] | None,
 ) -> Step:
-    """Returns a step of params, shadows and state. Computes the shadow of BEMA.
+    """Returns a step of params, shadows and state. Computes what is read so.
 
     Raises:
         ValueError: If the state holds no shadow, if it cannot be told of which part of

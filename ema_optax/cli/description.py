@@ -121,7 +121,11 @@ def _average(name: str, tree: Tree) -> tuple[str, str, str]:
     """Returns the cells of decay, every and count, which only a shadow has."""
     if not name.startswith("shadow"):
         return "", "", ""
-    decay = "not recorded" if tree.decay is None else printable(str(tree.decay))
+    computed = tree.average.computed if tree.average else ()
+    decay = "not recorded"
+    if tree.decay is not None or computed:
+        parts = [*computed, *[tree.decay][: tree.decay is not None]]
+        decay = printable(", ".join(map(str, parts)))
     every = "" if tree.every is None else f"{tree.every:,}"
     count = f"{tree.count:,}" if isinstance(tree.count, int) else str(tree.count)
     return decay, every, printable(count)
