@@ -201,7 +201,8 @@ CALLS = {
     reconstruction.rounding_variance: {"dtype": "float16"},
     reconstruction.merge: {
         "trees": [PARAMS, PARAMS],
-        "coefficients": [0.5, 0.5],
+        "coefficients": "linear",
+        "steps": [1, 2],
         "params": None,
         "dtype": None,
     },

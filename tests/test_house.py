@@ -395,12 +395,13 @@ ROOMS = {
         "widths": {"style"},
     },
     "reconstruction": {
-        "merging": {"slots", "sums"},
+        "merging": {"schedules", "slots", "sums"},
         "planning": {"projection", "widths"},
         "projection": set(),
-        "schedules": {"merging"},
+        "schedules": {"weights"},
         "slots": {"sums"},
         "sums": set(),
+        "weights": set(),
         "widths": {"projection", "slots", "sums"},
     },
 }

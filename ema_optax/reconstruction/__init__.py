@@ -5,13 +5,7 @@ found = reconstruction.reconstruct(snapshots, width=0.03, params=params)
 found.tree, found.profile_error
 """
 
-from ema_optax.reconstruction.merging import (
-    decay_coefficients,
-    lr_decay,
-    lr_decay_coefficients,
-    merge,
-    uniform_coefficients,
-)
+from ema_optax.reconstruction.merging import merge
 from ema_optax.reconstruction.planning import Plan, plan
 from ema_optax.reconstruction.projection import (
     coefficients,
@@ -20,6 +14,12 @@ from ema_optax.reconstruction.projection import (
 )
 from ema_optax.reconstruction.schedules import schedule_coefficients
 from ema_optax.reconstruction.sums import Source
+from ema_optax.reconstruction.weights import (
+    decay_coefficients,
+    lr_decay,
+    lr_decay_coefficients,
+    uniform_coefficients,
+)
 from ema_optax.reconstruction.widths import (
     Reconstruction,
     ReconstructionWarning,
