@@ -35,6 +35,8 @@ MODULES = (
 
 # Public names without an example of their own, and why.
 WITHOUT_EXAMPLE = {
+    "ema_optax.checkpoint.ForeignTree": "made by stored_by_others",
+    "ema_optax.interop.TensorTree": "made by stored_safetensors",
     "ema_optax.BemaParamsState": "made by bema_params, whose example reads it",
     "ema_optax.EmaParamsState": "made by ema_params, whose example reads it",
     "ema_optax.NamedShadowsState": "made by ema_params, read by name",

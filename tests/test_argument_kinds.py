@@ -142,6 +142,7 @@ CALLS = {
     checkpoint.describe: {"directory": FOLDER, "step": 1, "item": None},
     checkpoint.verify: {"directory": FOLDER, "step": 1, "item": None},
     checkpoint.stored: {"directory": FOLDER, "tree": "shadow", "step": 1},
+    checkpoint.stored_by_others: {"directory": THEIRS, "tree": "params", "step": 9},
     checkpoint.snapshots: {"directory": FOLDER, "names": None, "item": None},
     checkpoint.EmaSave: {"params": PARAMS, "opt_state": STATE},
     checkpoint.EmaRestore: {"tree": "shadow", "rename": None, "verify": True},
@@ -173,6 +174,7 @@ CALLS = {
         "dry_run": True,
         "progress": None,
     },
+    interop.stored_safetensors: {"source": WEIGHTS, "tree": "w"},
     interop.Rule: {
         "name": ("q.weight", "k.weight"),
         "path": "qk/kernel",

@@ -114,6 +114,7 @@ HOUSE = {
         "decays",
         "derived_decays",
         "progress",
+        "reconstruction",
         "renaming",
         "shadows",
         "trees",
@@ -289,6 +290,7 @@ ROOMS = {
         "foreign_arrays": {"errors", "foreign", "opening", "storage", "untrusted"},
         "foreign_msgpack": {"errors", "foreign", "untrusted"},
         "foreign_orbax": {"errors", "foreign", "storage", "untrusted"},
+        "foreign_sources": {"foreign", "foreign_steps", "pairing"},
         "foreign_steps": {
             "foreign",
             "foreign_arrays",
@@ -335,8 +337,15 @@ ROOMS = {
         "import_torch": {"decay_text", "parsing", "tables"},
         "inspect": {"description", "parsing"},
         "interrupts": set(),
-        "merge": {"merge_schedules", "output_folders", "parsing", "wide"},
+        "merge": {
+            "merge_schedules",
+            "merge_sources",
+            "output_folders",
+            "parsing",
+            "wide",
+        },
         "merge_schedules": {"decay_text", "parsing"},
+        "merge_sources": set(),
         "output_folders": set(),
         "parsing": set(),
         "profile": {"decay_text", "parsing", "sketch"},
@@ -367,6 +376,7 @@ ROOMS = {
             "rule",
             "rules",
         },
+        "safetensors_sources": {"flat_names", "torch_files", "torch_folders"},
         "tensorflow_checkpoints": {"tensorflow_names"},
         "tensorflow_names": set(),
         "torch_decays": {"litema_names", "torch_files"},
@@ -407,7 +417,8 @@ ROOMS = {
 }
 # Files that other rooms may import too; of the others, only what `__init__` has.
 OPEN = {
-    "checkpoint": {"paths", "steps", "storage"},
+    "checkpoint": {"foreign_steps", "paths", "steps", "storage"},
+    "interop": {"safetensors_sources"},
     "reconstruction": {"projection", "schedules"},
 }
 
