@@ -197,6 +197,12 @@ CALLS = {
         "ridge": 0.0,
     },
     reconstruction.decay_coefficients: {"decay": 0.9, "steps": [1, 2]},
+    reconstruction.extrapolated: {
+        "coefficients": [0.5, 0.5],
+        "origin": [1.0, 0.0],
+        "alpha": 0.3,
+    },
+    reconstruction.noise_gain: {"coefficients": [0.5, 0.5]},
     reconstruction.lr_decay: {"coefficients": [0.5, 0.5]},
     reconstruction.lr_decay_coefficients: {"multipliers": [1.0, 0.5]},
     reconstruction.uniform_coefficients: {"count": 3, "last": None},

@@ -405,6 +405,7 @@ ROOMS = {
         "widths": {"style"},
     },
     "reconstruction": {
+        "extrapolation": set(),
         "merging": {"schedules", "slots", "sums"},
         "planning": {"projection", "widths"},
         "projection": set(),

@@ -49,11 +49,10 @@ def add(commands: parsing.Commands) -> None:
             "\n"
             f"{merge_schedules.HELP}"
             "\n"
-            "One schedule writes the checkpoint DIR/N, where N is the last step, or\n"
-            "the number of RUNs;\n"
-            "several write DIR/SCHEDULE/N. checkpoint.restore reads it like any\n"
-            "other, and 'ema-optax inspect' shows steps and coefficients. Nothing is\n"
-            "overwritten."
+            "One merge becomes the checkpoint DIR/N, where N is the last step, or the\n"
+            "number of RUNs; several become DIR/SCHEDULE/N. checkpoint.restore reads\n"
+            "it like any other, and 'ema-optax inspect' shows steps and coefficients.\n"
+            "Nothing is overwritten."
         ),
         examples=(
             "  ema-optax merge run --last 10 --dry-run\n"
@@ -95,6 +94,15 @@ def add(commands: parsing.Commands) -> None:
         help="see above (default: uniform)",
     )
     parser.add_argument(
+        "--extrapolate",
+        type=_alpha,
+        nargs="+",
+        default=[0.0],
+        metavar="A",
+        help="m + A(m - m') for each merge m; m' is the plain mean of the first half\n"
+        "of the steps, and 0 is m itself (default: 0)",
+    )
+    parser.add_argument(
         "--tree",
         type=parsing.place,
         metavar="TREE",
@@ -118,6 +126,18 @@ def add(commands: parsing.Commands) -> None:
         help="list the steps and their coefficients, and write nothing",
     )
     parser.add_argument("--json", action="store_true", help="print them as JSON")
+
+
+def _alpha(text: str) -> float:
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not 0 <= alpha < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"needs a number ≥ 0 such as 0.3, got {text!r}"
+        )
+    return alpha
 
 
 def _range(text: str) -> tuple[int, int, int]:
@@ -147,7 +167,11 @@ def _do(args: argparse.Namespace) -> int:
         mixed=args.dtype is not None,
     )
     schedules: dict[str, Schedule] = dict(args.schedule)
-    weights = {name: make(steps) for name, make in schedules.items()}
+    weights = {
+        f"{name}+{alpha:g}" if alpha else name: _extrapolated(make(steps), alpha)
+        for name, make in schedules.items()
+        for alpha in args.extrapolate
+    }
     folders = _folders(args.out, list(weights))
     if args.out is not None:
         paths = [f"{folder}/{steps[-1]}" for folder in folders.values()]
@@ -174,6 +198,17 @@ def _do(args: argparse.Namespace) -> int:
             output_folders.write(folders[name], result, steps[-1], None, origin)
     _show(args, chosen, weights, folders)
     return 0
+
+
+def _extrapolated(weights: np.ndarray, alpha: float) -> np.ndarray:
+    """Returns coefficients that go on from the plain mean of the first half."""
+    half = len(weights) // 2
+    if not alpha:
+        return weights
+    if not half:
+        raise ValueError("--extrapolate needs at least 2 steps, and 1 is merged.")
+    origin = np.where(np.arange(len(weights)) < half, 1 / half, 0.0)
+    return reconstruction.extrapolated(weights, origin, alpha)
 
 
 def _chosen(args: argparse.Namespace, have: Sequence[int]) -> list[int]:
@@ -252,7 +287,7 @@ def _show(
             {
                 "schedule": name,
                 "coefficients": each.tolist(),
-                "noise_gain": float(np.linalg.norm(each)),
+                "noise_gain": reconstruction.noise_gain(each),
                 "directory": folders[name] or None,
             }
             for name, each in weights.items()
@@ -275,7 +310,9 @@ def _show(
     for i, step in enumerate(steps):
         row = "".join(f"{weights[n][i]:>{w}.5f}" for n, w in columns.items())
         print(f"{step:>12}{row}")
-    gains = "".join(f"{np.linalg.norm(weights[n]):>{w}.3f}" for n, w in columns.items())
+    gains = "".join(
+        f"{reconstruction.noise_gain(weights[n]):>{w}.3f}" for n, w in columns.items()
+    )
     print(f"{'noise gain':>12}{gains}\n")
     if not chosen.is_verified:
         print(f"Not verified: saved by {chosen.kind}, without checksums to compare.")

@@ -5,6 +5,7 @@ found = reconstruction.reconstruct(snapshots, width=0.03, params=params)
 found.tree, found.profile_error
 """
 
+from ema_optax.reconstruction.extrapolation import extrapolated, noise_gain
 from ema_optax.reconstruction.merging import merge
 from ema_optax.reconstruction.planning import Plan, plan
 from ema_optax.reconstruction.projection import (
@@ -36,9 +37,11 @@ __all__ = [
     "Source",
     "coefficients",
     "decay_coefficients",
+    "extrapolated",
     "lr_decay",
     "lr_decay_coefficients",
     "merge",
+    "noise_gain",
     "plan",
     "profile_error",
     "reachable",
