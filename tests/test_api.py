@@ -35,6 +35,7 @@ MODULES = (
 
 # Public names without an example of their own, and why.
 WITHOUT_EXAMPLE = {
+    "ema_optax.reconstruction.Soup": "returned by soup, whose example reads it",
     "ema_optax.checkpoint.ForeignTree": "made by stored_by_others",
     "ema_optax.interop.TensorTree": "made by stored_safetensors",
     "ema_optax.BemaParamsState": "made by bema_params, whose example reads it",

@@ -14,6 +14,7 @@ from ema_optax.reconstruction.projection import (
     rounding_variance,
 )
 from ema_optax.reconstruction.schedules import schedule_coefficients
+from ema_optax.reconstruction.souping import Soup, soup
 from ema_optax.reconstruction.sums import Source
 from ema_optax.reconstruction.weights import (
     decay_coefficients,
@@ -34,6 +35,7 @@ __all__ = [
     "Reconstruction",
     "ReconstructionWarning",
     "Snapshot",
+    "Soup",
     "Source",
     "coefficients",
     "decay_coefficients",
@@ -48,5 +50,6 @@ __all__ = [
     "reconstruct",
     "rounding_variance",
     "schedule_coefficients",
+    "soup",
     "uniform_coefficients",
 ]
