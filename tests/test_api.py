@@ -35,6 +35,9 @@ MODULES = (
 
 # Public names without an example of their own, and why.
 WITHOUT_EXAMPLE = {
+    "ema_optax.reconstruction.Soup": "returned by soup, whose example reads it",
+    "ema_optax.checkpoint.ForeignTree": "made by stored_by_others",
+    "ema_optax.interop.TensorTree": "made by stored_safetensors",
     "ema_optax.BemaParamsState": "made by bema_params, whose example reads it",
     "ema_optax.Diagnosis": "returned by diagnose, whose example prints it",
     "ema_optax.EmaParamsState": "made by ema_params, whose example reads it",

@@ -24,6 +24,7 @@ from ema_optax import (
     warmup,
 )
 from ema_optax.diagnosis import leaf_pairs, lengths, line, records
+from ema_optax.reconstruction import Score
 from tests import reference
 
 SIZE = 64
@@ -603,17 +604,28 @@ def test_a_lag_is_found_from_the_loss():
 
 def test_differences_within_the_noise():
     """With standard errors a difference below two of it is said to be noise."""
-    found = along(lambda x: (1 - 0.05 * x, 0.1))
+    found = along(lambda x: Score(1 - 0.05 * x, 0.1))
     finding = only(found, "within_noise")
     assert keys(found) == ["within_noise"]
     assert finding.figures["noise"] == pytest.approx(2 * math.hypot(0.1, 0.1))
     assert found.evaluated[""][0]["standard_error"] == 0.1
-    assert keys(along(lambda x: (1 - 0.5 * x, 0.01))) == ["still_falling"]
-    assert keys(along(lambda x: np.array([1 + x**2, 0.01]))) == []
+    assert keys(along(lambda x: Score(1 - 0.5 * x, 0.01))) == ["still_falling"]
+    assert keys(along(lambda x: Score(1 + x**2, 0.01))) == []
     # A bump within its noise is no barrier.
     bump = {0.5: 1.2}
-    assert "barrier" not in keys(along(lambda x: (bump.get(x, 1.0 + x / 10), 0.3)))
-    assert keys(along(lambda x: (bump.get(x, 1.0 + x / 10), 0.01))) == ["barrier"]
+    assert "barrier" not in keys(along(lambda x: Score(bump.get(x, 1.0 + x / 10), 0.3)))
+    assert keys(along(lambda x: Score(bump.get(x, 1.0 + x / 10), 0.01))) == ["barrier"]
+
+
+def test_what_makes_a_batch_hard_is_no_noise():
+    """Of a number for each batch the noise is that of their differences."""
+    hard, own = np.array([1.0, 5.0, 9.0]), np.array([0.01, -0.02, 0.01])
+    found = along(lambda x: hard + (1 - x) * own + 0.1 * x)
+    finding = only(found, "longer")
+    assert finding.figures["shadow"] == pytest.approx(5.0)
+    blurred = along(lambda x: hard + 9 * (1 - x) * own + 0.01 * x)
+    noise = only(blurred, "within_noise").figures["noise"]
+    assert noise == pytest.approx(2 * np.std(9 * own, ddof=1) / math.sqrt(3))
 
 
 def test_small_flickers_are_no_barrier():
@@ -666,15 +678,15 @@ def test_an_evaluation_that_always_fails():
 
 
 @pytest.mark.parametrize(
-    "result", ["0.5", None, {"loss": 1.0}, [1, 2, 3], np.ones((2, 2)), True, 1j, {}]
+    "result", ["0.5", None, {"loss": 1.0}, [1], np.ones((2, 2)), True, 1j, {}]
 )
 def test_an_evaluation_of_another_kind(result):
     """Is an error at the first call: there is nothing to go on with."""
-    with pytest.raises(TypeError, match=r"a number, or a pair .* standard error; got"):
+    with pytest.raises(TypeError, match=r"evaluate\(params\) returns a number; .* It returned"):
         along(lambda x: result)
 
 
-@pytest.mark.parametrize("result", [1, np.float32(1), jnp.float32(1), jnp.ones(1)])
+@pytest.mark.parametrize("result", [1, np.float32(1), jnp.float32(1)])
 def test_numbers_of_all_kinds(result):
     found = along(lambda x: result)
     assert keys(found) == ["flat"]

@@ -290,3 +290,34 @@ def test_a_shadow_is_a_run_with_a_decayed_learning_rate():
     multipliers = reconstruction.lr_decay([run.initial_weight, *run.weights])
     expected = reference.average(params, betas, start=np.zeros(4))
     np.testing.assert_allclose(multipliers @ updates, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    ["linear", "1-sqrt", "cosine", ema_optax.power(0.1), lambda x: 1 - x * x],
+)
+def test_a_merge_by_name(schedule):
+    """Bit for bit that of the schedule's coefficients, of steps or evenly spaced."""
+    trees = _trees(5)
+    steps = [100, 200, 500, 600, 1000]
+    for given, times in (({"steps": steps}, steps), ({}, [1, 2, 3, 4, 5])):
+        weights = reconstruction.schedule_coefficients(schedule, times)
+        named = reconstruction.merge(trees, schedule, **given)
+        jax.tree.map(
+            np.testing.assert_array_equal, named, reconstruction.merge(trees, weights)
+        )
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "steps", "message"),
+    [
+        ("1-sqr", None, "no schedule '1-sqr'. The nearest are '1-sqrt'"),
+        ("linear", [1, 2], r"a step for each of the 3 trees, got 2: steps=\[1, 2\]"),
+        ("linear", [1, 3, 2], "ascending"),
+        ([0.2, 0.3, 0.5], [1, 2, 3], "coefficients are numbers here.*Leave steps out"),
+    ],
+)
+def test_a_merge_by_name_refuses(coefficients, steps, message):
+    """Names that are none, steps that are not one a tree, or that nobody needs."""
+    with pytest.raises(ValueError, match=message):
+        reconstruction.merge(_trees(3), coefficients, steps=steps)

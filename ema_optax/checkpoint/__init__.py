@@ -19,6 +19,7 @@ from ema_optax.checkpoint.directory import (
 from ema_optax.checkpoint.entries import LeafEntry as Leaf
 from ema_optax.checkpoint.entries import TreeEntry as Tree
 from ema_optax.checkpoint.errors import CorruptCheckpointError
+from ema_optax.checkpoint.foreign_sources import ForeignTree, stored_by_others
 from ema_optax.checkpoint.handlers import (
     EmaCheckpointableHandler,
     EmaHandler,
@@ -42,6 +43,7 @@ __all__ = [
     "EmaRestore",
     "EmaResume",
     "EmaSave",
+    "ForeignTree",
     "KeepSnapshots",
     "Leaf",
     "Resumed",
@@ -56,5 +58,6 @@ __all__ = [
     "save_average",
     "snapshots",
     "stored",
+    "stored_by_others",
     "verify",
 ]

@@ -1,6 +1,7 @@
 """Finds the checkpoint of another program that a path means."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import orbax.checkpoint as ocp
@@ -52,7 +53,7 @@ def opened(source: epath.PathLike, step: int | None) -> Foreign:
     _refuse_begun(root)
     if METADATA in entries:
         _refuse_begun(root.parent)
-    if METADATA not in entries and _STEP not in entries:
+    if not _is_step(entries):
         folders = steps_in(root)
         if step is not None and folders and step not in folders:
             raise FileNotFoundError(
@@ -78,6 +79,23 @@ def opened(source: epath.PathLike, step: int | None) -> Foreign:
             else f"It holds {text.some(map(repr, sorted(entries))) or 'nothing'}."
         )
     )
+
+
+def folders_of(source: epath.PathLike) -> dict[int, epath.Path]:
+    """Returns the committed steps in a folder by number; of one step itself alone.
+
+    Whoever saved them. A step whose name has no number is number 0.
+    """
+    root = absolute(source)
+    entries = storage.listed(root) or {}
+    if _is_step(entries) or items_in(root):
+        return {number_of(step_folder(root)) or 0: root}
+    return steps_in(root)
+
+
+def _is_step(entries: Mapping[str, bool]) -> bool:
+    """Returns whether a folder is a step or an item of Orbax, by what it holds."""
+    return METADATA in entries or _STEP in entries
 
 
 def _refuse_begun(folder: epath.Path) -> None:

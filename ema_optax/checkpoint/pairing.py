@@ -71,7 +71,7 @@ def choose(
         raise ValueError(f"{source.place} holds no arrays.")
     params = None if params is None else _existing(source, params, "params")
     if shadow is None:
-        return _without_average(source, params, like)
+        return params_alone(source, params, like)
     told = None if shadow == AUTO else _existing(source, shadow, "shadow")
     if told is not None:
         _refuse_mistaken(source, told, like)
@@ -89,6 +89,55 @@ def choose(
         if len(candidates) == 1:
             return _told(source, candidates[0], told, [], like, partial=partial)
     raise ValueError(_not_one(source, found, params, told, like))
+
+
+def params_alone(
+    source: Foreign,
+    params: str | None,
+    like: str | None = None,
+    *,
+    argument: str = "params",
+) -> Choice:
+    """Returns params without an average: those told, those of a pair, or the only ones.
+
+    Args:
+        source: The checkpoint.
+        params: Path of the params; None finds them.
+        like: Name of a layout, which they are looked for in.
+        argument: What the path is called by the caller, for errors.
+
+    Raises:
+        ValueError: If there are none at the path, or several without one.
+    """
+    if params is not None:
+        params = _existing(source, params, argument)
+    else:
+        found = {pair.params for pair in layouts.pairs(source.leaves, like)}
+        found = found or {
+            path
+            for path in layouts.nodes(source.leaves)
+            if path.rpartition("/")[2] in ("params", "model")
+            and not layouts.is_of_optimizer(path)
+        }
+        outer = [
+            path
+            for path in found
+            if not any(path != top and path.startswith(f"{top}/") for top in found)
+        ]
+        if len(outer) != 1:
+            raise ValueError(
+                f"Nothing says which tree of {source.place} is the params. Pass "
+                f"{argument}=… with one of {_listed(source.leaves)}."
+            )
+        params = outer[0]
+    leaves = layouts.below(source.leaves, params)
+    average = {path: leaf for path, leaf in leaves.items() if leaf.is_averaged}
+    if not average:
+        raise ValueError(
+            f"'{params}' of {source.place} has no floating leaves to average. Pass "
+            f"{argument}=… with one of {_listed(source.leaves)}."
+        )
+    return Choice(None, params, leaves, None, average)
 
 
 def _existing(source: Foreign, path: str, name: str) -> str:
@@ -114,37 +163,6 @@ def _refuse_mistaken(source: Foreign, path: str, like: str | None) -> None:
             f"{problem}; it is no average of params. Without one, begin from a copy of "
             f"the params by shadow=None.{own}"
         )
-
-
-def _without_average(source: Foreign, params: str | None, like: str | None) -> Choice:
-    """Returns params alone: those told, those of a pair, or the only ones."""
-    if params is None:
-        found = {pair.params for pair in layouts.pairs(source.leaves, like)}
-        found = found or {
-            path
-            for path in layouts.nodes(source.leaves)
-            if path.rpartition("/")[2] in ("params", "model")
-            and not layouts.is_of_optimizer(path)
-        }
-        outer = [
-            path
-            for path in found
-            if not any(path != top and path.startswith(f"{top}/") for top in found)
-        ]
-        if len(outer) != 1:
-            raise ValueError(
-                f"Nothing says which tree of {source.place} is the params. Pass "
-                f"params=… with one of {_listed(source.leaves)}."
-            )
-        params = outer[0]
-    leaves = layouts.below(source.leaves, params)
-    average = {path: leaf for path, leaf in leaves.items() if leaf.is_averaged}
-    if not average:
-        raise ValueError(
-            f"'{params}' of {source.place} has no floating leaves to average. Pass "
-            f"params=… with one of {_listed(source.leaves)}."
-        )
-    return Choice(None, params, leaves, None, average)
 
 
 def _told(

@@ -59,7 +59,8 @@ def diagnose(
     Args:
         opt_state: The optimizer state.
         params: The live params.
-        evaluate: From params to a loss, or to a pair of it and its standard error.
+        evaluate: From params to a loss: a number; two numbers or more, such as one for
+            each batch; or a `reconstruction.Score(value, error)`.
             Called seven times for each shadow, at λ = 0, 1, ½, ¼, ¾, −¼, 1¼. What it
             raises, or a value that is not finite, is told, and the others go on. Two
             values differ where they do by twice the standard error of the difference;
@@ -74,8 +75,8 @@ def diagnose(
     Raises:
         ValueError: If there is no shadow, or no such name, if the params do not fit it,
             or if the state is stacked.
-        TypeError: If an argument is of another kind, or `evaluate` returns what is
-            neither a number nor a pair of them.
+        TypeError: If an argument is of another kind, or `evaluate` returns what is no
+            score.
 
     >>> import optax, ema_optax
     >>> optimizer = optax.chain(

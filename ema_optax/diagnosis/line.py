@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,13 @@ import numpy as np
 from ema_optax.diagnosis.findings import Finding, percent
 from ema_optax.diagnosis.leaf_pairs import REFRESH
 from ema_optax.diagnosis.records import Record, shorter
-from ema_optax.text import brief, one_line, some
+from ema_optax.reconstruction.scores import NOISE, Score, as_score, difference
+from ema_optax.text import one_line, some
 
 # 0 is the shadow and 1 the params. Two first: they alone say whether there is anything
 # to explain.
 POINTS = (0.0, 1.0, 0.5, 0.25, 0.75, -0.25, 1.25)
 
-_SIGMAS = 2.0  # of a difference: what is less is noise
 _RIDGE = 0.05  # of the loss, where its noise is not known: a barrier is no flicker
 _GAIN = 0.05  # of the spread along the line: less is not worth another average
 
@@ -28,50 +28,31 @@ class Point:
     Attributes:
         at: λ.
         value: What `evaluate` returned; None where it raised.
-        standard_error: Of the value, where `evaluate` gave one.
+        standard_error: Of the value, where it is known.
         problem: Why there is no finite value; empty where there is.
+        samples: What the value is the mean of, where it is known.
     """
 
     at: float
     value: float | None
     standard_error: float | None = None
     problem: str = ""
+    samples: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)
 
 
 def evaluated(evaluate: Callable[[Any], Any], params: Any, at: float) -> Point:
     """Returns a point; an error of `evaluate` is kept in it.
 
     Raises:
-        TypeError: If `evaluate` returns anything but a number, or a number and its
-            standard error.
+        TypeError: If `evaluate` returns what is no score.
     """
     try:
         result = evaluate(params)
     except Exception as error:
         return Point(at, None, None, one_line(f"{type(error).__name__}: {error}"))
-    value, error = _score(result)
-    problem = "" if math.isfinite(value) else f"it returned {value}"
-    if error is not None and not 0 <= error < math.inf:
-        problem = problem or f"it returned a standard error of {error}"
-    return Point(at, value, error, problem)
-
-
-def _score(result: object) -> tuple[float, float | None]:
-    """Returns a value and its standard error, which may be None."""
-    wrong = TypeError(
-        "evaluate(params) returns a number, or a pair of it and its standard error; "
-        f"got {brief(result)}."
-    )
-    if isinstance(result, (str, bytes, bool, Mapping)) or result is None:
-        raise wrong
-    try:
-        array = np.asarray(result)
-        if array.dtype.kind not in "fiuV" or array.shape not in ((), (1,), (2,)):
-            raise wrong
-        numbers = [float(x) for x in array.reshape(-1)]
-    except (TypeError, ValueError):
-        raise wrong from None
-    return numbers[0], numbers[1] if array.shape == (2,) else None
+    score = as_score(result)
+    problem = "" if math.isfinite(score.value) else f"it returned {score.value}"
+    return Point(at, score.value, score.error, problem, score.samples)
 
 
 def check(
@@ -115,8 +96,16 @@ class _Line:
         self._record, self._points = record, points
         fine = [p for p in points if p.value is not None and not p.problem]
         self.loss = {p.at: sign * float(p.value or 0.0) for p in fine}
-        self._error = {p.at: p.standard_error for p in fine}
-        self._flicker = self._unsmooth()
+        self._known = {p.at for p in fine if p.standard_error is not None}
+        flicker = self._unsmooth()
+        self._scores = {
+            p.at: Score(
+                self.loss[p.at],
+                flicker if p.standard_error is None else p.standard_error,
+                p.samples,
+            )
+            for p in fine
+        }
 
     def failures(self) -> Iterator[Finding]:
         bad = [p for p in self._points if p.problem]
@@ -137,10 +126,7 @@ class _Line:
         Where `evaluate` gives no standard errors, those of a smooth curve do: an
         accuracy goes in steps of one example.
         """
-        errors = (self._error[at] for at in (a, b))
-        return _SIGMAS * math.hypot(
-            *(self._flicker if error is None else error for error in errors)
-        )
+        return NOISE * difference(self._scores[a], self._scores[b])[1]
 
     def _unsmooth(self) -> float:
         """Returns the standard deviation of the losses around a cubic; 0 for few."""
@@ -191,7 +177,7 @@ class _Line:
         noise = self.noise(0.0, 1.0)
         within = abs(loss[0.0] - loss[1.0]) <= noise and gain <= self.noise(best, 0.0)
         # Where its noise is known, or the average looks worse by less than it.
-        asked = self._error[0.0] is not None or loss[0.0] > loss[1.0]
+        asked = 0.0 in self._known or loss[0.0] > loss[1.0]
         if within and asked and noise > 0:
             yield find(
                 "within_noise",
@@ -228,7 +214,7 @@ class _Line:
             return None
         at = max(between, key=lambda at: self.loss[at])
         height = self.loss[at] - self.loss[ends]
-        known = self._error[at] is not None and self._error[ends] is not None
+        known = {at, ends} <= self._known
         least = self.noise(at, ends) if known else _RIDGE * abs(self.loss[ends])
         steep = 2 * _GAIN * abs(self.loss[0.0] - self.loss[1.0])
         return (at, height) if height > max(least, steep) else None

@@ -31,6 +31,7 @@ from ema_optax.interop.nnx_modules import (
 )
 from ema_optax.interop.rules import Rule, Rules, read_rules
 from ema_optax.interop.safetensors_files import Exported, export_safetensors
+from ema_optax.interop.safetensors_sources import TensorTree, stored_safetensors
 from ema_optax.interop.tensorflow_checkpoints import Imported, import_tensorflow
 from ema_optax.interop.torch_import import ImportedLeaf, ImportedTorch, import_torch
 
@@ -44,6 +45,7 @@ __all__ = [
     "Rule",
     "Rules",
     "Tensor",
+    "TensorTree",
     "export_safetensors",
     "import_tensorflow",
     "import_torch",
@@ -57,5 +59,6 @@ __all__ = [
     "refresh_batch_stats",
     "refresh_nnx_batch_stats",
     "shadow_copy",
+    "stored_safetensors",
     "swapped",
 ]

@@ -66,6 +66,11 @@ class Entry:
         """Whether averages fold it."""
         return is_averaged(self.dtype)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether NumPy holds it as numbers; what is quantized it does not."""
+        return self.dtype in _HELD
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
@@ -85,6 +90,10 @@ class Tensors:
     nested: frozenset[str]
     _read: Callable[[str], np.ndarray]
 
+    def raw(self, name: str) -> np.ndarray:
+        """Returns a tensor that can be held, whatever its values are."""
+        return self._read(name)
+
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor, a view of the file where it can.
 
@@ -92,13 +101,13 @@ class Tensors:
             ValueError: If NumPy cannot hold it, or it has elements that are not finite.
         """
         entry = self.entries[name]
-        if entry.dtype not in _HELD:
+        if not entry.is_held:
             raise ValueError(
                 f"'{name}' in {self.origin} is {entry.dtype}, which cannot be held as "
                 "the values of a parameter. Convert it to float32 first, or leave it "
                 f'out: rules=[Rule("{name}", None), Rule("**", "**")].'
             )
-        array = self._read(name)
+        array = self.raw(name)
         if entry.is_averaged and not np.isfinite(array).all():
             bad = array.size - int(np.isfinite(array).sum())
             raise ValueError(
@@ -237,7 +246,7 @@ def _sharded(index: Path) -> Tensors:
         {name: shards[file].entries[name] for name, file in owners.items()},
         {},
         frozenset(),
-        lambda name: shards[owners[name]].read(name),
+        lambda name: shards[owners[name]].raw(name),
     )
 
 

@@ -10,13 +10,8 @@ chosen.best, chosen.ties, chosen.tree
 
 from ema_optax.reconstruction.choices import Choice, Point
 from ema_optax.reconstruction.choosing import choose
-from ema_optax.reconstruction.merging import (
-    decay_coefficients,
-    lr_decay,
-    lr_decay_coefficients,
-    merge,
-    uniform_coefficients,
-)
+from ema_optax.reconstruction.extrapolation import extrapolated, noise_gain
+from ema_optax.reconstruction.merging import merge
 from ema_optax.reconstruction.planning import Plan, plan
 from ema_optax.reconstruction.projection import (
     coefficients,
@@ -25,8 +20,15 @@ from ema_optax.reconstruction.projection import (
 )
 from ema_optax.reconstruction.schedules import schedule_coefficients
 from ema_optax.reconstruction.scores import Score
+from ema_optax.reconstruction.souping import Soup, soup
 from ema_optax.reconstruction.sums import Source
 from ema_optax.reconstruction.trials import EvaluationWarning
+from ema_optax.reconstruction.weights import (
+    decay_coefficients,
+    lr_decay,
+    lr_decay_coefficients,
+    uniform_coefficients,
+)
 from ema_optax.reconstruction.widths import (
     Reconstruction,
     ReconstructionWarning,
@@ -44,18 +46,22 @@ __all__ = [
     "ReconstructionWarning",
     "Score",
     "Snapshot",
+    "Soup",
     "Source",
     "choose",
     "coefficients",
     "decay_coefficients",
+    "extrapolated",
     "lr_decay",
     "lr_decay_coefficients",
     "merge",
+    "noise_gain",
     "plan",
     "profile_error",
     "reachable",
     "reconstruct",
     "rounding_variance",
     "schedule_coefficients",
+    "soup",
     "uniform_coefficients",
 ]

@@ -10,10 +10,11 @@ from ema_optax.decay import Decay
 from ema_optax.decays import constant
 from ema_optax.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax.reconstruction import projection
+from ema_optax.reconstruction.extrapolation import extrapolated
 from ema_optax.reconstruction.ingredients import Ingredients
-from ema_optax.reconstruction.merging import decay_coefficients, uniform_coefficients
 from ema_optax.reconstruction.schedules import schedule_coefficients
 from ema_optax.reconstruction.searching import Axis, Value
+from ema_optax.reconstruction.weights import decay_coefficients, uniform_coefficients
 from ema_optax.reconstruction.widths import Snapshot, reachable, rounding
 from ema_optax.text import brief, nearest
 
@@ -89,7 +90,7 @@ def extrapolations(checkpoints: Ingredients, between: Between) -> Axis:
     low, high = _inside(between, -np.inf, np.inf, "numbers") if between else _ALPHA
 
     def coefficients(alpha: Value) -> np.ndarray:
-        return newer + cast(float, alpha) * (newer - older)
+        return extrapolated(newer, older, cast(float, alpha))
 
     return Axis("alpha", coefficients, low, high)
 

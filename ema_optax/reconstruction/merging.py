@@ -1,10 +1,4 @@
-"""Merging of checkpoints: their weighted mean, and the weights that have a name.
-
-A mean of checkpoints stands for a run whose learning rate was decayed: in the mean of
-θⱼ = θ₀ − Σ gᵢ an update gᵢ counts with all checkpoints after it, wᵢ = Σ cⱼ over j ≥ i.
-
-Source: Tian et al. 2025, arXiv:2507.17634 (WSM), section 3.
-"""
+"""Merging of checkpoints: their weighted mean, in one pass over them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +8,9 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from ema_optax import arguments
-from ema_optax.decays import DecayLike, as_decay
+from ema_optax.decay import Decay
 from ema_optax.progress import Progress
+from ema_optax.reconstruction.schedules import Multiplier, schedule_coefficients
 from ema_optax.reconstruction.slots import Slots
 from ema_optax.reconstruction.sums import weighted_sums
 from ema_optax.text import brief
@@ -23,8 +18,9 @@ from ema_optax.text import brief
 
 def merge(
     trees: Sequence[Any],
-    coefficients: ArrayLike,
+    coefficients: ArrayLike | str | Decay | Multiplier,
     *,
+    steps: Sequence[int] | None = None,
     params: optax.Params | None = None,
     dtype: DTypeLike | None = None,
     progress: Progress = False,
@@ -37,6 +33,9 @@ def merge(
     Args:
         trees: Trees of arrays, or what `checkpoint.stored` gives.
         coefficients: [trees], with sum 1; or [results, trees], for several in one pass.
+            Or a schedule, as `schedule_coefficients` takes it: `"1-sqrt"`, a decay, a
+            function.
+        steps: Of the trees, ascending, for a schedule; None is evenly spaced.
         params: What the result should be like, as in `reconstruct`. None is like the
             last of the trees, in float32 or wider, with its leaves that are not
             averaged.
@@ -48,16 +47,19 @@ def merge(
         A tree, or a list of them for several results.
 
     Raises:
-        ValueError: If coefficients do not sum to 1, or trees do not fit each other.
+        ValueError: If coefficients do not sum to 1, if there is no such schedule, or
+            trees do not fit each other.
 
-    >>> merge([{"w": 1.0}, {"w": 3.0}], uniform_coefficients(2))
+    >>> merge([{"w": 1.0}, {"w": 3.0}], [0.25, 0.75])
+    {'w': Array(2.5, dtype=float32)}
+    >>> merge([{"w": 1.0}, {"w": 3.0}], "linear", steps=[100, 200])
     {'w': Array(2., dtype=float32)}
     """
     if not isinstance(trees, Sequence) or isinstance(trees, (str, bytes)):
         raise TypeError(
             f"merge takes a list of trees, such as [params, …]; got {brief(trees)}."
         )
-    weights = arguments.numbers(coefficients, "coefficients")
+    weights = _weights(coefficients, steps, len(trees))
     if weights.ndim not in (1, 2) or weights.shape[-1] != len(trees) or not len(trees):
         raise ValueError(
             f"merge needs one coefficient for each of the {len(trees)} trees, got "
@@ -77,104 +79,26 @@ def merge(
     return found[0] if weights.ndim == 1 else found
 
 
-def uniform_coefficients(count: int, *, last: int | None = None) -> np.ndarray:
-    """Returns 1/k for the last k of `count` checkpoints, 0 for the others.
-
-    Args:
-        count: Number of checkpoints, ≥ 1.
-        last: k in [1, count]; None is all of them.
-
-    Source: Kaddour 2022, arXiv:2209.14981 (LAWA), for the last k.
-
-    >>> uniform_coefficients(4, last=2)
-    array([0. , 0. , 0.5, 0.5])
-    """
-    arguments.one_number(count, "count")
-    k = count if last is None else last
-    arguments.one_number(k, "last")
-    if not 1 <= k <= count:
+def _weights(
+    coefficients: ArrayLike | str | Decay | Multiplier,
+    steps: Sequence[int] | None,
+    count: int,
+) -> np.ndarray:
+    """Returns the coefficients, or those of a schedule."""
+    if not isinstance(coefficients, str) and not callable(coefficients):
+        if steps is not None:
+            raise ValueError(
+                f"steps={brief(steps)} are for a schedule such as '1-sqrt', and "
+                "coefficients are numbers here, one a tree. Leave steps out."
+            )
+        return arguments.numbers(coefficients, "coefficients")
+    steps = range(1, count + 1) if steps is None else steps
+    if not count:
+        return np.zeros(0)
+    found = schedule_coefficients(coefficients, steps)
+    if found.size != count:
         raise ValueError(
-            f"The last {k} of {count} checkpoints: needs 1 ≤ last ≤ count."
+            f"merge needs a step for each of the {count} trees, got {found.size}: "
+            f"steps={brief(steps)}."
         )
-    return np.where(np.arange(count) >= count - k, 1 / k, 0.0)
-
-
-def decay_coefficients(decay: DecayLike, steps: Sequence[int]) -> np.ndarray:
-    """Returns the weights that a decay gives checkpoints, folded at their steps alone.
-
-    The first checkpoint is what the average starts as, and takes the weight that is
-    left; each later one is folded with the product of the decays since the one before.
-
-    Args:
-        decay: A decay; a float β means `warmup(β)`, as in `ema_params`.
-        steps: Updates at which the checkpoints were saved, ascending, ≥ 0.
-
-    Returns:
-        float64[checkpoints], sum 1.
-
-    Raises:
-        ValueError: If steps are not ascending.
-
-    >>> import ema_optax
-    >>> decay_coefficients(ema_optax.uniform(), [100, 200, 300, 400])
-    array([0.25, 0.25, 0.25, 0.25])
-    """
-    times = arguments.ascending(steps, "steps")
-    chosen = as_decay(decay, "decay_coefficients")
-    weights = np.zeros(times.size)
-    weights[0] = 1.0
-    for i in range(1, times.size):
-        newest = chosen.newest_weight(int(times[i]), every=int(times[i] - times[i - 1]))
-        weights *= 1 - newest
-        weights[i] = newest
-    return weights
-
-
-def lr_decay_coefficients(multipliers: Sequence[float]) -> np.ndarray:
-    """Returns the weights that stand for a decay of the learning rate.
-
-    cⱼ = wⱼ − wⱼ₊₁, with w₀ = 1 and 0 after the last: merging checkpoints of a constant
-    learning rate with them counts each update as the decay would have scaled it.
-
-    Args:
-        multipliers: w of the learning rate between each checkpoint and the next, in
-            [0, 1]: one less than there are checkpoints.
-
-    Returns:
-        float64[len(multipliers) + 1], sum 1; negative where a multiplier rises.
-
-    Raises:
-        ValueError: If a multiplier is outside [0, 1].
-
-    Source: Tian et al. 2025, arXiv:2507.17634 (WSM), theorem 3.1.
-
-    >>> lr_decay_coefficients([0.75, 0.5, 0.25])  # linear decay: the plain mean
-    array([0.25, 0.25, 0.25, 0.25])
-    """
-    w = arguments.numbers(multipliers, "multipliers")
-    if w.ndim != 1 or not np.all((w >= 0) & (w <= 1)):
-        raise ValueError(
-            f"Multipliers of the learning rate are in [0, 1], got {brief(multipliers)}."
-        )
-    return -np.diff(np.concatenate([[1.0], w, [0.0]]))
-
-
-def lr_decay(coefficients: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Returns the decay of the learning rate that an average stands for.
-
-    wᵢ = Σ cⱼ over j ≥ i: the multiplier of the updates between checkpoints i−1 and i.
-    Of a whole run's average, take `[initial_weight, *weights]` of its `profile`.
-
-    Args:
-        coefficients: Weights of checkpoints, in the order of their steps.
-
-    Returns:
-        float64[len(coefficients) − 1].
-
-    Source: Tian et al. 2025, arXiv:2507.17634 (WSM), section 3.
-
-    >>> lr_decay([0.25, 0.25, 0.25, 0.25])
-    array([0.75, 0.5 , 0.25])
-    """
-    weights = np.atleast_1d(arguments.numbers(coefficients, "coefficients"))
-    return np.cumsum(weights[::-1])[::-1][1:]
+    return found

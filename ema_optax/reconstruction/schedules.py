@@ -7,7 +7,7 @@ import numpy as np
 
 from ema_optax import arguments
 from ema_optax.decay import Decay
-from ema_optax.reconstruction.merging import decay_coefficients, lr_decay_coefficients
+from ema_optax.reconstruction.weights import decay_coefficients, lr_decay_coefficients
 from ema_optax.text import brief, nearest
 
 # From the share of the window that is over, in (0, 1), to the multiplier of the rate.
