@@ -216,7 +216,6 @@ CALLS = {
     },
     reconstruction.soup: {
         "models": [PARAMS, PARAMS],
-        "evaluate": None,
         "method": "uniform",
         "params": None,
         "start": None,
