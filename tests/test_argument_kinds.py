@@ -249,7 +249,6 @@ CALLS = {
     },
     reconstruction.soup: {
         "models": [PARAMS, PARAMS],
-        "evaluate": None,
         "method": "uniform",
         "params": None,
         "start": None,
