@@ -199,6 +199,7 @@ def folders(tmp_path_factory):
         manager.save(9, args=ocp.args.StandardSave(theirs))
     (root / "rules.json").write_text('[{"name": "fc.weight", "path": "w"}]')
     checkpoint.save(root / "imported", params, transform.init(params), step=1)
+    (root / "evaluation.py").write_text("def loss(params): return params['w'].sum()")
     (root / "names.json").write_text(json.dumps({"w": "fc.weight"}))
     power = ema_optax.ema_params(
         {"short": ema_optax.power(0.05), "long": ema_optax.power(0.10)}
@@ -216,6 +217,7 @@ def test_the_readme_shows_all_commands():
     shown = {command.split()[0] for command in _commands()}
     assert shown == {
         "adopt",
+        "choose",
         "completion",
         "demo",
         "export",

@@ -682,7 +682,9 @@ def test_an_evaluation_that_always_fails():
 )
 def test_an_evaluation_of_another_kind(result):
     """Is an error at the first call: there is nothing to go on with."""
-    with pytest.raises(TypeError, match=r"evaluate\(params\) returns a number; .* It returned"):
+    with pytest.raises(
+        TypeError, match=r"evaluate\(params\) returns a number; .* It returned"
+    ):
         along(lambda x: result)
 
 

@@ -497,7 +497,7 @@ ROOMS = {
         "scores": set(),
         "searching": {"scores"},
         "slots": {"sums"},
-        "souping": {"merging", "scores", "slots", "sums", "weights", "widths"},
+        "souping": {"merging", "scores", "slots", "sums", "weights"},
         "sums": set(),
         "trials": {"choice_log", "choices", "ingredients", "scores", "searching"},
         "weights": set(),

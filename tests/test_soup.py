@@ -8,7 +8,7 @@ import pytest
 
 import ema_optax
 from ema_optax import checkpoint, reconstruction
-from ema_optax.reconstruction import ReconstructionWarning, soup
+from ema_optax.reconstruction import EvaluationWarning, soup
 
 
 def models(count=6, seed=0, spread=1.0):
@@ -94,7 +94,7 @@ def test_a_member_that_changes_nothing_is_added():
     assert soup(trees, lambda params: 1.0).members == (0, 1, 2)
 
 
-@pytest.mark.filterwarnings("always::ema_optax.reconstruction.ReconstructionWarning")
+@pytest.mark.filterwarnings("always::ema_optax.reconstruction.EvaluationWarning")
 def test_evaluations_that_fail():
     """Their models are left out, and the others are chosen from; none is an error."""
     trees = [{"w": jnp.array([x])} for x in (1.0, 2.0, 3.0, 4.0)]
@@ -105,7 +105,7 @@ def test_evaluations_that_fail():
             raise RuntimeError("out of\nmemory")
         return {2.0: np.nan, 3.5: np.inf}.get(value, abs(value - 3.2))
 
-    with pytest.warns(ReconstructionWarning) as told:
+    with pytest.warns(EvaluationWarning) as told:
         made = soup(trees, evaluate)
     assert made.members == (2,)
     assert np.isnan(made.scores[:2]).all()
@@ -115,7 +115,7 @@ def test_evaluations_that_fail():
     assert "gave inf for the mean with model 3" in texts[2]
     assert told[0].filename == __file__
     with (
-        pytest.warns(ReconstructionWarning),
+        pytest.warns(EvaluationWarning),
         pytest.raises(ValueError, match="none of the 4 models a finite score"),
     ):
         soup(trees, lambda params: None)

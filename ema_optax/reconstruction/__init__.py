@@ -19,10 +19,9 @@ from ema_optax.reconstruction.projection import (
     rounding_variance,
 )
 from ema_optax.reconstruction.schedules import schedule_coefficients
-from ema_optax.reconstruction.scores import Score
+from ema_optax.reconstruction.scores import EvaluationWarning, Score
 from ema_optax.reconstruction.souping import Soup, soup
 from ema_optax.reconstruction.sums import Source
-from ema_optax.reconstruction.trials import EvaluationWarning
 from ema_optax.reconstruction.weights import (
     decay_coefficients,
     lr_decay,

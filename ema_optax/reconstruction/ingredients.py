@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import xxhash
 
 from ema_optax import selection, trees
 from ema_optax.reconstruction.merging import merge
@@ -74,6 +73,8 @@ class Ingredients:
 
     def fingerprint(self) -> str:
         """Returns what tells these trees, and their contents, from others."""
+        import xxhash  # with the first digest, and not with ema_optax
+
         digest = xxhash.xxh3_128(repr((self.steps, self.exponents)).encode())
         for tree in self.trees:
             digest.update(_source(tree).fingerprint())

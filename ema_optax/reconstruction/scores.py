@@ -14,6 +14,10 @@ from ema_optax.text import brief
 NOISE = 2.0
 
 
+class EvaluationWarning(UserWarning):
+    """An evaluation failed, and there is no score of what was evaluated."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """The score of an evaluation, and how far noise may move it.

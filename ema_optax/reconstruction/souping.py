@@ -15,11 +15,10 @@ import optax
 from ema_optax import arguments, trees
 from ema_optax.progress import Progress, shown
 from ema_optax.reconstruction.merging import merge
-from ema_optax.reconstruction.scores import as_score
+from ema_optax.reconstruction.scores import EvaluationWarning, as_score
 from ema_optax.reconstruction.slots import Slots
 from ema_optax.reconstruction.sums import InMemory, Source
 from ema_optax.reconstruction.weights import uniform_coefficients
-from ema_optax.reconstruction.widths import ReconstructionWarning
 from ema_optax.text import brief, nearest, one_line
 
 Evaluate: TypeAlias = Callable[[Any], Any]
@@ -89,7 +88,7 @@ def soup(
             score.
 
     Warns:
-        ReconstructionWarning: If an evaluation failed.
+        EvaluationWarning: If an evaluation failed.
 
     Source: Wortsman et al. 2022, arXiv:2203.05482, recipe 1; Jang et al. 2024,
     arXiv:2403.19522 (Model Stock), equation 3.
@@ -284,7 +283,7 @@ def _scored(evaluate: Evaluate, tree: Any, what: str) -> float:
         return score
     warnings.warn(
         f"evaluate {problem} for {what}: it counts as without a score.",
-        ReconstructionWarning,
+        EvaluationWarning,
         stacklevel=4,
     )
     return math.nan

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import xxhash
 from jax.typing import DTypeLike
 
 from ema_optax import selection, trees
@@ -47,6 +46,8 @@ class Source(abc.ABC):
 
     def fingerprint(self) -> bytes:
         """Returns what tells its leaves from those of others; reads all of them."""
+        import xxhash  # with the first digest, and not with ema_optax
+
         digest = xxhash.xxh3_128()
         for path, leaf in sorted(self.leaves.items()):
             digest.update(f"{path} {leaf.dtype} {leaf.shape} ".encode())

@@ -19,10 +19,6 @@ from ema_optax.text import one_line
 _RAISED = "it raised"
 
 
-class EvaluationWarning(UserWarning):
-    """An evaluation failed, and is a point without a score."""
-
-
 class Trials:
     """The points that were tried, and the trying of more.
 
@@ -158,7 +154,7 @@ class Trials:
             failure = f"it returned {score.value}"
         warnings.warn(
             f"The evaluation of {name} {choices.shown(value)} failed: {failure}",
-            EvaluationWarning,
+            scores.EvaluationWarning,
             stacklevel=4,
         )
         return Entry(name, value, None, failure)
