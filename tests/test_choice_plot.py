@@ -128,3 +128,13 @@ def test_bars_of_batches_are_of_the_difference_from_the_best():
     np.testing.assert_allclose([low, high], [5.1 - noise, 5.1 + noise])
     with pytest.raises(ValueError, match="has no score: it returned nan"):
         WIDTHS.against_best(WIDTHS.points[3])
+
+
+def test_a_best_at_an_end_is_told():
+    """In the table: a wider one might be better. Names have no end."""
+    points = [point("width", w, s) for w, s in ((0.02, 3.0), (0.1, 2.0), (0.2, 1.0))]
+    told = "end of what was searched, 0.02 to 0.2: the top may lie beyond."
+    assert told in str(choice(points, best=2))
+    assert "end of" not in str(choice(points, best=1))
+    named = [point("schedule", n, s) for n, s in (("uniform", 2.0), ("linear", 1.5))]
+    assert "end of" not in str(choice(named, best=1))

@@ -228,3 +228,17 @@ def test_arrays_are_not_read(copied: Path, capsys: pytest.CaptureFixture[str]):
             shutil.rmtree(path)
     assert cli.main(["inspect", str(copied)]) == 0
     assert capsys.readouterr().out.count("shadow/") == 2
+
+
+def test_long_lists_are_shown_by_their_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Of the coefficients of a merge `--json` has all, to the last digit."""
+    extra = {"merged": {"steps": list(range(13)), "coefficients": [1 / 3] * 12}}
+    checkpoint.save_average(tmp_path, {"w": jnp.ones(2)}, extra=extra)
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert '"steps": [0, 1, 2, "... 9 more ...", 12]' in text
+    assert f'"coefficients": [{", ".join(["0.333333"] * 12)}]' in text
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["extra"] == extra

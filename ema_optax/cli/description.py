@@ -13,6 +13,8 @@ from ema_optax.checkpoint import Description, Tree
 from ema_optax.cli import parsing
 from ema_optax.cli.parsing import printable
 
+_LONGEST = 12  # elements of a list that is shown whole
+
 
 def print_tables(found: Description, *, leaves: bool = False) -> None:
     """Prints a description, with a table of its trees.
@@ -31,7 +33,9 @@ def print_tables(found: Description, *, leaves: bool = False) -> None:
             "Steps": _steps(found.steps),
             "Path": found.path,
             "Written by": f"ema_optax {found.version}, format {found.format}",
-            "Extra": None if found.extra is None else json.dumps(found.extra),
+            "Extra": None
+            if found.extra is None
+            else json.dumps(_shortened(found.extra)),
         }
     )
     console = tables.console()
@@ -58,6 +62,18 @@ def print_tables(found: Description, *, leaves: bool = False) -> None:
             table.add_row(*map(printable, cells))
         table.add_section()
     console.print(table)
+
+
+def _shortened(value: Any) -> Any:
+    """Returns JSON for people: of a long list its ends, of a float six digits."""
+    if isinstance(value, Mapping):
+        return {key: _shortened(each) for key, each in value.items()}
+    if isinstance(value, list):
+        if len(value) > _LONGEST:
+            more = f"... {len(value) - 4:,} more ..."
+            value = [*value[:3], more, value[-1]]
+        return [_shortened(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def as_json(

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,7 +137,20 @@ class Choice:
                 f"{point.over:<9} {shown(point.value):>12} {point.score:>12.6g} "
                 f"{error:>10} {point.noise_gain:>10.3f}{mark}"
             )
+        tried = [p.value for p in self.points if p.over == self.best.over]
+        if self._is_at_end(tried):
+            lines.append(
+                f"The best lies at an end of what was searched, {shown(min(tried))} to "
+                f"{shown(max(tried))}: the top may lie beyond."
+            )
         return "\n".join(lines)
+
+    def _is_at_end(self, tried: Sequence[Any]) -> bool:
+        """Returns whether the best is the least or the greatest of several numbers."""
+        value = self.best.value
+        if isinstance(value, str) or len(tried) < 2:
+            return False
+        return value in (min(tried), max(tried))
 
 
 def shown(value: Value) -> str:
