@@ -109,7 +109,7 @@ def test_decays_in_one_word(text, decay, capsys):
 
 def test_every_maker_can_be_said():
     """All decays that the library offers, and nothing else."""
-    modules = {"ema_optax.decays", "ema_optax.derived_decays"}
+    modules = {f"ema_optax.{m}" for m in ("decays", "derived_decays", "windows")}
     makers = {
         name
         for name in ema_optax.__all__
