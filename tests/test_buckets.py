@@ -380,3 +380,26 @@ def test_files_of_pytorch_go_into_a_bucket(bucket, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(command) == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_merges_and_choices_of_runs_in_a_bucket(bucket, tmp_path, monkeypatch):
+    """Ours and those of plain Orbax, into the bucket too: the bits of a disk."""
+    ours, theirs = f"{bucket.url}/ours", f"{bucket.url}/plain"
+    for i, (params, state) in enumerate(RUN, start=1):
+        checkpoint.save(ours, params, state, step=i)
+        with ocp.CheckpointManager(theirs) as manager:
+            manager.save(i, args=ocp.args.StandardSave({"params": params}))
+    expected = reconstruction.merge([params for params, _ in RUN], "1-sqrt")
+    for run in (ours, theirs):
+        command = ["merge", run, "--schedule", "1-sqrt", "--out", f"{run}_merged"]
+        assert cli.main(command) == 0
+        merged = checkpoint.restore(f"{run}_merged", "params", RUN[-1][0])
+        same(merged, expected | {"n": RUN[-1][0]["n"]})
+        origin = checkpoint.describe(f"{run}_merged").extra["merged"]
+        assert origin["verified"] == (run == ours)
+    (tmp_path / "scoring.py").write_text("def loss(p): return float(p['b'].sum())")
+    monkeypatch.chdir(tmp_path)
+    command = ["choose", ours, "--evaluate", "scoring:loss", "--over", "last"]
+    assert cli.main([*command, "--out", f"{bucket.url}/chosen"]) == 0
+    found = checkpoint.describe(f"{bucket.url}/chosen").extra["chosen"]
+    assert found["value"] in range(1, len(RUN) + 1)
