@@ -12,6 +12,7 @@ import pytest
 
 import ema_optax
 from ema_optax import RingState, checkpoint, placement, ring, shadow_params
+from tests.older import enable_x64
 from tests.reference import relative_rms
 from tests.runs import drifting
 from tests.same import assert_same
@@ -92,7 +93,7 @@ def test_slots_are_copies_in_the_dtype_of_the_params(path, dtype):
 
 def test_float64_stays():
     """Copies and mean."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         path = jnp.asarray(drifting(9, 4), jnp.float64)
         held = []
         for state, params in run(ring(3), path):

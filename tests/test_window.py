@@ -11,6 +11,7 @@ import pytest
 import ema_optax
 from ema_optax import Decay, checkpoint, ema_params, scale_to_batch, start_after, window
 from ema_optax.starting import settled_count
+from tests.older import enable_x64
 from tests.reference import relative_rms
 from tests.runs import drifting, follow
 from tests.same import assert_same
@@ -134,7 +135,7 @@ def test_steps_of_any_kind():
     byte = jnp.asarray([253, 255], jnp.uint8)
     np.testing.assert_allclose(window(254)(byte), [252 / 253, 0], rtol=1e-6)
     assert start_after(window(5), 10**300)(99) == 0
-    with jax.enable_x64(True):
+    with enable_x64(True):
         assert window(5).newest_weight(jnp.int64(5 * 2**40 + 3)) == pytest.approx(1 / 3)
 
 
