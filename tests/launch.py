@@ -92,14 +92,17 @@ def run_on_eight_devices(path, flags=""):
     """Runs all tests of a file in a process that has eight devices; all must pass."""
     # Without options such as workers: not for these few.
     environment = on_cpu(8, flags) | {"PYTEST_ADDOPTS": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", path],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    # With a folder of its own: those of other runs it would clear away beside them.
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("-p", "no:cacheprovider", f"--basetemp={folder}/its")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, path],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 

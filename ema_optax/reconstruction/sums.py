@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from ema_optax import selection, trees
 from ema_optax.progress import Progress, shown
+from ema_optax.text import brief
 
 Index: TypeAlias = tuple[slice, ...]
 
@@ -57,10 +58,20 @@ class Source(abc.ABC):
 
 
 class InMemory(Source):
-    """A tree of arrays as a `Source`: its floating and complex leaves."""
+    """A tree of arrays as a `Source`: its floating and complex leaves.
+
+    Raises:
+        TypeError: If a leaf is neither an array nor a number.
+    """
 
     def __init__(self, tree: optax.Params) -> None:
         names, leaves, _ = trees.flatten(tree)
+        for name, leaf in zip(names, leaves, strict=True):
+            if isinstance(getattr(leaf, "tree", None), (Mapping, Source)):
+                raise TypeError(
+                    f"A tree of arrays is needed, and {brief(leaf)} holds one: pass "
+                    f"its .tree{f', at {name!r}' if name else ''}."
+                )
         self._leaves = {
             name: leaf
             for name, leaf in zip(names, leaves, strict=True)
