@@ -51,6 +51,15 @@ def write(folder):
         checkpoint.save_average(folder, params, step=step)
 
 
+def forget(folder):
+    """Lets Linux drop the files from its page cache, as it has those of old steps."""
+    os.sync()
+    for path in pathlib.Path(folder).rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def verify(folder):
     """Reads all steps and compares them with their checksums."""
     for step in range(1, STEPS + 1):
@@ -67,27 +76,43 @@ def merge(folder):
 
 
 def main():
-    """Prints a table in Markdown."""
+    """Prints two tables in Markdown."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     size = STEPS * LEAVES * SIDE * SIDE * 4
+    print(
+        f"jax {jax.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+    print(f"{STEPS} steps, {size / 1e9:.2f} GB in all, medians of {rounds} rounds")
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
-        works = {"verify": verify, "merge": merge}
-        for work in works.values():
-            work(folder)  # warm: imports, threads, the page cache
-        taken = {name: [] for name in works}
-        for _ in range(rounds):
-            for name, work in works.items():
-                taken[name].append(counted(lambda work=work: work(folder)))
-    load = os.getloadavg()[0]
-    print(f"jax {jax.__version__}, {os.cpu_count()} cores, load {load:.1f}")
-    print(f"{STEPS} steps, {size / 1e9:.2f} GB in all, medians of {rounds} rounds\n")
+        verify(folder)  # warm: imports, threads
+        merge(folder)
+        for title, before in (
+            ("from the disk", forget),
+            ("cached", lambda folder: None),
+        ):
+            print(f"\n## {title}\n")
+            show(taken(folder, before, rounds), size)
+
+
+def taken(folder, before, rounds):
+    """Returns the medians of wall, CPU and bytes of each work, by its name."""
+    works = {"verify": verify, "merge": merge}
+    rows = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            before(folder)
+            rows[name].append(counted(lambda work=work: work(folder)))
+    return {
+        name: [statistics.median(column) for column in zip(*each, strict=True)]
+        for name, each in rows.items()
+    }
+
+
+def show(median, size):
+    """Prints a table of them, and their ratio."""
     print("| | wall | CPU | bytes read / bytes there |")
     print("|---|---|---|---|")
-    median = {
-        name: [statistics.median(column) for column in zip(*rows, strict=True)]
-        for name, rows in taken.items()
-    }
     for name, (wall, cpu, read) in median.items():
         print(f"| {name} | {wall:.2f} s | {cpu:.2f} s | {read / size:.3f} |")
     ratio = [a / b for a, b in zip(median["merge"], median["verify"], strict=True)]
