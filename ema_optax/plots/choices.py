@@ -127,17 +127,8 @@ def _draw(
 
 def _mark(ax: Axes, best: Point, names: Sequence[str], *, is_best: bool) -> None:
     value = best.value if isinstance(best.value, str) else f"{best.value:.3g}"
-    ax.plot(
-        _at(best, names),
-        best.score,
-        label=f"{'best' if is_best else 'best of these'}: {best.over} {value}",
-        color=style.GREEN,
-        linestyle="none",
-        marker="*",
-        markersize=15,
-        markeredgecolor=style.BLACK,
-        zorder=4,
-    )
+    label = f"{'best' if is_best else 'best of these'}: {best.over} {value}"
+    style.star(ax, _at(best, names), best.score, label=label)
     ax.annotate(
         f"{best.score:.4g}",
         xy=(_at(best, names), best.score),

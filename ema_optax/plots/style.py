@@ -77,3 +77,18 @@ def dress(
     if steps is not None:
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         ax.set_xlim(0, steps)
+
+
+def star(ax: Axes, x: float, y: float, *, label: str) -> None:
+    """Marks the best of what is drawn."""
+    ax.plot(
+        x,
+        y,
+        label=label,
+        color=GREEN,
+        linestyle="none",
+        marker="*",
+        markersize=15,
+        markeredgecolor=BLACK,
+        zorder=4,
+    )

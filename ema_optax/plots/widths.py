@@ -230,17 +230,7 @@ def _of_runs(
 
 
 def _mark_best(ax: Axes, width: float, accuracy: float) -> None:
-    ax.plot(
-        width,
-        accuracy,
-        label=f"best: width {width:.2g}",
-        color=style.GREEN,
-        linestyle="none",
-        marker="*",
-        markersize=15,
-        markeredgecolor=style.BLACK,
-        zorder=4,
-    )
+    style.star(ax, width, accuracy, label=f"best: width {width:.2g}")
     ax.annotate(
         f"{accuracy:.1%}",
         xy=(width, accuracy),
