@@ -74,9 +74,8 @@ class OrbaxStep(Foreign):
             return 0 if isinstance(leaf, Leaf) and leaf.path in paths else ...
 
         tree = jax.tree.map(or_placeholder, self._trees[above])
-        restore_args = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
-        )
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        restore_args = jax.tree.map(lambda _: as_numpy, tree)
         handler = ocp.PyTreeCheckpointHandler()
         try:
             args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args)
@@ -169,6 +168,5 @@ def trees_in(folder: epath.Path, entries: Mapping[str, bool]) -> list[epath.Path
     are_trees = storage.side_by_side(
         lambda name: METADATA in (storage.listed(folder / name) or {}), names
     )
-    return [
-        folder / name for name, is_tree in zip(names, are_trees, strict=True) if is_tree
-    ]
+    pairs = zip(names, are_trees, strict=True)
+    return [folder / name for name, is_tree in pairs if is_tree]
