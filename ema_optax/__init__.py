@@ -41,14 +41,20 @@ from ema_optax._diagnosis import Diagnosis, Finding, diagnose
 from ema_optax._messages import extras
 from ema_optax._version import __version__ as __version__
 
-# Loaded when first used: they import Orbax and matplotlib, or are seldom needed.
+# Loaded when first used: they import Orbax or matplotlib, or are seldom needed.
 _ON_FIRST_USE = (
     "checkpoint",
     "digits",
     "interop",
+    "keras",
+    "linen",
+    "nnx",
     "placement",
     "plots",
     "reconstruction",
+    "safetensors",
+    "tensorflow",
+    "torch",
 )
 
 

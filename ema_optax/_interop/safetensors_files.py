@@ -52,7 +52,7 @@ class Exported:
 
 
 @overload
-def export_safetensors(
+def export(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -71,7 +71,7 @@ def export_safetensors(
 
 
 @overload
-def export_safetensors(
+def export(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -89,7 +89,7 @@ def export_safetensors(
 ) -> tuple[Exported, ...]: ...
 
 
-def export_safetensors(
+def export(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -165,11 +165,11 @@ def export_safetensors(
     ...     checkpoint.save(folder, params, opt_state, step=300)
     ...     out = f"{folder}/model.safetensors"
     ...     rules = [Rule("fc.weight", "dense/kernel", "o i -> i o")]
-    ...     _ = export_safetensors(folder, out, rules=rules)
+    ...     _ = ema_optax.safetensors.export(folder, out, rules=rules)
     ...     safetensors.numpy.load_file(out)
     {'fc.weight': array([[1., 1.]], dtype=float32)}
     """
-    with extras.needed_by("export_safetensors"):
+    with extras.needed_by("ema_optax.safetensors.export"):
         from safetensors.numpy import save_file
     overwrite = arguments.flag(overwrite, "overwrite")
     dry_run = arguments.flag(dry_run, "dry_run")
