@@ -319,7 +319,7 @@ def test_inference_from_a_checkpoint_needs_no_optimizer(tmp_path):
 
 
 def test_an_optimizers_own_state_is_saved_and_resumed_too(tmp_path):
-    """Without ema_optax.nnx.split: params and optimizer.opt_state in Flax's variables."""
+    """Without nnx.split: params and optimizer.opt_state in Flax's variables."""
     model, optimizer, path = _trained()
     checkpoint.save(tmp_path, nnx.state(model, nnx.Param), optimizer.opt_state)
     other, other_optimizer = _new(seed=5)
@@ -340,7 +340,7 @@ def test_a_save_while_the_shadow_is_in_keeps_the_raw_params(tmp_path):
     model, optimizer, _ = _trained()
     with ema_optax.nnx.swapped(model, optimizer):
         checkpoint.save(tmp_path, *ema_optax.nnx.split(model, optimizer))
-        with pytest.raises(RuntimeError, match="nnx.update after the with"):
+        with pytest.raises(RuntimeError, match="update after the with"):
             ema_optax.nnx.update(
                 model, optimizer, *ema_optax.nnx.split(model, optimizer)
             )
@@ -397,7 +397,7 @@ def test_update_puts_back_all_or_nothing(got):
     stepped = _all_of(model, optimizer)
     other = ema_optax.nnx.split(*make(width=4))
     for wrong in (other, (saved[0], other[1]), (other[0], saved[1])):
-        with pytest.raises(ValueError, match="takes what ema_optax.nnx.split gave"):
+        with pytest.raises(ValueError, match=r"takes what ema_optax\.nnx\.split gave"):
             ema_optax.nnx.update(model, optimizer, *wrong)
         jax.tree.map(np.testing.assert_array_equal, _all_of(model, optimizer), stepped)
     ema_optax.nnx.update(model, optimizer, *saved)

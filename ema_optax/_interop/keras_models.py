@@ -221,14 +221,19 @@ class _Part:
 
 
 def _keras(caller: str) -> ModuleType:
-    with extras.needed_by(caller):
-        import keras  # pyright: ignore[reportMissingImports] an extra
+    keras = _imported(caller)
     if keras.config.backend() != "jax":
         raise RuntimeError(
             f"Keras runs on {keras.config.backend()} here, and {caller} reads the "
             "variables of Keras on JAX. Set the environment variable KERAS_BACKEND=jax "
             "before keras is imported for the first time."
         )
+    return keras
+
+
+def _imported(caller: str) -> ModuleType:
+    with extras.needed_by(caller):
+        import keras  # pyright: ignore[reportMissingImports] an extra
     return keras
 
 
