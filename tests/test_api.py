@@ -21,6 +21,8 @@ import pytest
 import ema_optax
 from ema_optax import _cli as cli
 from ema_optax import checkpoint, interop
+from ema_optax._decays import decays
+from ema_optax._trees import selection
 
 HERE = pathlib.Path(__file__).parent
 TABLE = HERE / "public_api.txt"
@@ -112,6 +114,9 @@ WITHOUT_EXAMPLE = {
     "ema_optax.reconstruction.Source": "abstract; StoredTree is the one that reads",
 }
 
+# Types of arguments, and the modules that say what they are.
+ALIASES = {"ema_optax.DecayLike": decays, "ema_optax.Mask": selection}
+
 
 def public():
     """Yields each public name in full, and what it is."""
@@ -127,6 +132,15 @@ def signature(name, thing):
     From the source, because the annotations that `inspect` gives name whichever module
     of JAX defines a class today. Of a class: its bases, fields and public methods.
     """
+    if name in ALIASES:
+        of = ast.parse(inspect.getsource(ALIASES[name])).body
+        [value] = [
+            node.value
+            for node in of
+            if isinstance(node, ast.AnnAssign)
+            and _name(node) == name.removeprefix("ema_optax.")
+        ]
+        return [f"{name}: {ast.unparse(value)}"]
     [node] = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
     _put_in_constants(node, inspect.getmodule(thing))
     if isinstance(node, ast.FunctionDef):
@@ -196,6 +210,11 @@ def test_all_is_sorted_and_holds_what_is_there(module):
 def test_every_public_name_is_documented_with_an_example(name):
     """One line first; and an example that the doctests run, or a reason above."""
     thing = dict(public())[name]
+    if name in ALIASES:  # a type: no example, a sentence below it
+        source = inspect.getsource(ALIASES[name])
+        alias = name.removeprefix("ema_optax.")
+        assert re.search(rf'^{alias}: TypeAlias = .*\n"""[A-Z].*\."""$', source, re.M)
+        return
     text = inspect.cleandoc(thing.__doc__)
     assert text.splitlines()[0].endswith((".", ":"))
     assert (">>>" in text) != (OLD.get(name, name) in WITHOUT_EXAMPLE)

@@ -88,6 +88,7 @@ ROOMS = {
     "_trees": {
         "locating": {"trees"},
         "mistaken": {"locating", "trees"},
+        "naming": set(),
         "renaming": set(),
         "selection": set(),
         "trees": set(),
@@ -437,7 +438,14 @@ ROOMS = {
 # Files that other rooms may import too; of the others, only what a public module shows.
 OPEN = {
     "_messages": {"arguments", "extras", "layout_names", "progress", "text"},
-    "_trees": {"locating", "mistaken", "renaming", "selection", "trees"},
+    "_trees": {
+        "locating",
+        "mistaken",
+        "naming",
+        "renaming",
+        "selection",
+        "trees",
+    },
     "_decays": {"decay", "decays", "derived_decays", "power_profiles", "profiles"},
     "_placement": {"placement", "transfers"},
     "_averages": {"average", "averages", "averaging", "bema", "shadows", "states"},

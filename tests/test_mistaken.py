@@ -170,11 +170,11 @@ def test_a_name_is_asked_for_by_the_call_that_was_made():
     opt_state = chain.init(PARAMS)
     refused(
         lambda: ema_optax.nnx.swapped(model, optimizer).__enter__(),
-        "Call swapped(model, optimizer) with name='a'",
+        "Call ema_optax.nnx.swapped(model, optimizer) with name='a'",
     )
     refused(
         lambda: ema_optax.nnx.shadow_copy(model, optimizer, name="c"),
-        "Call shadow_copy(",
+        "Call ema_optax.nnx.shadow_copy(",
     )
     refused(lambda: metrics(opt_state, PARAMS, name="c"), "Call metrics(")
     refused(lambda: shadow_params(opt_state, PARAMS), "Call shadow_params(")

@@ -404,3 +404,29 @@ def test_update_puts_back_all_or_nothing(got):
     jax.tree.map(np.testing.assert_array_equal, _all_of(model, optimizer), saved)
     optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
     assert int(optimizer.step[...]) == 1
+
+
+def _pointers(tree):
+    return {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
+
+
+def test_without_a_copy_no_tree_of_memory_is_taken():
+    """By default all buffers are new; what was there is back in its own after it."""
+    model, optimizer, _ = _trained()
+    raw = _pointers(nnx.state(model))
+    state = _pointers(nnx.state(optimizer.opt_state))
+    for copy in (True, False):
+        averaged = ema_optax.nnx.shadow_copy(model, optimizer, copy=copy)
+        assert bool(_pointers(nnx.state(averaged, nnx.Param)) & state) != copy
+        assert bool(_pointers(nnx.state(averaged, nnx.BatchStat)) & raw) != copy
+        with ema_optax.nnx.swapped(model, optimizer, copy=copy):
+            inside = nnx.state(model, nnx.Param)
+            assert bool(_pointers(inside) & state) != copy
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                nnx.as_pure(inside),
+                nnx.as_pure(nnx.state(averaged, nnx.Param)),
+            )
+        assert _pointers(nnx.state(model)) == raw
+    averaged.eval()
+    assert _pointers(nnx.state(model)) == raw

@@ -80,7 +80,7 @@ def add(commands: parsing.Commands) -> None:
         type=parsing.place,
         action="append",
         metavar="TREE",
-        help="params, shadow, or shadow/NAME; also several times (default: shadow)",
+        help="params, or a shadow by name; also several times (default: shadow)",
     )
     parser.add_argument(
         "--out",

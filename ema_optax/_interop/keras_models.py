@@ -2,17 +2,18 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ema_optax._decays.decay import Decay
 from ema_optax._decays.decays import constant
 from ema_optax._decays.derived_decays import start_after
-from ema_optax._messages import extras
+from ema_optax._messages import arguments, extras
 from ema_optax._messages.text import brief, nearest, some
 from ema_optax._trees import trees
 
@@ -38,7 +39,11 @@ class KerasAverage:
 
 
 def split(
-    model: Any, params: Values | None = None, rest: Values | None = None
+    model: Any,
+    params: Values | None = None,
+    rest: Values | None = None,
+    *,
+    copy: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a Keras model's trainable variables and the others as two trees.
 
@@ -60,6 +65,8 @@ def split(
         params: Other values of the trainable variables to arrange so: the list that a
             loop around `model.stateless_call` has, or its shadow. None for the model's.
         rest: The same of `model.non_trainable_variables`.
+        copy: Whether the arrays are copies. Without, they are the model's own, and gone
+            after its next step of `fit`.
 
     Raises:
         RuntimeError: If Keras runs on another backend.
@@ -75,15 +82,20 @@ def split(
     """
     slots = _slots(model, "ema_optax.keras.split")
     given = (params, rest)
+    make = _maker(copy)
     trainable, others = (
-        trees.nested({path: jnp.array(x) for path, x in _fitted(part, values).items()})
+        trees.nested({path: make(x) for path, x in _fitted(part, values).items()})
         for part, values in zip(slots, given, strict=True)
     )
     return trainable, others
 
 
 def update(
-    model: Any, params: Values | None = None, rest: Values | None = None
+    model: Any,
+    params: Values | None = None,
+    rest: Values | None = None,
+    *,
+    copy: bool = True,
 ) -> None:
     """Put trees, or lists of values, into the variables of a Keras model.
 
@@ -98,6 +110,8 @@ def update(
         params: Values of its trainable variables: a tree as of `split`, or a list
             in the order of `model.trainable_variables`. None leaves them alone.
         rest: The same of `model.non_trainable_variables`.
+        copy: Whether the model gets copies. Without, it takes the arrays themselves
+            where they need no cast, and a step of `fit` donates them.
 
     Raises:
         RuntimeError: If Keras runs on another backend.
@@ -106,12 +120,13 @@ def update(
             has another shape or kind than its variable.
     """
     slots = _slots(model, "ema_optax.keras.update")
+    make = _maker(copy)
     new: list[tuple[Any, Any]] = []
     for part, values in zip(slots, (params, rest), strict=True):
         if values is not None:
             fitted = _fitted(part, values)
             new += [
-                (variable, jnp.array(fitted[path], variable.dtype))
+                (variable, make(fitted[path], variable.dtype))
                 for path, variable in part.variables.items()
             ]
     before = [variable.value for variable, _ in new]
@@ -125,7 +140,7 @@ def update(
 
 
 @contextlib.contextmanager
-def swapped(model: Any, params: Values) -> Iterator[Any]:
+def swapped(model: Any, params: Values, *, copy: bool = True) -> Iterator[Any]:
     """Put other params into a Keras model, and always put its own back.
 
         with ema_optax.keras.swapped(model, ema_optax.keras.average(model).tree):
@@ -136,6 +151,8 @@ def swapped(model: Any, params: Values) -> Iterator[Any]:
     Args:
         model: A Keras model that is built, on the backend `jax`.
         params: As in `update`: an average, a shadow.
+        copy: Whether the model gets copies, as in `update`. Without, call no `fit`
+            inside.
 
     Yields:
         The model.
@@ -143,12 +160,13 @@ def swapped(model: Any, params: Values) -> Iterator[Any]:
     Raises:
         RuntimeError, TypeError, ValueError: As in `update`.
     """
-    before, _ = split(model)
-    update(model, params)
+    # No copies of its own params: inside it holds others, which are what is donated.
+    before, _ = split(model, copy=False)
+    update(model, params, copy=copy)
     try:
         yield model
     finally:
-        update(model, before)
+        update(model, before, copy=False)
 
 
 def average(model: Any, optimizer: Any = None) -> KerasAverage:
@@ -229,6 +247,10 @@ def _keras(caller: str) -> ModuleType:
             "before keras is imported for the first time."
         )
     return keras
+
+
+def _maker(copy: bool) -> Callable[..., jax.Array]:
+    return jnp.array if arguments.flag(copy, "copy") else jnp.asarray
 
 
 def _imported(caller: str) -> ModuleType:

@@ -30,7 +30,9 @@ _SWAPPED: dict[int, _Live] = {}
 
 
 @contextlib.contextmanager
-def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[Any]:
+def swapped(
+    model: Any, optimizer: Any, *, name: str | None = None, copy: bool = True
+) -> Iterator[Any]:
     """Put the shadow into an NNX module, and always put the raw params back.
 
         with ema_optax.nnx.swapped(model, optimizer):
@@ -46,6 +48,8 @@ def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[
         model: The module that the optimizer trains.
         optimizer: Its `nnx.Optimizer`, with `ema_params` or `bema_params` in its chain.
         name: Which shadow, as in `shadow_params`.
+        copy: Whether the module gets copies, as of `shadow_params`. Without, it holds
+            the optimizer's own arrays: donate neither of them inside.
 
     Yields:
         The module.
@@ -72,7 +76,7 @@ def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[
     from flax import nnx
 
     live = _live(model, optimizer)
-    shadow = _shadow(optimizer, live.params, name, "swapped")
+    shadow = _shadow(optimizer, live.params, name, "swapped", copy)
     before = _held(model, optimizer)
     step = optimizer.step[...]
     outermost = id(model) not in _SWAPPED
@@ -95,16 +99,21 @@ def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[
         )
 
 
-def shadow_copy(model: object, optimizer: object, *, name: str | None = None) -> Any:
+def shadow_copy(
+    model: object, optimizer: object, *, name: str | None = None, copy: bool = True
+) -> Any:
     """Returns a copy of an NNX module whose params are the shadow, for evaluation.
 
     It shares nothing with the module, which may go on and donate its arrays. Variables
-    that are no params are copied as they are; so is the mode (`copy.eval()`).
+    that are no params are copied as they are; so is the mode (`averaged.eval()`).
 
     Args:
         model: The module that the optimizer trains.
         optimizer: Its `nnx.Optimizer`, with `ema_params` or `bema_params` in its chain.
         name: Which shadow, as in `shadow_params`.
+        copy: Whether its arrays are copies. Without, it is a module of its own that
+            holds arrays of the module and the optimizer: donate none of the three
+            while it is used.
 
     Raises:
         TypeError: If they are no module and optimizer.
@@ -116,18 +125,18 @@ def shadow_copy(model: object, optimizer: object, *, name: str | None = None) ->
     >>> chain = optax.chain(optax.sgd(1.0), ema_optax.ema_params(0.99))
     >>> optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
     >>> _ = optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
-    >>> copy = ema_optax.nnx.shadow_copy(model, optimizer)
-    >>> print(copy.bias[...], model.bias[...])
+    >>> averaged = ema_optax.nnx.shadow_copy(model, optimizer)
+    >>> print(averaged.bias[...], model.bias[...])
     [-0.8181818] [-1.]
     """
     from flax import nnx
 
     live = _live(model, optimizer)
-    shadow = _shadow(optimizer, live.params, name, "shadow_copy")
-    copy = _copied(model)
-    nnx.update(copy, jax.tree.map(_own, live.stats))
-    nnx.update(copy, shadow)
-    return copy
+    shadow = _shadow(optimizer, live.params, name, "shadow_copy", copy)
+    averaged = _copied(model, copy)
+    nnx.update(averaged, jax.tree.map(_own, live.stats) if copy else live.stats)
+    nnx.update(averaged, shadow)
+    return averaged
 
 
 def split(model: Any, optimizer: Any) -> tuple[Any, Any]:
@@ -325,11 +334,14 @@ def _call(model: Any, batch: Any) -> Any:
     return model(batch)
 
 
-def _shadow(optimizer: Any, params: Any, name: str | None, call: str) -> Any:
+def _shadow(
+    optimizer: Any, params: Any, name: str | None, call: str, copy: bool
+) -> Any:
     from flax import nnx
 
     opt_state = nnx.as_pure(optimizer.opt_state)
-    return shadows.read(opt_state, params, name, f"{call}(model, optimizer)")
+    call = f"ema_optax.nnx.{call}(model, optimizer)"
+    return shadows.read(opt_state, params, name, call, copy)
 
 
 def _live(model: object, optimizer: object) -> _Live:
@@ -346,11 +358,11 @@ def _held(model: Any, optimizer: Any) -> _Live:
     return _Live(*map(nnx.as_pure, parts))
 
 
-def _copied(model: object) -> Any:
+def _copied(model: object, copy: bool = True) -> Any:
     from flax import nnx
 
     graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(_own, state))
+    return nnx.merge(graph, jax.tree.map(_own, state) if copy else state)
 
 
 def _own(leaf: object) -> Any:
