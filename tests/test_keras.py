@@ -396,3 +396,35 @@ def test_another_backend_is_refused(tmp_path):
     )
     assert "Keras runs on numpy" in done.stdout, done.stderr
     assert "KERAS_BACKEND=jax" in done.stdout
+
+
+def _pointers(tree):
+    return {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
+
+
+def test_without_a_copy_no_tree_of_memory_is_taken():
+    """By default all buffers are new; a model's own are back in it after swapping."""
+    model, path = _fitted()
+    own = _pointers([v.value for v in model.trainable_variables])
+    average = path.average.tree
+    assert not _pointers(ema_optax.keras.split(model)[0]) & own
+    assert _pointers(ema_optax.keras.split(model, copy=False)[0]) == own
+    for copy in (True, False):
+        with ema_optax.keras.swapped(model, average, copy=copy):
+            inside = _pointers([v.value for v in model.trainable_variables])
+            _assert_same(ema_optax.keras.split(model)[0], average)
+        assert bool(inside & _pointers(average)) != copy
+        assert not inside & own
+        assert _pointers([v.value for v in model.trainable_variables]) == own
+    with pytest.raises(TypeError, match="copy must be True or False"):
+        ema_optax.keras.split(model, copy=None)
+
+
+def test_fit_inside_swapped_leaves_the_models_own_params():
+    """It donates what the model holds then: copies of the average."""
+    model, path = _fitted()
+    raw = jax.device_get(ema_optax.keras.split(model)[0])
+    with ema_optax.keras.swapped(model, path.average.tree):
+        model.fit(X, Y, epochs=1, verbose=0)
+    _assert_same(ema_optax.keras.split(model)[0], raw)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(path.average.tree))

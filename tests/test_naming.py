@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import ema_optax
+from ema_optax import _cli as cli
 from ema_optax import bema_params, checkpoint, ema_params, reconstruction, shadow_params
 from ema_optax._trees import naming
 
@@ -50,9 +51,7 @@ def ways(tmp_path):
             lambda: _in_memory(state, name),
             lambda: _in_a_train_state(state, name),
             lambda: checkpoint.restore(folder, name),
-            lambda: checkpoint.EmaRestore(name, like=raw).read(
-                folder / "1" / "default"
-            ),
+            lambda: checkpoint.EmaRestore(name, like=raw).read(item),
             lambda: reconstruction.merge([checkpoint.stored(folder, name)], [1.0]),
         ]
 
@@ -173,6 +172,24 @@ def test_snapshots_are_chosen_by_either_name(tmp_path, name):
     checkpoint.save(tmp_path, optax.apply_updates(PARAMS, updates), state, step=1)
     (snapshot,) = checkpoint.snapshots(tmp_path, names=[name])
     assert snapshot.exponent == pytest.approx(decays["a"].exponent)
+
+
+@pytest.mark.parametrize("name", ["fast", "shadow/fast"])
+def test_commands_take_either_name(tmp_path, name, capsys):
+    """To merge and to export; what is written says the name of the tree in full."""
+    numpy = pytest.importorskip("safetensors.numpy")
+    run, state = tmp_path / "run", _state({"fast": 0.9, "slow": 0.9})
+    for step in (1, 2):
+        checkpoint.save(run, PARAMS, state, step=step)
+    merged, file = tmp_path / "merged", tmp_path / "fast.safetensors"
+    merge = ["merge", str(run), "--last", "2", "--tree", name, "--out", str(merged)]
+    assert cli.main(merge) == 0
+    np.testing.assert_array_equal(checkpoint.restore(merged)["w"], _number("fast"))
+    assert cli.main(["export", str(run), str(file), "--tree", name]) == 0
+    assert "shadow/fast" in capsys.readouterr().out
+    np.testing.assert_array_equal(numpy.load_file(file)["w"], _number("fast"))
+    assert cli.main(["export", str(run), str(file), "--tree", "fsat"]) != 0
+    assert "There is no tree 'fsat'" in capsys.readouterr().err
 
 
 def test_spelled_names_mean_their_trees():
