@@ -174,22 +174,22 @@ def test_snapshots_are_chosen_by_either_name(tmp_path, name):
     assert snapshot.exponent == pytest.approx(decays["a"].exponent)
 
 
-@pytest.mark.parametrize("name", ["fast", "shadow/fast"])
+@pytest.mark.parametrize("name", ["slow", "shadow/slow"])
 def test_commands_take_either_name(tmp_path, name, capsys):
     """To merge and to export; what is written says the name of the tree in full."""
     numpy = pytest.importorskip("safetensors.numpy")
     run, state = tmp_path / "run", _state({"fast": 0.9, "slow": 0.9})
     for step in (1, 2):
         checkpoint.save(run, PARAMS, state, step=step)
-    merged, file = tmp_path / "merged", tmp_path / "fast.safetensors"
+    merged, file = tmp_path / "merged", tmp_path / "slow.safetensors"
     merge = ["merge", str(run), "--last", "2", "--tree", name, "--out", str(merged)]
     assert cli.main(merge) == 0
-    np.testing.assert_array_equal(checkpoint.restore(merged)["w"], _number("fast"))
-    assert cli.main(["export", str(run), str(file), "--tree", name]) == 0
-    assert "shadow/fast" in capsys.readouterr().out
-    np.testing.assert_array_equal(numpy.load_file(file)["w"], _number("fast"))
-    assert cli.main(["export", str(run), str(file), "--tree", "fsat"]) != 0
-    assert "There is no tree 'fsat'" in capsys.readouterr().err
+    np.testing.assert_array_equal(checkpoint.restore(merged)["w"], _number("slow"))
+    assert cli.main(["export", str(run), "--out", str(file), "--tree", name]) == 0
+    assert "shadow/slow" in capsys.readouterr().out
+    np.testing.assert_array_equal(numpy.load_file(file)["w"], _number("slow"))
+    assert cli.main(["export", str(run), "--out", f"{file}2", "--tree", "slwo"]) != 0
+    assert "There is no tree 'slwo'" in capsys.readouterr().err
 
 
 def test_spelled_names_mean_their_trees():
