@@ -1,4 +1,4 @@
-"""The shadows of a step as trees: where each sits, and what is known of it."""
+"""Finds the shadows of a step: their trees, places in the params, and entries."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,22 +38,22 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    found: Averages, params: optax.Params, averaged: str | Mapping[str, str] | None
+    of_state: Averages, params: optax.Params, averaged: str | Mapping[str, str] | None
 ) -> list[Part]:
     """Returns the shadow of each average, and where in the params it sits.
 
     Raises:
         ValueError: If one sits nowhere, or may sit at several places.
     """
-    places = _located(found, params, averaged)
+    places = _located(of_state, params, averaged)
     return [
         Part(average, place, _read(average, params, place))
-        for average, place in zip(found, places, strict=True)
+        for average, place in zip(of_state, places, strict=True)
     ]
 
 
 def joined(parts: Iterable[Part]) -> dict[str, Any]:
-    """Returns the shadows by the names of their trees, those of disjoint parts joined.
+    """Joins the shadows of disjoint parts; returns them by the names of their trees.
 
     Raises:
         ValueError: If a leaf is averaged in more than one of them.
@@ -63,7 +63,7 @@ def joined(parts: Iterable[Part]) -> dict[str, Any]:
         at = by_name.setdefault(tree_of(average.name), {}).setdefault(place, {})
         at[average.where] = tree
     return {
-        name: _hung({place: averages.joined(each) for place, each in places.items()})
+        name: _assembled({at: averages.joined(each) for at, each in places.items()})
         for name, places in by_name.items()
     }
 
@@ -120,7 +120,7 @@ def _arguments_of(
 
 
 def computed_of(found: Iterable[Average]) -> tuple[Computed, ...]:
-    """Returns what makes the computed averages of a state, as their entry has it."""
+    """Returns the calls that make the computed averages of a state."""
     parts = [Part(average, "", ()) for average in found if average.is_computed]
     entry = AverageEntry(
         None,
@@ -139,9 +139,9 @@ def _located(
 
     Args:
         found: The averages of a state.
-        params: What is saved.
-        asked: Where they sit, or for several of them where each does, by the place of
-            its state; None finds them.
+        params: The params to save.
+        asked: The place where they sit, or for several averages that of each, by the
+            place of its state; None finds them.
 
     Raises:
         ValueError: If one sits nowhere, or may sit at several places.
@@ -172,8 +172,8 @@ def _shapes_of(tree: optax.Params) -> dict[str, Shape]:
     return {trees.path_name(path): np.shape(leaf) for path, leaf in pairs}
 
 
-def _hung(by_place: Mapping[str, Any]) -> Any:
-    """Returns one tree of trees that sit at places of it."""
+def _assembled(by_place: Mapping[str, Any]) -> Any:
+    """Joins trees that sit at places of one tree."""
     if list(by_place) == [""]:
         return by_place[""]
     leaves: dict[str, Any] = {}
@@ -190,10 +190,10 @@ def _hung(by_place: Mapping[str, Any]) -> Any:
 
 
 def _read(average: Average, params: optax.Params, place: str) -> Any:
-    """Returns the shadow as it is stored; a computed one from the live params too.
+    """Returns the shadow to store; a computed one is computed with the live params.
 
-    In float32 or wider: restored in the params' dtypes it is what `shadow_params`
-    returns. The params are matched by path.
+    It is in float32 or wider: restored in the params' dtypes it is the result of
+    `shadow_params`. The params are matched by path.
     """
     if not average.is_computed:
         return average.tree
@@ -230,10 +230,10 @@ def _place_of(
         path = misfit(outline, leaves, asked)
         if path is None:
             return asked
-        there = leaves.get(under(asked, path))
+        shape = leaves.get(under(asked, path))
         raise ValueError(
             f"{_called(average)} does not sit at averaged={text.brief(asked)}: "
-            f"there '{path}' is {'missing' if there is None else there}, and averaged "
+            f"there '{path}' is {'missing' if shape is None else shape}, and averaged "
             f"it is {outline.shapes[path]}. {_fits(places_of(outline, leaves))}"
         )
     places = places_of(outline, leaves)

@@ -28,19 +28,19 @@ def snapshots(
 ) -> list[Snapshot]:
     """Returns every shadow with a power profile in the steps of a directory.
 
-    Any step saved by this library is one, of `SnapshotSave` as of `EmaSave`. Nothing
-    but the manifests is read yet. A snapshot's step is the number of updates that its
+    Any step saved by this library counts, of `SnapshotSave` or `EmaSave`. Only the manifests are read
+    until values are needed. A snapshot's step is the number of updates that its
     shadow had seen at its last fold, whatever the step's number on disk.
 
     Args:
         directory: The folder of a run, or of one step of it.
-        names: Of the shadows to take, where they have names; None takes all.
+        names: Names of the shadows to take; None takes all.
         item: Name of the item, where steps hold several.
         verify: Whether to compare what is read with its checksums.
 
     Returns:
-        For `reconstruction.reconstruct`, in the order of their steps; one where several
-        steps have the same shadow, saved between two folds.
+        Snapshots for `reconstruction.reconstruct`, in the order of their steps; one
+        where several steps have the same shadow, saved between two folds.
 
     Raises:
         CorruptCheckpointError: Here or on reading, if data is not what was saved.

@@ -103,10 +103,7 @@ def forget_listings() -> None:
     """
     gcsfs = sys.modules.get("gcsfs")
     if gcsfs:
-        for options in (
-            {},
-            {"finalize_on_close": True},
-        ):  # cached instances, not new ones
+        for options in ({}, {"finalize_on_close": True}):  # finds the cached clients
             gcsfs.GCSFileSystem(**options).invalidate_cache()
 
 

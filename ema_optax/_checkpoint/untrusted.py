@@ -14,9 +14,7 @@ from etils import epath  # pyright: ignore[reportMissingTypeStubs]
 
 from ema_optax._checkpoint import storage
 
-LIMIT = (
-    2**26
-)  # bytes of a JSON file: some 300,000 leaves; parsed, it takes 20 times that
+LIMIT = 2**26  # bytes of a JSON file: some 300,000 leaves; parsed, 20 times as many
 DEPTH = 100  # nested containers; readers recurse, a few frames for each
 
 _LONGEST = 4096  # characters of a path
