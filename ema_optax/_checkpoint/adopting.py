@@ -225,8 +225,8 @@ def _check_kinds(
         arguments.whole(count, "count", 0, "count=300 is after 300 updates.")
     if decay is not None and not isinstance(decay, Decay):
         raise TypeError(
-            f"decay is what it was averaged with, such as ema_optax.constant(0.9999), "
-            f"or None where that is not known; got {text.brief(decay)}."
+            f"decay is that of the average, such as ema_optax.constant(0.9999), or "
+            f"None where it is not known; got {text.brief(decay)}."
         )
 
 
@@ -309,10 +309,11 @@ def _zero_started(source: Foreign, choice: Choice, asked: bool | None) -> bool:
         return asked
     if known is None:
         raise ValueError(
-            f"Averages such as '{choice.shadow}' may have begun at zero, which nothing "
-            "in the checkpoint says. If it did, pass zero_started=True and "
-            "decay=constant(0.9999), or whichever it was, to divide by 1−β^count. Pass "
-            "zero_started=False if it began as a copy, or was debiased at each step."
+            f"Averages such as '{choice.shadow}' may have begun at zero, and nothing "
+            "in the checkpoint says whether this one did. If so, pass zero_started=True "
+            "and decay=constant(0.9999), or whichever it was, to divide by 1−β^count. "
+            "If it began as a copy, or was debiased at each step, pass "
+            "zero_started=False."
         )
     return known
 

@@ -149,8 +149,8 @@ def save_average(
     """
     if decay is not None and not isinstance(decay, Decay):
         raise TypeError(
-            f"decay is what it was averaged with, such as ema_optax.warmup(0.9999), or "
-            f"None where that is not known; got {text.brief(decay)}."
+            f"decay is that of the average, such as ema_optax.warmup(0.9999), or None "
+            f"where it is not known; got {text.brief(decay)}."
         )
     for given, name in ((tree, "an average"), (params, "params")):
         mistaken.check_no_nnx(given, name, "save_average(directory, tree, params=…)")

@@ -46,14 +46,14 @@ _CAUSES: list[tuple[type[Exception], set[str | int], str]] = [
     (
         MemoryError,
         {"RESOURCE_EXHAUSTED", errno.ENOMEM},
-        "The checkpoint may be whole: take fewer leaves, shard them over more devices, "
-        "or free memory.",
+        "The checkpoint may be intact: read fewer leaves, shard them over more "
+        "devices, or free memory.",
     ),
     (OSError, {errno.ENOSPC, errno.EDQUOT}, "Make room on the disk."),
     (OSError, {errno.EMFILE, errno.ENFILE}, "Allow more open files: ulimit -n 65536."),
 ]
 _OTHERWISE = (
-    "The checkpoint may be whole: try again, and look after the disk or the network."
+    "The checkpoint may be intact: try again, and check the disk or the network."
 )
 
 

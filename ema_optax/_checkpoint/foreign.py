@@ -144,7 +144,9 @@ def read_json(file: epath.Path) -> dict[str, Any]:
             "again."
         ) from error
     if not isinstance(content, dict):
-        raise CorruptCheckpointError(f"{file} holds {text.brief(content)}, no object.")
+        raise CorruptCheckpointError(
+            f"{file} holds {text.brief(content)}, not a JSON object."
+        )
     return content
 
 
@@ -160,6 +162,6 @@ def check_memory(needed: int) -> None:
         return
     if needed > memory > 0:
         raise MemoryError(
-            f"Params and average have {needed:,} bytes, and this machine {memory:,} of "
-            "memory, which holds both. Adopt it on a larger one."
+            f"Params and average take {needed:,} bytes of memory, and this machine has "
+            f"{memory:,}. Adopt it on a larger one."
         )

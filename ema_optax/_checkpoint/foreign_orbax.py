@@ -155,8 +155,8 @@ def _check_metadata(item: epath.Path) -> None:
         keys = entry.get("key_metadata") if isinstance(entry, dict) else None
         if not isinstance(keys, list) or is_too_deep(keys):
             raise CorruptCheckpointError(
-                f"{item / METADATA} has an entry {text.brief(name)} that is none of "
-                "Orbax."
+                f"{item / METADATA} has an entry {text.brief(name)} that is not "
+                "Orbax's."
             )
 
 

@@ -116,7 +116,7 @@ def difference(metadata: Mapping[str, Any], entry: LeafEntry) -> str | None:
     ):
         return f"it is {tuple(shape)}, in chunks of {chunks}"
     if metadata.get("compressor") is not None or metadata.get("filters"):
-        return "it is compressed, as none of ours is"
+        return "it is compressed, and ema_optax compresses no array"
     if not _is_dtype(metadata["dtype"], entry.dtype):
         return (
             f"it is of {str(metadata['dtype'])[:50]}, its manifest says {entry.dtype}"

@@ -68,10 +68,10 @@ def check_decay(
     changed = decay and before.decay and before.decay != decay
     if changed or average.every != (before.every or average.every):
         raise ValueError(
-            f"Cannot resume unasked: '{tree}' was averaged with "
+            f"Cannot resume with another decay: '{tree}' was averaged with "
             f"{_decays_text({tree: before})}, and would go on with "
             f"{decay} at every={average.every}. Pass accept_new_decay=True to "
-            "keep the shadow and go on so; or restore the params and start "
+            "keep the shadow and accept that; or restore the params and start "
             "with optimizer.init(params), whose shadow is a copy of them."
         )
 
@@ -97,8 +97,9 @@ def check_computed_goes_on(
         goes_on = f"ema_params with {others[0].decay or 'a callable'}"
     if before and goes_on and before != now and not accept_new:
         raise ValueError(
-            f"Cannot resume unasked: 'shadow' is of {_calls(before)}, and would go on "
-            f"with {goes_on}. Pass accept_new_decay=True to keep it and go on so."
+            f"Cannot resume with another average: 'shadow' is of {_calls(before)}, and "
+            f"would go on with {goes_on}. Pass accept_new_decay=True to keep it and "
+            "accept that."
         )
 
 
@@ -117,7 +118,7 @@ def _check_computed(
         for calls in (before, now)
     )
     accept = (
-        "Pass accept_new_decay=True to keep the average and go on so; or chain"
+        "Pass accept_new_decay=True to keep the average and accept that; or chain"
         if alike
         else "Chain"
     )

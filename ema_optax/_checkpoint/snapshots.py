@@ -28,9 +28,10 @@ def snapshots(
 ) -> list[Snapshot]:
     """Returns every shadow with a power profile in the steps of a directory.
 
-    Any step saved by this library counts, of `SnapshotSave` or `EmaSave`. Only the manifests are read
-    until values are needed. A snapshot's step is the number of updates that its
-    shadow had seen at its last fold, whatever the step's number on disk.
+    Any step saved by this library counts, of `SnapshotSave` or `EmaSave`. Only the
+    manifests are read until values are needed. A snapshot's step is the number of
+    updates that its shadow had seen at its last fold, whatever the step's number on
+    disk.
 
     Args:
         directory: The folder of a run, or of one step of it.

@@ -130,6 +130,6 @@ def _asked(request: Callable[[], _T], url: str) -> _T:
                 "its store."
             ) from error
         raise OSError(
-            f"{url}: {message or type(error).__name__}. What is there is not known: "
-            "try again, and look after the network."
+            f"{url}: {message or type(error).__name__}. Whether it exists is not "
+            "known: try again, and check the network."
         ) from error

@@ -164,6 +164,6 @@ def check_concrete(leaf: Any, slot: Slot) -> Any:
         else "optimizer.init itself, or the concrete state"
     )
     raise ValueError(
-        f"'{slot}' is not in the checkpoint as it is here, and has no value to start "
-        f"with: it is abstract. Pass {what}."
+        f"'{slot}' fits no leaf of the checkpoint, and has no value to start with, for "
+        f"it is abstract. Pass {what}."
     )
