@@ -310,8 +310,9 @@ def _zero_started(source: Foreign, choice: Choice, asked: bool | None) -> bool:
     if known is None:
         raise ValueError(
             f"Averages such as '{choice.shadow}' may have begun at zero, and nothing "
-            "in the checkpoint says whether this one did. If so, pass zero_started=True "
-            "and decay=constant(0.9999), or whichever it was, to divide by 1−β^count. "
+            "in the checkpoint says whether this one did. If so, pass "
+            "zero_started=True and decay=constant(0.9999), or whichever it was, to "
+            "divide by 1−β^count. "
             "If it began as a copy, or was debiased at each step, pass "
             "zero_started=False."
         )

@@ -107,7 +107,7 @@ def difference(metadata: Mapping[str, Any], entry: LeafEntry) -> str | None:
             return "it is an array of no shape"
     expected = list(entry.shape)
     if entry.is_key and shape[: len(expected)] == expected:
-        # The data of keys have one more dimension, of 2 or 4 numbers.
+        # The data of keys have one more dimension, of at most _KEY numbers.
         expected += [n for n in shape[len(expected) :][:1] if n <= _KEY]
     if shape != expected:
         return f"it is {tuple(shape)}, its manifest says {list(entry.shape)}"
