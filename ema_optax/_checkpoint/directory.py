@@ -259,8 +259,8 @@ def describe(
     >>> opt_state = ema_optax.ema_params(0.99).init(params)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(folder, params, opt_state, step=300)
-    ...     found = describe(folder)
-    >>> found.step, found.trees["shadow"].decay
+    ...     description = describe(folder)
+    >>> description.step, description.trees["shadow"].decay
     (300, warmup(decay=0.99, offset=10))
     """
     found = find(directory, step)

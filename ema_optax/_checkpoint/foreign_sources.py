@@ -65,8 +65,8 @@ class ForeignTree(Source):
 
     leaves: Mapping[str, jax.ShapeDtypeStruct]
 
-    def __init__(self, source: Foreign, choice: pairing.Choice) -> None:
-        self._source, self.tree = source, choice.params
+    def __init__(self, found: Foreign, choice: pairing.Choice) -> None:
+        self._source, self.tree = found, choice.params
         # In the order in which JAX walks through dicts, in which sums ask for them.
         order = sorted(choice.leaves, key=lambda path: path.split("/"))
         self._leaves = {path: choice.leaves[path] for path in order}

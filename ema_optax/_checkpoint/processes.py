@@ -53,7 +53,7 @@ def together(elsewhere: Exception) -> Iterator[None]:
 
 
 def agreed(do: Callable[[], T], elsewhere: Exception) -> T:
-    """Returns what `do` returns, if it raises on no process; see `together`."""
+    """Calls `do`; raises on every process if it raises on one, as `together` does."""
     results: list[T] = []
     with together(elsewhere):
         results.append(do())

@@ -89,7 +89,7 @@ def shared_manifest(item: epath.Path) -> Manifest:
 
 
 def sources_of(manifest: Manifest, tree: str) -> dict[str, Place]:
-    """Returns where each leaf of a tree lies: averaged ones in it, others in params."""
+    """Returns the place of each leaf of a tree: averaged in it, others in params."""
     own = {path: Place(tree, path) for path in manifest.trees[tree].leaves}
     if tree == PARAMS or PARAMS not in manifest.trees:
         return own

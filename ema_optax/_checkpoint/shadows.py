@@ -119,9 +119,9 @@ def _arguments_of(
     return tuple(each._asdict() for each in records if isinstance(each, maker))
 
 
-def computed_of(found: Iterable[Average]) -> tuple[Computed, ...]:
+def computed_of(of_state: Iterable[Average]) -> tuple[Computed, ...]:
     """Returns the calls that make the computed averages of a state."""
-    parts = [Part(average, "", ()) for average in found if average.is_computed]
+    parts = [Part(average, "", ()) for average in of_state if average.is_computed]
     entry = AverageEntry(
         None,
         None,
@@ -133,12 +133,12 @@ def computed_of(found: Iterable[Average]) -> tuple[Computed, ...]:
 
 
 def _located(
-    found: Averages, params: optax.Params, asked: str | Mapping[str, str] | None
+    of_state: Averages, params: optax.Params, asked: str | Mapping[str, str] | None
 ) -> list[str]:
-    """Returns where in the params the tree of each average sits.
+    """Returns the place in the params of each average's tree.
 
     Args:
-        found: The averages of a state.
+        of_state: The averages of a state.
         params: The params to save.
         asked: The place where they sit, or for several averages that of each, by the
             place of its state; None finds them.
@@ -153,16 +153,16 @@ def _located(
             f"paths in the state to such; got {text.brief(asked)}."
         )
     if isinstance(asked, Mapping):
-        unknown = [at for at in asked if not any(_is_of(each, at) for each in found)]
+        unknown = [at for at in asked if not any(_is_of(each, at) for each in of_state)]
         if unknown:
-            states = [average.path for average in found]
+            states = [average.path for average in of_state]
             raise ValueError(
                 f"averaged has the key {unknown[0]!r}, where the state has no "
                 f"average: they are at {', '.join(map(repr, states))}."
             )
     return [
         _place_of(average, leaves, _asked_of(average, asked), params)
-        for average in found
+        for average in of_state
     ]
 
 

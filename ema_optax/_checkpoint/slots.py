@@ -40,14 +40,14 @@ def filled(tree: object, leaf_at: Callable[[str], Any], place: str = "") -> Any:
 
 
 def stored_place(manifest: Manifest, average: Average, tree: str) -> str:
-    """Returns where in the params on disk an average of the same path sits."""
+    """Returns the place in the params on disk of the average of the same path."""
     name = SHADOW if average.is_computed else tree
     entry = manifest.averages.get(name)
     return entry.places.get(average.path, "") if entry else ""
 
 
 def place_in_run(average: Average, params: object, likely: set[str]) -> str:
-    """Returns where in the params of this run an average sits.
+    """Returns the place of an average in the params of this run.
 
     Args:
         average: Of this run.

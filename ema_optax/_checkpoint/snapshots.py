@@ -69,7 +69,7 @@ def snapshots(
     if names is not None:
         names = [arguments.a_name(name, "A name", "slow") for name in list(names)]
     verify = arguments.flag(verify, "verify")
-    found, others = [], set()
+    folded, others = [], set()
     items = all_steps(absolute(directory), item)
     manifests = storage.side_by_side(_manifest_of, items)
     for path, manifest in zip(items, manifests, strict=True):
@@ -82,12 +82,12 @@ def snapshots(
             )
             if asked and isinstance(decay, power):
                 taken = _snapshot(path, manifest, tree, float(decay.exponent), verify)
-            found += taken
+            folded += taken
             if not taken:
                 others.add(
                     f"{tree}: {decay or 'another average'}, {average.count} updates"
                 )
-    if not found:
+    if not folded:
         named = "" if names is None else f" of the names {text.some(names)}"
         raise ValueError(
             f"{directory} has no shadows{named} with a power profile, folded at least "
@@ -95,7 +95,7 @@ def snapshots(
             f"{text.some(sorted(others), 8)}. Train with "
             "ema_params({'a': ema_optax.power(0.05), 'b': ema_optax.power(0.1)})."
         )
-    return _one_of_each(found)
+    return _one_of_each(folded)
 
 
 def _manifest_of(item: epath.Path) -> Manifest:
@@ -106,7 +106,7 @@ def _manifest_of(item: epath.Path) -> Manifest:
         raise explained(item, error, rescue) from error
 
 
-def _one_of_each(found: Sequence[Snapshot]) -> list[Snapshot]:
+def _one_of_each(folded: Sequence[Snapshot]) -> list[Snapshot]:
     """Returns snapshots in order, the least rounded of those that saw the same folds.
 
     With `every=10` the shadow saved at update 28 is that of update 25.
@@ -116,7 +116,7 @@ def _one_of_each(found: Sequence[Snapshot]) -> list[Snapshot]:
         return snapshot.step, snapshot.exponent
 
     finest: dict[tuple[float, float], Snapshot] = {}
-    for snapshot in sorted(found, key=lambda s: float(jnp.finfo(s.dtype).eps)):
+    for snapshot in sorted(folded, key=lambda s: float(jnp.finfo(s.dtype).eps)):
         finest.setdefault(key(snapshot), snapshot)
     return sorted(finest.values(), key=key)
 

@@ -68,18 +68,18 @@ def of_run(
     """
     call = "EmaSave(params, opt_state)"
     mistaken.check_no_nnx(params, "params", call)
-    found = averages.find(opt_state, call=call, params=params)
-    if not found:
+    in_state = averages.find(opt_state, call=call, params=params)
+    if not in_state:
         raise ValueError(
-            f"{found.none()} Without an average, save with "
+            f"{in_state.none()} Without an average, save with "
             "orbax.checkpoint.args.StandardSave."
         )
     try:
-        parts = parts_of(found, params, averaged)
+        parts = parts_of(in_state, params, averaged)
     except ValueError:
         _leaves_by_path(PARAMS, params)  # refuses leaves that cannot be stored first
         raise
-    everything = {PARAMS: params, **joined(parts), STATE: found.rest()}
+    everything = {PARAMS: params, **joined(parts), STATE: in_state.rest()}
     return of_trees(everything, entries(parts), extra)
 
 
@@ -92,8 +92,8 @@ def of_shadows(
         ValueError: If there is no shadow, or `dtype` is no floating one.
         TypeError: If `extra` is not JSON.
     """
-    found = averages.find(opt_state, call="SnapshotSave(opt_state)")
-    stored = [average for average in found if not average.is_computed]
+    in_state = averages.find(opt_state, call="SnapshotSave(opt_state)")
+    stored = [average for average in in_state if not average.is_computed]
     if not stored:
         raise ValueError(
             "There is no shadow in this optimizer state to save. Chain one last: "

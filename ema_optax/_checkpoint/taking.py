@@ -125,7 +125,7 @@ class Taking:
         self.leaves |= read(item, self._manifest, wanted, verify=verify)
 
     def changes(self, known: Collection[Place]) -> Changes:
-        """Returns what became of all leaves.
+        """Reports what became of all leaves.
 
         Args:
             known: Stored leaves that do not count as left although no slot takes them:
