@@ -1,4 +1,4 @@
-"""Params and shadow side by side in Orbax checkpoints, and the chosen one restored.
+"""Saves params and shadow side by side in Orbax checkpoints, and restores either.
 
     manager.save(step, args=checkpoint.EmaSave(params, opt_state))
     params = checkpoint.restore(directory, "shadow", like=abstract_params)

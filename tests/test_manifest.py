@@ -14,6 +14,7 @@ from ema_optax._checkpoint.errors import CorruptCheckpointError
 from ema_optax._checkpoint.manifest import Manifest
 from ema_optax._checkpoint.pieces import Piece, parse_sums
 from ema_optax._checkpoint.sealed import read_sealed
+from ema_optax._trees import naming
 from tests import format_1
 
 ITEM = epath.Path(format_1.FOLDER / "100" / "default")
@@ -63,8 +64,8 @@ def test_what_format_1_says():
 
 def test_names_of_shadows():
     for name, tree in {"": "shadow", "a/b": "shadow/a/b"}.items():
-        assert manifest.tree_of(name) == tree
-        assert manifest.name_of(tree) == name
+        assert naming.tree_of(name) == tree
+        assert naming.name_of(tree) == name
 
 
 KEYS = st.text("abz/.é ", min_size=1, max_size=4).filter(

@@ -1,4 +1,4 @@
-"""The arrays that are adopted: read leaf by leaf, checked, and nested as they were."""
+"""Reads the arrays to adopt leaf by leaf, checks them, and nests them as they were."""
 
 import dataclasses
 import math
@@ -15,12 +15,13 @@ from ema_optax._messages import progress
 from ema_optax._messages.progress import Progress
 from ema_optax._trees import trees
 
-_BLOCK = 2**22  # elements that are checked at once
+# Elements that are checked at once: their float64 copies take 32 MiB each.
+_BLOCK = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """Params and average.
+    """Params and average, read and checked.
 
     Attributes:
         params: As they were nested.
@@ -38,9 +39,9 @@ def read(source: Foreign, choice: Choice, weight: float, bar: Progress) -> Array
 
     Args:
         source: The checkpoint.
-        choice: What is read of it.
-        weight: What the average is divided by: the sum of its weights.
-        bar: Whether to draw how far it is.
+        choice: Which of its leaves to read.
+        weight: The sum of the average's weights, > 0, by which it is divided.
+        bar: How to show progress; see `reconstruction.merge`.
 
     Raises:
         MemoryError: If this machine cannot hold them.
@@ -51,7 +52,7 @@ def read(source: Foreign, choice: Choice, weight: float, bar: Progress) -> Array
     check_memory(size(choice.leaves) + size(choice.average))
     params: dict[str, np.ndarray] = {}
     shadow: dict[str, np.ndarray] = {}
-    apart = whole = 0.0
+    squared_distance = squared_norm = 0.0
     total = len(choice.leaves) + len(average)
     with progress.shown(bar, f"Reading {source.place}", total) as report:
         for path, array in _by_name(source, choice.leaves):
@@ -64,15 +65,15 @@ def read(source: Foreign, choice: Choice, weight: float, bar: Progress) -> Array
             divided = array if weight == 1.0 else _divided(array, weight)
             _refuse_infinite(divided, params[path], leaf, source)
             shadow[path] = divided
-            apart += _squares(divided, params[path])
-            whole += _squares(params[path], None)
+            squared_distance += _squares(divided, params[path])
+            squared_norm += _squares(params[path], None)
             report(len(params) + len(shadow))
     if choice.shadow is None:
         shadow = {path: _wide(params[path]) for path in choice.average}
     return Arrays(
         _nested(source, choice, params),
         _nested(source, choice, shadow),
-        math.sqrt(apart / whole) if whole else 0.0,
+        math.sqrt(squared_distance / squared_norm) if squared_norm else 0.0,
     )
 
 
@@ -100,11 +101,11 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _divided(array: np.ndarray, weight: float) -> np.ndarray:
-    """Returns an array divided in float64, as its own dtype, or float32 if narrower."""
-    made = np.empty(array.shape, trees.wide(array.dtype))
-    for block, to in zip(_blocks(array), _blocks(made), strict=True):
+    """Divides an array in float64; returns its own dtype, or float32 if narrower."""
+    quotient = np.empty(array.shape, trees.wide(array.dtype))
+    for block, to in zip(_blocks(array), _blocks(quotient), strict=True):
         to[...] = _double(block) / weight
-    return made
+    return quotient
 
 
 def _double(block: np.ndarray) -> np.ndarray:
@@ -112,45 +113,45 @@ def _double(block: np.ndarray) -> np.ndarray:
 
 
 def _refuse_nan(array: np.ndarray, leaf: Leaf, source: Foreign) -> None:
-    bad = sum(int(np.isnan(_wide(block)).sum()) for block in _blocks(array))
-    if bad:
-        raise ValueError(_not_finite(leaf, bad, source))
+    count = sum(int(np.isnan(_wide(block)).sum()) for block in _blocks(array))
+    if count:
+        raise ValueError(_not_finite(leaf, count, source))
 
 
 def _refuse_infinite(
     average: np.ndarray, param: np.ndarray, leaf: Leaf, source: Foreign
 ) -> None:
-    bad = 0
+    count = 0
     for ours, theirs in zip(_blocks(average), _blocks(param), strict=True):
         ours, theirs = _wide(ours), _wide(theirs)
         finite = np.isfinite(ours) & np.isfinite(theirs)
         if not finite.all():
-            bad += int((~finite & ~(ours == theirs)).sum())
-    if bad:
-        raise ValueError(_not_finite(leaf, bad, source))
+            count += int((~finite & ~(ours == theirs)).sum())
+    if count:
+        raise ValueError(_not_finite(leaf, count, source))
 
 
-def _not_finite(leaf: Leaf, bad: int, source: Foreign) -> str:
+def _not_finite(leaf: Leaf, count: int, source: Foreign) -> str:
     return (
-        f"'{leaf.path}' of {source.place} has {bad:,} of {math.prod(leaf.shape):,} "
+        f"'{leaf.path}' of {source.place} has {count:,} of {math.prod(leaf.shape):,} "
         "elements that are not finite, in the average or the params. Pass an earlier "
         "step of the run, from before it diverged."
     )
 
 
 def _squares(array: np.ndarray, other: np.ndarray | None) -> float:
-    """Returns the sum of squares of an array, or of its difference to another."""
+    """Sums the squares of an array, or of its difference to another, in float64."""
     total = 0.0
     others = [None] if other is None else _blocks(other)
-    for block, less in zip(
+    for block, subtrahend in zip(
         _blocks(array), others if other is not None else _none(array), strict=True
     ):
         double = _double(block)
-        if less is not None:
-            with np.errstate(invalid="ignore"):  # of infinities that are alike
-                double = double - _double(less)
-        size_ = np.abs(double[np.isfinite(double)])
-        total += float(np.dot(size_, size_))
+        if subtrahend is not None:
+            with np.errstate(invalid="ignore"):  # inf − inf, of constants such as masks
+                double = double - _double(subtrahend)
+        finite = np.abs(double[np.isfinite(double)])  # |z| of complex ones
+        total += float(np.dot(finite, finite))
     return total
 
 
@@ -160,8 +161,9 @@ def _none(array: np.ndarray) -> Iterator[None]:
 
 
 def _nested(source: Foreign, choice: Choice, arrays: Mapping[str, np.ndarray]) -> Any:
-    """Returns arrays nested as the params are in the source."""
+    """Nests arrays as the params are in the source."""
     names = {leaf.path: path for path, leaf in choice.leaves.items()}
+    # Flax keeps each variable as {"value": array}; the array takes its place.
     without_value = any(
         path != f"{choice.params}/{name}".strip("/") for path, name in names.items()
     )
@@ -197,7 +199,7 @@ def _at(node: Node, path: str) -> Node:
         if path == key:
             return child
         if path.startswith(f"{key}/"):
-            found = _at(child, path[len(key) + 1 :])
-            if found is not None:
-                return found
+            below = _at(child, path[len(key) + 1 :])
+            if below is not None:
+                return below
     return None

@@ -26,28 +26,29 @@ _DECAY = re.compile(r".*(decay|beta).*", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Adopted:
-    """What became of another program's checkpoint.
+    """Tells what `adopt` took from another program's checkpoint.
 
     Attributes:
         source: Where it is.
-        kind: What wrote it, in words.
+        kind: Its format, in words.
         layout: The layout by which params and average were found, or None.
         path: The folder of ours.
         step: Number of the step in it.
         params: Path of the params in the source.
         shadow: Path of the average; None where it starts as a copy of the params.
         averaged: Paths of the params that have an average.
-        raw: Floating params without one, which are raw in both trees.
-        others: How many params are no floats, and are not averaged.
+        raw: Floating params without an average, which are raw in both trees.
+        others: Number of params that are no floats, and are not averaged.
         narrow: Averages narrower than float32, whose small updates were rounded away.
-        bytes: Of `params` and `shadow` as they were.
-        left_out: What else is in the source, in bytes.
+        bytes: Size of `params` and of `shadow` in the source.
+        left_out: Other trees in the source, and their bytes.
         count: Updates that the average has seen.
         count_from: Where that number is from.
-        decay: What it was averaged with, or None.
+        decay: Its decay, or None where that is unknown.
         zero_started: Whether it began at zero and was divided by 1−β^count.
         beside: Numbers that lie beside the average and may be its decay.
-        distance: Norm of average − params over that of the params; None of a dry run.
+        distance: Norm of average − params over that of the params; None after a dry
+            run.
     """
 
     source: str
@@ -86,16 +87,16 @@ def adopt(
     dry_run: bool = False,
     progress: Progress = False,
 ) -> Adopted:
-    """Turn a checkpoint of another program into one of ours, params and average.
+    """Turns another program's checkpoint into one of ours, params and average.
 
-    Read are steps of Orbax of any layout, whatever devices they were saved from,
-    folders of zarr arrays as axlearn and Levanter write them, and msgpack files of
+    Reads steps of Orbax of any layout, whatever devices they were saved from, folders
+    of zarr arrays as axlearn and Levanter write them, and msgpack files of
     `flax.serialization`. Values and dtypes stay as they are. Of a step with several
     items, paths begin with the item's name. Optimizer states are left out.
 
-    Where params and average lie is found by the names that known programs give them,
-    if that is unmistakable. Memory holds both and 64 MiB or one leaf more; a msgpack
-    file whole.
+    Params and average are found by the names that known programs give them, if that
+    is unmistakable. Memory holds both and 64 MiB or one leaf more; a msgpack file
+    whole.
 
     Args:
         source: The folder of a `CheckpointManager`, of one of its steps, or of an item
@@ -111,12 +112,12 @@ def adopt(
             name of its folder.
         count: Updates that the average has seen, ≥ 0, or the path of that number in
             the source; None for the one beside the average, else the step.
-        decay: What it was averaged with, for `describe`, and for `zero_started`.
+        decay: The decay of the average, for `describe`, and for `zero_started`.
         zero_started: Whether the average began at zero, and was not divided by
-            1−β^count yet. Then that is done, in float64; it needs `decay=constant(β)`
-            and `count`. None for what the layout says.
+            1−β^count yet. True divides it, in float64, and needs
+            `decay=constant(β)` and `count`. None for what the layout says.
         partial: Whether floating params may have no average: raw in both trees.
-        dry_run: Whether to look and check, and write nothing.
+        dry_run: Whether to check only, and write nothing.
         progress: As in `reconstruction.merge`: True draws a bar, a function is called.
 
     Raises:
@@ -146,25 +147,25 @@ def adopt(
     if zero_started is not None:
         zero_started = arguments.flag(zero_started, "zero_started")
     root = absolute(out)
-    found = opened(source, step)
-    choice = pairing.choose(found, params, shadow, like, partial=partial)
-    number = _number(found, step)
+    theirs = opened(source, step)
+    choice = pairing.choose(theirs, params, shadow, like, partial=partial)
+    number = _number(theirs, step)
     if not dry_run and is_taken(root / str(number)):
         raise FileExistsError(
             f"{root / str(number)} exists, and nothing is overwritten. Pass another "
             "folder, or remove it first."
         )
-    seen, seen_from = _count(found, choice, count, number)
-    divided = _zero_started(found, choice, zero_started)
+    seen, seen_from = _count(theirs, choice, count, number)
+    divided = _zero_started(theirs, choice, zero_started)
     weight = 1.0
     if divided:
         decay, weight = _division(decay, seen, seen_from)
     arrays = None
     if not dry_run:
-        arrays = adopted_arrays.read(found, choice, weight, progress)
-    done = Adopted(
-        source=found.place,
-        kind=found.kind,
+        arrays = adopted_arrays.read(theirs, choice, weight, progress)
+    adopted = Adopted(
+        source=theirs.place,
+        kind=theirs.kind,
         layout=choice.layout,
         path=str(root),
         step=number,
@@ -175,38 +176,38 @@ def adopt(
         others=len(choice.leaves) - len(choice.average) - len(choice.raw),
         narrow=_narrow(choice),
         bytes={"params": size(choice.leaves), "shadow": size(choice.average)},
-        left_out=_left_out(found, choice),
+        left_out=_left_out(theirs, choice),
         count=seen,
         count_from=seen_from,
         decay=decay,
         zero_started=divided,
-        beside=_beside(found, choice),
+        beside=_beside(theirs, choice),
         distance=arrays and arrays.distance,
     )
     if arrays:
-        _write(root, done, arrays)
-    return done
+        _write(root, adopted, arrays)
+    return adopted
 
 
-def _write(root: epath.Path, done: Adopted, arrays: Arrays) -> None:
+def _write(root: epath.Path, adopted: Adopted, arrays: Arrays) -> None:
     origin = {
-        "source": done.source,
-        "kind": done.kind,
-        "layout": done.layout,
-        "params": done.params,
-        "shadow": done.shadow or "none: a copy of the params",
-        "count": done.count_from,
-        "decay": "not recorded" if done.decay is None else "as told",
-        "zero_started": done.zero_started,
-        "without_average": len(done.raw),
+        "source": adopted.source,
+        "kind": adopted.kind,
+        "layout": adopted.layout,
+        "params": adopted.params,
+        "shadow": adopted.shadow or "none: a copy of the params",
+        "count": adopted.count_from,
+        "decay": "not recorded" if adopted.decay is None else "as told",
+        "zero_started": adopted.zero_started,
+        "without_average": len(adopted.raw),
     }
     save_average(
         root,
         arrays.shadow,
         params=arrays.params,
-        step=done.step,
-        count=done.count,
-        decay=done.decay,
+        step=adopted.step,
+        count=adopted.count,
+        decay=adopted.decay,
         extra={"from": origin},
     )
 
@@ -224,8 +225,8 @@ def _check_kinds(
         arguments.whole(count, "count", 0, "count=300 is after 300 updates.")
     if decay is not None and not isinstance(decay, Decay):
         raise TypeError(
-            f"decay is what it was averaged with, such as ema_optax.constant(0.9999), "
-            f"or None where that is not known; got {text.brief(decay)}."
+            f"decay is that of the average, such as ema_optax.constant(0.9999), or "
+            f"None where it is not known; got {text.brief(decay)}."
         )
 
 
@@ -234,17 +235,17 @@ def _number(source: Foreign, step: int | None) -> int:
         return arguments.whole(step, "step", 0, "step=300 is the 300th update.")
     if source.number is not None:
         return source.number
-    say = "step=0, or whichever it is of"
+    call = "step=0, or whichever it is of"
     leaf = source.leaves.get("step")
     if leaf is not None and leaf.is_counter:
-        say = f"step={_read(source, leaf)}, which its leaf 'step' has"
-    raise ValueError(f"The name of {source.place} holds no number. Pass {say}.")
+        call = f"step={_read(source, leaf)}, which its leaf 'step' has"
+    raise ValueError(f"The name of {source.place} holds no number. Pass {call}.")
 
 
 def _count(
     source: Foreign, choice: Choice, count: int | str | None, step: int
 ) -> tuple[int, str]:
-    """Returns how many updates the average has seen, and where that is from."""
+    """Returns how many updates the average has seen, and the source of that number."""
     if choice.shadow is None:
         if count is not None:
             raise ValueError(
@@ -287,10 +288,10 @@ def _read(source: Foreign, leaf: Leaf) -> int:
     return int(array)
 
 
-def _zero_started(source: Foreign, choice: Choice, told: bool | None) -> bool:
-    """Returns whether the average has to be divided by 1−β^count."""
+def _zero_started(source: Foreign, choice: Choice, asked: bool | None) -> bool:
+    """Decides whether to divide the average by 1−β^count."""
     if choice.shadow is None:
-        if told:
+        if asked:
             raise ValueError(
                 "zero_started=True is of an average, and shadow=None says that there "
                 "is none. Leave one of them out."
@@ -299,35 +300,37 @@ def _zero_started(source: Foreign, choice: Choice, told: bool | None) -> bool:
     known = choice.zero_started
     if choice.layout == "haiku":
         known = _haiku_zero_started(source, choice)
-        if told and known is False:
+        if asked and known is False:
             raise ValueError(
                 f"The averages in '{choice.shadow}' are divided already: Haiku keeps "
                 "those that are not as 'hidden'. Leave zero_started out."
             )
-    if told is not None:
-        return told
+    if asked is not None:
+        return asked
     if known is None:
         raise ValueError(
-            f"Averages such as '{choice.shadow}' may have begun at zero, which nothing "
-            "in the checkpoint says. If it did, pass zero_started=True and "
-            "decay=constant(0.9999), or whichever it was, to divide by 1−β^count. Pass "
-            "zero_started=False if it began as a copy, or was debiased at each step."
+            f"Averages such as '{choice.shadow}' may have begun at zero, and nothing "
+            "in the checkpoint says whether this one did. If so, pass "
+            "zero_started=True and decay=constant(0.9999), or whichever it was, to "
+            "divide by 1−β^count. "
+            "If it began as a copy, or was debiased at each step, pass "
+            "zero_started=False."
         )
     return known
 
 
 def _haiku_zero_started(source: Foreign, choice: Choice) -> bool | None:
-    """Returns False where Haiku has divided an average; None where it may not have."""
+    """Returns False where Haiku has divided an average; None where both are equal."""
     for leaf in choice.average.values():
         hidden = f"{leaf.path.removesuffix('average')}hidden"
-        found = dict(source.read([leaf.path, hidden]))
-        if not np.array_equal(found[leaf.path], found[hidden]):
+        arrays = dict(source.read([leaf.path, hidden]))
+        if not np.array_equal(arrays[leaf.path], arrays[hidden]):
             return False
     return None
 
 
 def _division(decay: Decay | None, count: int, count_from: str) -> tuple[Decay, float]:
-    """Returns the decay of an average that began at zero, and its weights' sum."""
+    """Returns decay and sum of weights of an average that began at zero."""
     if not isinstance(decay, (constant, debiased)):
         raise ValueError(
             "An average that began at zero is divided by 1−β^count, which needs its "
@@ -344,6 +347,7 @@ def _division(decay: Decay | None, count: int, count_from: str) -> tuple[Decay, 
             "shadow=None to begin from a copy of the params."
         )
     beta = float(decay.decay)
+    # expm1 keeps the digits that 1 − β^count loses where β is close to 1.
     weight = 1.0 if beta == 0 else float(-np.expm1(count * np.log(np.float64(beta))))
     return debiased(beta), weight
 
@@ -359,12 +363,12 @@ def _narrow(choice: Choice) -> tuple[str, ...]:
 
 
 def _beside(source: Foreign, choice: Choice) -> dict[str, float]:
-    """Returns numbers beside an average whose names say that they are its decay."""
+    """Returns the numbers beside an average that are called a decay or beta."""
     if choice.shadow is None:
         return {}
     above = {choice.shadow.rpartition("/")[0]}
     above |= {path.rpartition("/")[0] for path in above}
-    found = [
+    scalars = [
         leaf
         for leaf in source.leaves.values()
         if not leaf.shape
@@ -372,24 +376,24 @@ def _beside(source: Foreign, choice: Choice) -> dict[str, float]:
         and leaf.path.removesuffix("/value").rpartition("/")[0] in above
         and _DECAY.fullmatch(leaf.path.removesuffix("/value").rpartition("/")[2])
     ]
-    return {path: float(x) for path, x in source.read([leaf.path for leaf in found])}
+    return {path: float(x) for path, x in source.read([leaf.path for leaf in scalars])}
 
 
 def _left_out(source: Foreign, choice: Choice) -> dict[str, int]:
-    """Returns the outermost trees of which nothing is adopted, and their bytes."""
-    kept = [x.path for each in (choice.leaves, choice.average) for x in each.values()]
-    kept += [choice.count] if choice.count else []
-    above = {path[:i] for path in kept for i in _ends(path)}
-    found: dict[str, int] = {}
+    """Returns the outermost trees that are left out whole, and their bytes."""
+    taken = [x.path for each in (choice.leaves, choice.average) for x in each.values()]
+    taken += [choice.count] if choice.count else []
+    above = {path[:i] for path in taken for i in _ends(path)}
+    sizes: dict[str, int] = {}
     for path, leaf in source.leaves.items():
         if choice.shadow and path.startswith(f"{choice.shadow}/"):
             continue  # what is beside the averages, or of params that are no floats
         top = next((path[:i] for i in _ends(path) if path[:i] not in above), None)
         if top is not None:
-            found[top] = found.get(top, 0) + leaf.bytes
-    return found
+            sizes[top] = sizes.get(top, 0) + leaf.bytes
+    return sizes
 
 
 def _ends(path: str) -> list[int]:
-    """Returns where each key of a path ends."""
+    """Returns the position at which each key of a path ends."""
     return [i for i, letter in enumerate(path) if letter == "/"] + [len(path)]

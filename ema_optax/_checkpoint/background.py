@@ -1,9 +1,9 @@
-"""What of a save runs in the background: the gate around Orbax's writers.
+"""Runs part of a save in the background, behind a gate around Orbax's writers.
 
 Orbax starts to write as soon as an array is on the host, on threads that take the
 processors from the blocking part: without the gate that part is 2.6 times longer
-(96 leaves, 151 MB, two cores; benchmarks/checkpoints.py). So every folder that Orbax
-is given waits, until the blocking part has opened the gate.
+(96 leaves, 151 MB, two cores; benchmarks/checkpoints.py). So each of Orbax's
+writers waits for its folder until the blocking part has opened the gate.
 """
 
 import asyncio
@@ -21,14 +21,14 @@ ELSEWHERE = "another process could not save its part, and says why."
 
 
 class Future(Protocol):
-    """What Orbax waits for at the end of a save."""
+    """A piece of work that Orbax waits for at the end of a save."""
 
     def result(self, timeout: float | None = None) -> object:
-        """Waits for the end; raises the error of what ran."""
+        """Waits for the end; raises the error of the work."""
 
 
 class AllFutures:
-    """Futures as one that ends, well or not, when nothing writes any more."""
+    """Joins futures into one, which ends when the last of them has, failed or not."""
 
     def __init__(self, futures: Sequence[Future]) -> None:
         self._futures = futures
@@ -46,7 +46,7 @@ class AllFutures:
 
 
 class Failed:
-    """What has failed before it was begun, and says so when it is waited for."""
+    """A future of work that failed before it began: waiting for it raises the error."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -57,7 +57,7 @@ class Failed:
 
 
 class RaisedEverywhere:
-    """A future whose error on one process is one on all, where a save blocks.
+    """Turns an error on one process into an error on all, where a save blocks.
 
     Orbax then waits for it on the thread that started the save, and afterwards for the
     other processes, without a bound. A background thread must not compute: its
@@ -70,7 +70,7 @@ class RaisedEverywhere:
         self._thread = threading.get_ident()
 
     def result(self, timeout: float | None = None) -> None:
-        """Waits for it; raises its error, or that there is one elsewhere."""
+        """Waits for it; raises its error, or that another process has one."""
         if threading.get_ident() != self._thread:
             return self._future.result(timeout)
         with together(OSError(f"{self._item} is not saved: {ELSEWHERE}")):
@@ -78,7 +78,7 @@ class RaisedEverywhere:
 
 
 class Gate:
-    """Holds writing back until the blocking part is done, which it would slow down."""
+    """Holds Orbax's writers back until the blocking part of a save is done."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
@@ -114,10 +114,10 @@ class GatedFolder(v1.path.PathAwaitingCreation):
 
 @functools.cache
 def _awaitable_again(kind: type[epath.Path]) -> type[epath.Path]:
-    """Returns a kind of path that can be awaited although it is there.
+    """Returns a subclass of a path whose creation can be awaited again.
 
-    Orbax's threads share what they know of a leaf. Between a thread's finding that the
-    folder is to be awaited, and its awaiting it, another may put the path in its place.
+    Orbax's threads share the record of a leaf. After one thread finds a folder to
+    await there, and before it awaits it, another may have replaced it by the path.
     """
 
     async def await_creation(self: epath.Path) -> epath.Path:

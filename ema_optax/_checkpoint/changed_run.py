@@ -1,8 +1,8 @@
-"""Goes on with what fits of a saved run, and starts the rest; says which is which.
+"""Restores what fits of a saved run, starts the rest, and reports on each leaf.
 
-Params and shadows are taken leaf by leaf, by path and shape. What has no stored leaf
-starts: a param as it was given, a shadow as a copy of the param that goes on, the
-optimizer's own as `optimizer.init` makes it from those params.
+Params and shadows are taken leaf by leaf, by path and shape. A leaf that is not stored
+starts: a param as it was passed, a shadow as a copy of the param that goes on, the
+optimizer's own state as `optimizer.init` makes it from those params.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from ema_optax._checkpoint.kept_averages import (
 )
 from ema_optax._checkpoint.kept_state import check_started, offer_state
 from ema_optax._checkpoint.leaves import Place
-from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
+from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest
 from ema_optax._checkpoint.restoring import shared_manifest
 from ema_optax._checkpoint.same_averages import check_computed_goes_on
 from ema_optax._checkpoint.slots import by_path, filled, place_in_run
@@ -33,6 +33,7 @@ from ema_optax._messages import text
 from ema_optax._placement import placement
 from ema_optax._trees import mistaken
 from ema_optax._trees.locating import under
+from ema_optax._trees.naming import tree_of
 
 CALL = "resume(directory, params, optimizer.init, missing='start')"
 
@@ -46,15 +47,15 @@ def restore_what_fits(
     rename: Mapping[str, str] | None,
     verify: bool,
 ) -> Resumed:
-    """Returns params and optimizer state, saved or started. See `directory.resume`.
+    """Restores params and optimizer state, saved or started. See `checkpoint.resume`.
 
     Args:
         item: Folder of the item.
-        params: Of this run.
-        opt_state: Of this run, or the function from params to it.
+        params: Those of this run.
+        opt_state: That of this run, or the function from params to it.
         accept_new_decay: Whether an average goes on with another decay.
         rename: Slots of this run to stored paths.
-        verify: Whether what is read is compared with its checksums.
+        verify: Whether to compare what is read with its checksums.
     """
     manifest = shared_manifest(item)
     if PARAMS not in manifest.trees:
@@ -67,9 +68,9 @@ def restore_what_fits(
     mistaken.check_no_nnx(opt_state, "an optimizer state", CALL)
     has_init = callable(opt_state)
     if not has_init:
-        found = averages.find(opt_state, call=CALL, params=params)
-        if not found and len(Averages(params)):
-            raise ValueError(found.none())
+        ours = averages.find(opt_state, call=CALL, params=params)
+        if not ours and len(Averages(params)):
+            raise ValueError(ours.none())
     slots = by_path(params)
     names = StoredNames(rename, manifest, slots)
     taking = Taking(manifest)
@@ -80,37 +81,35 @@ def restore_what_fits(
         return filled(params, lambda path: _param(taking, slots, path))
 
     live = None
-    if has_init:  # what starts is made from the params that go on
+    if has_init:  # the state that starts is made from the params that go on
         live = resumed_params()
         opt_state = opt_state(live)
-    found = averages.find(opt_state, call=CALL, params=params)
-    names.check_trees(found)
-    places = [place_in_run(average, params, names.places) for average in found]
-    rest = found.rest()
+    ours = averages.find(opt_state, call=CALL, params=params)
+    names.check_trees(ours)
+    places = [place_in_run(average, params, names.places) for average in ours]
+    rest = ours.rest()
     of_state = by_path(rest)
     offer_shadows(
-        taking, manifest, found, names, places, accept_new_decay=accept_new_decay
+        taking, manifest, ours, names, places, accept_new_decay=accept_new_decay
     )
-    params_of = offer_state(taking, manifest, found, names, places, rest)
-    going = [
+    params_of = offer_state(taking, manifest, ours, names, places, rest)
+    continuing = [
         average.path
-        for average in found
+        for average in ours
         if average.is_computed
         and taking.takes(Slot(STATE, under(average.path, "count")))
     ]
-    if going:
-        check_computed_goes_on(
-            manifest.averages[SHADOW], found, False, accept_new_decay
-        )
+    if continuing:
+        check_computed_goes_on(manifest.averages[SHADOW], ours, False, accept_new_decay)
     if not has_init:
-        check_started(taking, found, params_of, CALL)
-    set_counts(taking, item, manifest, found, names, of_state, verify=verify)
+        check_started(taking, ours, params_of, CALL)
+    set_counts(taking, item, manifest, ours, names, of_state, verify=verify)
     live = resumed_params() if live is None else live
     taking.read(item, placement.meshes_of((params, opt_state)), verify=verify)
     by_slot = by_path(live)
     started_as_params = tuple(
         under(average.path, field)
-        for average in found
+        for average in ours
         if average.is_computed
         for field in average.fields
     )
@@ -123,10 +122,9 @@ def restore_what_fits(
         return check_concrete(leaf, slot)
 
     def state_leaf(path: str) -> Any:
-        ours = any(f"{path}/".startswith(f"{at}/") for at in started_as_params)
-        return value(
-            Slot(STATE, path), of_state[path], params_of.get(path) if ours else None
-        )
+        is_of_average = any(f"{path}/".startswith(f"{at}/") for at in started_as_params)
+        param = params_of.get(path) if is_of_average else None
+        return value(Slot(STATE, path), of_state[path], param)
 
     def shadow(i: int, average: Average, place: str) -> Any:
         if average.is_computed:
@@ -138,13 +136,13 @@ def restore_what_fits(
             place,
         )
 
-    pairs = enumerate(zip(found, places, strict=True))
+    pairs = enumerate(zip(ours, places, strict=True))
     shadows = [shadow(i, average, place) for i, (average, place) in pairs]
-    opt_state = found.put_back(filled(rest, state_leaf), shadows)
-    computed = {  # when it is read, of what goes on
+    opt_state = ours.put_back(filled(rest, state_leaf), shadows)
+    computed = {  # stored values of averages that are computed when they are read
         Place(SHADOW, names.path(path))
-        for average, place in zip(found, places, strict=True)
-        if average.is_computed and average.path in going
+        for average, place in zip(ours, places, strict=True)
+        if average.is_computed and average.path in continuing
         for path in by_path(average.tree, place)
     }
     known = counts_on_disk(manifest) | computed
@@ -160,11 +158,11 @@ def _offer_params(
         ValueError: If none takes it: this is another model. If a leaf that starts has
             no value.
     """
-    taken = [
+    fitting = [
         taking.offer(Slot(PARAMS, path), leaf, Place(PARAMS, names.path(path)))
         for path, leaf in slots.items()
     ]
-    if not any(taken):
+    if not any(fitting):
         stored = manifest.trees[PARAMS].leaves
         first = next(iter(slots), "")
         reason = taking.started.get(Slot(PARAMS, first), "these have no leaves")

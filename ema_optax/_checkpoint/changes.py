@@ -1,4 +1,4 @@
-"""What a resumed run took from a checkpoint, and what became of everything else."""
+"""Records what a resumed run took from a checkpoint, started, and left."""
 
 import collections
 import dataclasses
@@ -13,17 +13,17 @@ _SHOWN = 6  # leaves that a line names
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """What became of each leaf of a run that is resumed; `str` tells it in lines.
+    """Tells what became of each leaf of a resumed run; `str` gives it in lines.
 
     Leaves are called `params: PATH`, `shadow: PATH`, `shadow/NAME: PATH`, and
     `state: PATH` in the rest of the optimizer state.
 
     Attributes:
-        taken: Leaves of this run that are those of the checkpoint.
+        taken: Leaves of this run that come from the checkpoint.
         started: Other leaves of this run, and why they start.
         left: Leaves of the checkpoint that this run has no place for.
-        cast: Of those taken, the ones whose dtype is another: from which to which.
-        moved: Of those taken, the ones that are called otherwise in the checkpoint.
+        cast: Leaves taken in another dtype: from which to which.
+        moved: Leaves taken from another path, and that path in the checkpoint.
     """
 
     taken: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Changes:
     moved: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def __str__(self) -> str:
-        """Tells of each tree what became of its leaves."""
+        """Lists for each tree what became of its leaves."""
         sections = {
             "taken": [
                 f"{tree}: {_leaves(len(paths))}"
@@ -60,7 +60,7 @@ class _Pair(NamedTuple):
 
 
 class Resumed(_Pair):
-    """A changed run to go on with: a pair `params, opt_state` to unpack.
+    """Holds a resumed run: a pair `params, opt_state` to unpack, and its changes.
 
     Attributes:
         params: The params.
@@ -72,14 +72,14 @@ class Resumed(_Pair):
 
 
 def resumed(params: Any, opt_state: Any, changes: Changes) -> Resumed:
-    """Returns a pair with what became of its leaves."""
+    """Makes a `Resumed` of params, optimizer state and changes."""
     pair = Resumed(params, opt_state)
     pair.changes = changes
     return pair
 
 
 def called(tree: str, path: str) -> str:
-    """Returns what a leaf is called in `Changes`.
+    """Returns the name of a leaf in `Changes`.
 
     >>> called("shadow", "dense/kernel")
     'shadow: dense/kernel'
@@ -88,22 +88,23 @@ def called(tree: str, path: str) -> str:
 
 
 def _by_tree(names: Iterable[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    by_tree: dict[str, list[str]] = {}
     for name in names:
         tree, _, path = name.partition(": ")
-        found.setdefault(tree, []).append(path)
-    return found
+        by_tree.setdefault(tree, []).append(path)
+    return by_tree
 
 
 def _moves(moved: Mapping[str, str]) -> list[str]:
-    """Returns a line for each beginning of paths that is another one on disk."""
+    """Returns a line for each prefix of paths that differs on disk."""
     counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for name, stored in moved.items():
-        (tree, _, path), (of, _, at) = name.partition(": "), stored.partition(": ")
-        mine, theirs = path.split("/"), at.split("/")
+        tree, _, path = name.partition(": ")
+        stored_tree, _, stored_path = stored.partition(": ")
+        mine, theirs = path.split("/"), stored_path.split("/")
         while len(mine) > 1 and len(theirs) > 1 and mine[-1] == theirs[-1]:
             mine, theirs = mine[:-1], theirs[:-1]
-        source = "" if of == tree else f"{of}: "
+        source = "" if stored_tree == tree else f"{stored_tree}: "
         counts[tree, "/".join(mine), source + "/".join(theirs)] += 1
     lines = [
         f"{tree}: {mine} from {theirs} ({_leaves(count)})"
@@ -118,16 +119,16 @@ def _leaves(count: int) -> str:
 
 
 def _by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """Returns a line for each tree and reason that leaves next to each other have."""
+    """Returns a line for each run of neighbouring leaves with one reason."""
     lines: list[str] = []
     for tree, paths in _by_tree(reasons).items():
         pairs = [(path, reasons[called(tree, path)]) for path in paths]
-        groups = itertools.groupby(pairs, key=lambda pair: pair[1])
-        told = [
+        by_reason = itertools.groupby(pairs, key=lambda pair: pair[1])
+        tree_lines = [
             f"{tree}: {text.some([path for path, _ in group], _SHOWN)} ({reason})"
-            for reason, group in groups
+            for reason, group in by_reason
         ]
-        lines += told[:_SHOWN]
-        if len(told) > _SHOWN:
-            lines.append(f"{tree}: and {len(told) - _SHOWN:,} more")
+        lines += tree_lines[:_SHOWN]
+        if len(tree_lines) > _SHOWN:
+            lines.append(f"{tree}: and {len(tree_lines) - _SHOWN:,} more")
     return lines

@@ -20,7 +20,7 @@ from ema_optax._checkpoint.pieces import Bounds, Piece
 # What one process writes of a leaf, on the host.
 HostParts: TypeAlias = list[tuple[Bounds, np.ndarray]]
 
-# Largest block, in bytes: what a shard that cuts through one reads in vain.
+# Largest block, in bytes: as much is read in vain where a shard cuts through one.
 BLOCK = 2**26
 _SMALLEST = 2**20  # smaller blocks cost more to open than they save
 
@@ -37,7 +37,7 @@ def whole(shape: Sequence[int]) -> Bounds:
 
 
 def slices(bounds: Bounds, within: Bounds | None = None) -> tuple[slice, ...]:
-    """Returns bounds as an index: of the leaf, or of the array of outer bounds."""
+    """Returns bounds as an index into a leaf, or into an array within outer bounds."""
     if within is None:
         return tuple(slice(a, b) for a, b in bounds)
     pairs = zip(bounds, within, strict=True)
@@ -45,7 +45,7 @@ def slices(bounds: Bounds, within: Bounds | None = None) -> tuple[slice, ...]:
 
 
 def host_parts(leaf: Any, *, kept: bool = False) -> HostParts:
-    """Returns what this process writes of a leaf, on the host.
+    """Returns the parts of a leaf that this process writes, on the host.
 
     Call it after Orbax has copied the leaf to the host. On CPU a part is then a view,
     which keeps the buffer alive if the caller donates the leaf; on an accelerator it is
@@ -69,7 +69,7 @@ def host_parts(leaf: Any, *, kept: bool = False) -> HostParts:
 def block_shape(
     shape: Sequence[int], sharded: Sequence[bool], itemsize: int
 ) -> tuple[int, ...] | None:
-    """Returns the shape of the blocks that a large part is cut into; None of others.
+    """Returns the shape of the blocks that a large part is cut into; None for others.
 
     Orbax cuts its chunks alike when asked for `BLOCK` bytes: the longest axis, of the
     sharded ones while they last, to its next smaller divisor. Where that ends in
@@ -104,7 +104,7 @@ def is_cut(leaf: Any) -> bool:
         shape = leaf.sharding.shard_shape(leaf.shape)
     else:
         shape = np.shape(leaf)
-    if math.prod(shape) <= BLOCK // 16:  # whatever the dtype
+    if math.prod(shape) <= BLOCK // 16:  # 16 bytes are the widest dtype's, complex128
         return False
     pairs = zip(shape, leaf.shape, strict=True)
     return (
@@ -113,27 +113,28 @@ def is_cut(leaf: Any) -> bool:
 
 
 def pieces_of(parts: HostParts, shape: Sequence[int]) -> list[Piece]:
-    """Returns the checksums of what a process writes of a leaf of a shape."""
-    found: list[Piece] = []
+    """Returns the checksums of the parts of a leaf that a process writes."""
+    pieces: list[Piece] = []
     for bounds, array in parts:
         block = None
         if array.ndim == len(shape):  # the data of keys have one more, and lie whole
             sharded = [a != b for a, b in zip(array.shape, shape, strict=True)]
             block = block_shape(array.shape, sharded, array.itemsize)
         if block is None:
-            found.append(Piece(bounds, digest(array)))
+            pieces.append(Piece(bounds, digest(array)))
             continue
         starts = [range(a, b, n) for (a, b), n in zip(bounds, block, strict=True)]
         for corner in itertools.product(*starts):
-            here = tuple((a, a + n) for a, n in zip(corner, block, strict=True))
-            found.append(Piece(here, digest(array[slices(here, bounds)])))
-    return found
+            inner = tuple((a, a + n) for a, n in zip(corner, block, strict=True))
+            pieces.append(Piece(inner, digest(array[slices(inner, bounds)])))
+    return pieces
 
 
 def refuse_overflow(parts: Mapping[str, Mapping[str, HostParts]]) -> None:
     """Raises OverflowError for float16 data of a tree that are not finite.
 
-    A shadow never is (it holds where params are not): such a value did not fit.
+    A shadow is always finite, for it holds where params are not: such a value was
+    beyond the range of float16.
     """
     for name, leaves in parts.items():
         for path, each in leaves.items():
@@ -154,7 +155,7 @@ def digest(array: np.ndarray) -> str:
 
 def number_of(text: str) -> int:
     """Returns a checksum of a text as a number of 62 bits."""
-    return xxhash.xxh3_64_intdigest(text.encode()) >> 2
+    return xxhash.xxh3_64_intdigest(text.encode()) >> 2  # `gathered` sends two int32s
 
 
 def cover(
@@ -174,6 +175,7 @@ def cover(
     ):
         raise ValueError(f"its checksums are of another shape than {list(shape)}")
     box, inside = part, []
+    # A piece that the box cuts enlarges it, and may bring in others.
     while len(touching := [p for p in pieces if _overlap(p.bounds, box)]) > len(inside):
         inside = touching
         box = hull([box, *(piece.bounds for piece in inside)])
@@ -184,7 +186,7 @@ def cover(
 
 
 def mismatch(data: np.ndarray, box: Bounds, pieces: Iterable[Piece]) -> str | None:
-    """Returns which piece within a box is not what was saved, or None."""
+    """Says which piece within a box is not what was saved; None if all are."""
     for piece in pieces:
         if digest(data[slices(piece.bounds, box)]) != piece.xxh3:
             return (
@@ -195,15 +197,15 @@ def mismatch(data: np.ndarray, box: Bounds, pieces: Iterable[Piece]) -> str | No
 
 
 def disjoint(boxes: Iterable[Bounds]) -> list[Bounds]:
-    """Returns boxes, with those that overlap joined: nothing is read twice."""
-    found: list[Bounds] = []
+    """Joins boxes that overlap, so that nothing is read twice."""
+    merged: list[Bounds] = []
     for box in dict.fromkeys(boxes):
         joined = box
-        while near := [other for other in found if _overlap(other, joined)]:
-            found = [other for other in found if other not in near]
+        while near := [other for other in merged if _overlap(other, joined)]:
+            merged = [other for other in merged if other not in near]
             joined = hull([joined, *near])
-        found.append(joined)
-    return found
+        merged.append(joined)
+    return merged
 
 
 def inside(part: Bounds, box: Bounds) -> bool:

@@ -33,19 +33,19 @@ def stored_counts(
         CorruptCheckpointError: If data on disk is not what was saved.
         FileNotFoundError: If there is no such checkpoint.
     """
-    found = find_step(directory, step, item).item
+    folder = find_step(directory, step, item).item
     try:
-        manifest = read_manifest(found)
+        manifest = read_manifest(folder)
         state = manifest.trees.get(STATE)
         places = [
             Place(STATE, path)
             for path, entry in (state.leaves if state else {}).items()
             if wanted(path, entry)
         ]
-        reader = Reader(found, manifest, places, verify=True)
+        reader = Reader(folder, manifest, places, verify=True)
         return {
             place.path: int(next(iter(parts.values())))
             for place, parts in reader.stream(dict.fromkeys(places))
         }
     except CorruptCheckpointError as error:
-        raise explained(found, error) from error
+        raise explained(folder, error) from error

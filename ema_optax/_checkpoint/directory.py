@@ -1,4 +1,4 @@
-"""Functions on a directory: save, restore, describe and verify."""
+"""Saves, restores, describes and verifies the steps of a directory."""
 
 import contextlib
 import dataclasses
@@ -36,16 +36,16 @@ from ema_optax._trees import mistaken
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a step holds.
+    """Describes a step on disk.
 
     Attributes:
         step: Its number, or None where the path does not say.
         path: Its folder.
-        version: Of the library that wrote it.
-        format: Of what it wrote.
-        trees: `params`, `shadow` or `shadow/NAME`.
+        version: Version of the library that wrote it.
+        format: Its format on disk, a number.
+        trees: Its trees, by name: `params`, and `shadow` or `shadow/NAME`.
         state: The optimizer state without its shadows.
-        extra: What `EmaSave` was given.
+        extra: The `extra` that `EmaSave` was given.
         items: Names of the items of ours in the step.
     """
 
@@ -63,7 +63,7 @@ class Description:
 
     @functools.cached_property
     def steps(self) -> tuple[int, ...]:
-        """Numbers of all committed steps of the run; a bucket is asked for each."""
+        """Numbers of all committed steps of the run; in a bucket a request for each."""
         return tuple(self._numbers())
 
 
@@ -76,10 +76,10 @@ def save(
     extra: object = None,
     averaged: str | Mapping[str, str] | None = None,
 ) -> None:
-    """Save params, shadows and optimizer state as one step of a directory.
+    """Saves params, shadows and optimizer state as one step of a directory.
 
-    Blocks until it is committed. In a training loop use a `CheckpointManager` with
-    `EmaSave`, which saves in the background and keeps only the steps that you want.
+    Blocks until the step is committed. In a training loop use a `CheckpointManager`
+    with `EmaSave`, which saves in the background and keeps only the steps you want.
 
     Args:
         directory: Folder of the run, made if missing.
@@ -118,21 +118,21 @@ def save_average(
     every: int | None = None,
     extra: Any = None,
 ) -> None:
-    """Save one average as a checkpoint of its own, for inference.
+    """Saves one average as a checkpoint of its own, for inference.
 
-    `restore` gives it as the shadow, and as the params: it is stored once, where
-    whoever loads the step without this library looks for the params. With `params` the
-    two lie side by side, as `save` has them.
+    It is stored once, as the params, which programs load without this library;
+    `restore` gives it as the shadow and as the params. With `params` the two lie side
+    by side, as after `save`.
 
     Args:
         directory: Folder of the checkpoint, made if missing; not that of the run, whose
             params it would stand beside.
-        tree: The whole model, such as a `Reconstruction`'s tree; with `params` the
-            leaves that are averaged, others are theirs.
+        tree: The whole model, such as a `Reconstruction`'s tree; with `params` only
+            the leaves that are averaged.
         params: The live params, for an average that no optimizer state holds.
         step: Number of the step, ≥ 0.
         count: Updates that the average has seen, ≥ 0; None for the step.
-        decay: What it was averaged with, for `describe`.
+        decay: Decay of the average, for `describe`.
         every: Updates between its folds, ≥ 1; None where that is not known.
         extra: Anything that is JSON, for `describe`.
 
@@ -149,8 +149,8 @@ def save_average(
     """
     if decay is not None and not isinstance(decay, Decay):
         raise TypeError(
-            f"decay is what it was averaged with, such as ema_optax.warmup(0.9999), or "
-            f"None where that is not known; got {text.brief(decay)}."
+            f"decay is that of the average, such as ema_optax.warmup(0.9999), or None "
+            f"where it is not known; got {text.brief(decay)}."
         )
     for given, name in ((tree, "an average"), (params, "params")):
         mistaken.check_no_nnx(given, name, "save_average(directory, tree, params=…)")
@@ -178,7 +178,7 @@ def _write(directory: epath.PathLike, build: Callable[[], EmaSave], step: int) -
                 f"{root / str(step)} exists, and nothing is overwritten. Pass another "
                 "step, or remove it first."
             )
-        args = build()  # what is wrong with the trees is said before it is written
+        args = build()  # refuses trees that cannot be stored before anything is written
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     try:
         with ocp.CheckpointManager(root, options=options) as manager:
@@ -201,14 +201,15 @@ def restore(
     rename: Mapping[str, str] | None = None,
     verify: bool = True,
 ) -> Any:
-    """Restore one tree into the slots of a model; needs no optimizer.
+    """Restores one tree into the slots of a model; needs no optimizer.
 
     A shadow comes as the whole model: leaves that are not averaged are those of the
-    params. Only what is asked for is read.
+    params. Only the leaves that it needs are read.
 
     Args:
         directory: The folder of a run, or of one step of it.
-        tree: `"params"`, `"shadow"`, or `"shadow/NAME"`.
+        tree: `"params"`, `"shadow"`, or the name of a shadow: `"fast"`, in full
+            `"shadow/fast"`.
         like: The model's params, abstract (`jax.eval_shape`) or concrete, of any tree
             type: the result has its structure, shapes, dtypes and shardings. Floats are
             cast to its floats, nothing else is cast. Leaves without a sharding go to
@@ -235,14 +236,14 @@ def restore(
     ...     restore(folder, "params", {"v": jnp.zeros(2)}, rename={"v": "w"})
     {'v': Array([1., 1.], dtype=float32)}
     """
-    found = find_same_step(directory, step, item)
-    return EmaRestore(tree, like, rename, verify).read(found.item)
+    folder = find_same_step(directory, step, item).item
+    return EmaRestore(tree, like, rename, verify).read(folder)
 
 
 def describe(
     directory: epath.PathLike, *, step: int | None = None, item: str | None = None
 ) -> Description:
-    """Tell what a step holds, without reading its arrays.
+    """Describes what a step holds, without reading its arrays.
 
     Args:
         directory: The folder of a run, or of one step of it.
@@ -258,8 +259,8 @@ def describe(
     >>> opt_state = ema_optax.ema_params(0.99).init(params)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(folder, params, opt_state, step=300)
-    ...     found = describe(folder)
-    >>> found.step, found.trees["shadow"].decay
+    ...     description = describe(folder)
+    >>> description.step, description.trees["shadow"].decay
     (300, warmup(decay=0.99, offset=10))
     """
     found = find(directory, step)
@@ -286,7 +287,7 @@ def describe(
 def verify(
     directory: epath.PathLike, *, step: int | None = None, item: str | None = None
 ) -> None:
-    """Read a whole step and compare all of it with its checksums.
+    """Verifies a whole step: reads it and compares all of it with its checksums.
 
     Args:
         directory: The folder of a run, or of one step of it.
@@ -304,22 +305,22 @@ def verify(
     ...     save(folder, params, opt_state, step=300)
     ...     verify(folder)  # and says nothing: all of it is what was saved
     """
-    for found in find_same_items(directory, step, item):
+    for folder in find_same_items(directory, step, item):
         try:
-            verify_item(found)
+            verify_item(folder)
         except CorruptCheckpointError as error:
-            raise explained(found, error) from error
+            raise explained(folder, error) from error
 
 
 def _alone() -> str | None:
-    """Returns what to say where one process may have met damage that no other has."""
+    """Returns the advice where other processes may not have met the damage."""
     if jax.process_count() == 1:
         return None
     return "Whether an older one is whole, checkpoint.verify tells, on all processes."
 
 
 def _remove_temporary(root: epath.Path, step: int) -> None:
-    """Removes what a failed save left, which would keep the disk full."""
+    """Removes the files of a failed save, which would keep the disk full."""
     if jax.process_index() != 0 or storage.is_remote(root):
         return  # in a bucket it is taken for no step, and the next save removes it
     for name in storage.listed(root) or {}:

@@ -36,20 +36,20 @@ Count: TypeAlias = int | list["Count"]  # lists where states were vmapped
 
 BYTES = 2**60  # of a leaf; the sums of many stay far from overflow in float64
 _NDIM = 64  # NumPy's own bound
-_INT = 2**63
+_INT = 2**63  # whole numbers below it fit int64
 _KEY = "key:"
 _KIND = re.compile(rf"jax|numpy|bool|int|float|{_KEY}.{{1,64}}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LeafEntry:
-    """A leaf on disk.
+    """Describes a leaf on disk.
 
     Attributes:
         shape: Its shape.
-        dtype: By name; of PRNG keys that of their data.
-        key: Implementation of PRNG keys, such as `threefry2x32`; None of numbers.
-        kind: What it was in Python: `jax`, `numpy`, `bool`, `int` or `float`.
+        dtype: Its name; of PRNG keys that of their data.
+        key: Implementation of PRNG keys, such as `threefry2x32`; None for numbers.
+        kind: Its type when it was saved: `jax`, `numpy`, `bool`, `int` or `float`.
     """
 
     shape: tuple[int, ...]
@@ -68,13 +68,13 @@ class LeafEntry:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
     def to_json(self) -> dict[str, object]:
-        """Its part of the manifest."""
+        """Writes it as JSON, for the manifest."""
         kind = f"{_KEY}{self.key}" if self.key else self.kind
         return {"shape": list(self.shape), "dtype": self.dtype, "kind": kind}
 
     @classmethod
     def parse(cls, content: object) -> "LeafEntry":
-        """Makes an entry of JSON, or raises `CorruptCheckpointError` that says why."""
+        """Parses JSON, or raises `CorruptCheckpointError` that says what is wrong."""
         if not is_object(content) or not {"shape", "dtype", "kind"} <= set(content):
             raise CorruptCheckpointError("lacks shape, dtype or kind")
         shape, dtype, kind = content["shape"], content["dtype"], content["kind"]
@@ -95,14 +95,19 @@ class LeafEntry:
 
 
 class Computed(NamedTuple):
-    """A call that makes an average which is computed when it is read."""
+    """A call that makes an average which is computed when it is read.
+
+    Attributes:
+        maker: Name of the function, `bema_params` or `ring`.
+        arguments: Its arguments by name.
+    """
 
     maker: str
     arguments: dict[str, float]
 
     def __str__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
-        return f"{self.maker}({given})"
+        pairs = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return f"{self.maker}({pairs})"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,14 +115,14 @@ class AverageEntry:
     """How a shadow was made.
 
     Attributes:
-        decay: What it was averaged with; None where that cannot be written down.
+        decay: Its decay; None where that is a plain callable or unknown.
         every: Updates between its folds; None where unknown.
         count: Updates it has seen.
         bema: Arguments of each `bema_params` that it comes from.
         ring: Arguments of each `ring` that it comes from.
         unread: The JSON of a decay that this version cannot read; `decay` is then None.
-        places: Where in the params the averaged tree sits, by the place of its state in
-            the optimizer state; those of which it is the whole are left out.
+        places: Path in the params of the averaged tree, by the place of its state in
+            the optimizer state; left out where it averages all params.
     """
 
     decay: Decay | None
@@ -130,21 +135,21 @@ class AverageEntry:
 
     @property
     def computed(self) -> tuple["Computed", ...]:
-        """What computes it when it is read, but for what the average of others is."""
+        """The calls that compute it when it is read; empty for a stored shadow."""
         return (
             *(Computed("bema_params", dict(each)) for each in self.bema),
             *(Computed("ring", dict(each)) for each in self.ring),
         )
 
     def to_json(self) -> dict[str, object]:
-        """Its part of the manifest.
+        """Writes it as JSON, for the manifest.
 
         Raises:
             TypeError: If the decay is, or holds, a plain callable.
         """
-        written = json.loads(self.decay.to_json()) if self.decay else self.unread
+        decay = json.loads(self.decay.to_json()) if self.decay else self.unread
         entry: dict[str, object] = {
-            "decay": written,
+            "decay": decay,
             "every": self.every,
             "count": self.count,
         }
@@ -158,7 +163,7 @@ class AverageEntry:
 
     @classmethod
     def parse(cls, content: object) -> "AverageEntry":
-        """Makes an entry of JSON, or raises `CorruptCheckpointError` that says why."""
+        """Parses JSON, or raises `CorruptCheckpointError` that says what is wrong."""
         if not is_object(content) or not {"decay", "every", "count"} <= set(content):
             raise CorruptCheckpointError("lacks decay, every or count")
         decay, every, count = content["decay"], content["every"], content["count"]
@@ -184,12 +189,12 @@ class AverageEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TreeEntry:
-    """A tree on disk.
+    """Describes a tree on disk.
 
     Attributes:
         structure: Dicts and lists as Orbax nests them, with the paths of its leaves.
         leaves: By path. Of a shadow: those that are averaged.
-        average: How a shadow was made; None of other trees.
+        average: How a shadow was made; None for other trees.
     """
 
     structure: Structure
@@ -203,7 +208,7 @@ class TreeEntry:
 
     @property
     def decay(self) -> Decay | None:
-        """What a shadow was averaged with, where that can be written down."""
+        """Decay of a shadow; None where that cannot be written down."""
         return self.average.decay if self.average else None
 
     @property
@@ -217,13 +222,13 @@ class TreeEntry:
         return self.average.count if self.average else None
 
     def to_json(self) -> dict[str, object]:
-        """Its part of the manifest, but for the average."""
+        """Writes it as JSON, for the manifest; the average is written apart."""
         leaves = {path: leaf.to_json() for path, leaf in self.leaves.items()}
         return {"structure": self.structure, "leaves": leaves}
 
     @classmethod
     def parse(cls, content: object, average: AverageEntry | None) -> "TreeEntry":
-        """Makes an entry of JSON, or raises `CorruptCheckpointError` that says why."""
+        """Parses JSON, or raises `CorruptCheckpointError` that says what is wrong."""
         if not is_object(content) or not {"structure", "leaves"} <= set(content):
             raise CorruptCheckpointError("has no structure or no leaves")
         if not is_object(content["leaves"]):
@@ -249,17 +254,17 @@ def check_place(path: str) -> None:
 
 
 def _check_structure(structure: object, leaves: set[str]) -> None:
-    left = set(leaves)
+    unseen = set(leaves)
     for node, depth in nodes(structure):
         if depth > DEPTH:
             raise CorruptCheckpointError(f"is nested more than {DEPTH} deep")
         if isinstance(node, str):
-            if node not in left:
-                what = "twice" if node in leaves else "and no such leaf"
+            if node not in unseen:
+                reason = "twice" if node in leaves else "and no such leaf"
                 raise CorruptCheckpointError(
-                    f"has the path {brief(node)} in its structure {what}"
+                    f"has the path {brief(node)} in its structure {reason}"
                 )
-            left.remove(node)
+            unseen.remove(node)
         elif is_object(node):
             for key in node:
                 if problem := misplaced(key):
@@ -268,9 +273,9 @@ def _check_structure(structure: object, leaves: set[str]) -> None:
                     )
         elif node is not None and not is_list(node):
             raise CorruptCheckpointError(f"has {brief(node)} in its structure")
-    if left:
+    if unseen:
         raise CorruptCheckpointError(
-            f"has a leaf {brief(min(left))} that is not in its structure"
+            f"has a leaf {brief(min(unseen))} that is not in its structure"
         )
 
 

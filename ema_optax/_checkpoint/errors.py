@@ -1,4 +1,4 @@
-"""Exceptions of reading and writing a checkpoint, by what a user can do about them."""
+"""Turns errors of reading and writing a checkpoint into those a user can act on."""
 
 # pyright: strict
 
@@ -7,19 +7,23 @@ import re
 
 from ema_optax._messages.text import one_line
 
-# TensorStore's errors are ValueErrors that begin with absl's status and state the
-# system's; only those of INVALID_ARGUMENT, as of data that zstd refuses, state neither.
+# TensorStore raises ValueErrors that begin with the status of absl and hold the number
+# of the system's error. Only INVALID_ARGUMENT, as for data that zstd refuses, has
+# neither.
 _STATUS = re.compile(r"([A-Z_]+): ")
 _ERRNO = re.compile(r"\[(?:os_error_code='|OS error )(\d+)")
-_OF_SYSTEM = re.compile(r"\[OS error \d+: \w+ ([^]]*)\]")  # as older versions have it
-# In any order: the status keeps them by hash.
+_OF_SYSTEM = re.compile(r"\[OS error \d+: \w+ ([^]]*)\]")  # of older TensorStore
+# The details come in any order: the status keeps them in a hash table.
 _DETAILS = re.compile(
     r" \[(?:tensorstore_spec|os_error_code|domain|transform|source locations)=.*", re.S
 )
 
 
 class CorruptCheckpointError(ValueError):
-    """Data on disk is not what was saved: flipped bits, missing or truncated files."""
+    """Raised where data on disk is not what was saved.
+
+    Causes are flipped bits, and files that are missing or truncated.
+    """
 
 
 _CAUSES: list[tuple[type[Exception], set[str | int], str]] = [
@@ -42,14 +46,14 @@ _CAUSES: list[tuple[type[Exception], set[str | int], str]] = [
     (
         MemoryError,
         {"RESOURCE_EXHAUSTED", errno.ENOMEM},
-        "The checkpoint may be whole: take fewer leaves, shard them over more devices, "
-        "or free memory.",
+        "The checkpoint may be intact: read fewer leaves, shard them over more "
+        "devices, or free memory.",
     ),
     (OSError, {errno.ENOSPC, errno.EDQUOT}, "Make room on the disk."),
     (OSError, {errno.EMFILE, errno.ENFILE}, "Allow more open files: ulimit -n 65536."),
 ]
 _OTHERWISE = (
-    "The checkpoint may be whole: try again, and look after the disk or the network."
+    "The checkpoint may be intact: try again, and check the disk or the network."
 )
 
 
@@ -82,17 +86,17 @@ def as_cause(error: Exception, what: str = "") -> Exception:
         isinstance(error, RuntimeError) and text.startswith("RESOURCE_EXHAUSTED: ")
     ):  # of Python, or of JAX
         cause = errno.ENOMEM
-    elif not isinstance(error, (ValueError, RecursionError)):  # of JSON without end
+    elif not isinstance(error, (ValueError, RecursionError)):  # of JSON nested too deep
         return error
     elif number:
         cause = int(number[1])
     else:
         cause = status[1] if status else "INVALID_ARGUMENT"
     kind, advice = OSError, _OTHERWISE
-    for known, causes, its_advice in _CAUSES:
+    for known, causes, what_to_do in _CAUSES:
         if cause in causes:
-            kind, advice = known, its_advice
-    said = one_line(_DETAILS.sub("", _OF_SYSTEM.sub(r"\1", text)), None).rstrip(".")
-    if len(said) > 300:  # TensorStore's begin with the paths, and end with the cause
-        said = f"{said[:100]} … {said[-200:]}"
-    return kind(f"{what}{': ' if what else ''}{said}. {advice}")
+            kind, advice = known, what_to_do
+    message = one_line(_DETAILS.sub("", _OF_SYSTEM.sub(r"\1", text)), None).rstrip(".")
+    if len(message) > 300:  # TensorStore's begin with paths and end with the cause
+        message = f"{message[:100]} … {message[-200:]}"
+    return kind(f"{what}{': ' if what else ''}{message}. {advice}")

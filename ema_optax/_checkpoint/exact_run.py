@@ -1,4 +1,4 @@
-"""Restores a whole run, to go on with: params and optimizer state exactly."""
+"""Restores a whole run to go on with: params and optimizer state exactly."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from ema_optax._averages import averages
 from ema_optax._checkpoint.leaves import Place, read
-from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
+from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest
 from ema_optax._checkpoint.restoring import check_fits, shared_manifest
 from ema_optax._checkpoint.same_averages import check_same
 from ema_optax._checkpoint.slots import by_path, filled, place_in_run, stored_place
@@ -19,6 +19,7 @@ from ema_optax._checkpoint.targets import Target, target_of
 from ema_optax._messages import text
 from ema_optax._placement import placement
 from ema_optax._trees import mistaken
+from ema_optax._trees.naming import tree_of
 
 CALL = "resume(directory, params, opt_state)"
 
@@ -32,7 +33,7 @@ def restore_run(
     rename: Mapping[str, str] | None,
     verify: bool,
 ) -> tuple[optax.Params, optax.OptState]:
-    """Returns params and optimizer state exactly as saved. See `directory.resume`."""
+    """Restores params and optimizer state exactly. See `checkpoint.resume`."""
     manifest = shared_manifest(item)
     if STATE not in manifest.trees:
         raise ValueError(
@@ -50,29 +51,29 @@ def restore_run(
             "optimizer.init(params); or pass missing='start', which calls it with the "
             "params that go on."
         )
-    found = averages.find(opt_state, call=CALL, params=params)
-    if not found and len(averages.Averages(params)):
-        raise ValueError(found.none())
+    ours = averages.find(opt_state, call=CALL, params=params)
+    if not ours and len(averages.Averages(params)):
+        raise ValueError(ours.none())
     names = StoredNames(rename, manifest, by_path(params))
-    names.check_trees(found)
-    check_same(manifest, found, names.tree, accept_new_decay)
+    names.check_trees(ours)
+    check_same(manifest, ours, names.tree, accept_new_decay)
     places = [
         place_in_run(average, params, names.places)
         if rename
         else stored_place(manifest, average, tree_of(average.name))
-        for average in found
+        for average in ours
     ]
-    rest = found.rest()
-    # The stored leaf that each slot takes: of a run as it was saved, that of its path.
+    rest = ours.rest()
+    # The stored leaf that each slot takes: that of its own path, unless renamed.
     slots: dict[Place, tuple[Place, Any]] = {
         Place(PARAMS, path): (Place(PARAMS, names.path(path)), leaf)
         for path, leaf in by_path(params).items()
     }
     computed: set[str] = set()
-    for average, place in zip(found, places, strict=True):
+    for average, place in zip(ours, places, strict=True):
         for path, leaf in by_path(average.tree, place).items():
             stored = names.path(path)
-            if average.is_computed:  # when it is read; what is stored is not read back
+            if average.is_computed:  # from the state; the stored value is not read
                 computed.add(stored)
             else:
                 slot = Place(tree_of(average.name), path)
@@ -93,9 +94,9 @@ def restore_run(
         average.tree
         if average.is_computed
         else filled(average.tree, of(tree_of(average.name)), place)
-        for average, place in zip(found, places, strict=True)
+        for average, place in zip(ours, places, strict=True)
     ]
-    opt_state = found.put_back(filled(rest, of(STATE)), shadows)
+    opt_state = ours.put_back(filled(rest, of(STATE)), shadows)
     return filled(params, of(PARAMS)), opt_state
 
 
@@ -108,12 +109,12 @@ def _in_state(
     """Returns the stored path of each leaf of a state whose params are renamed."""
     stored = manifest.trees[STATE].leaves
     parts, slots = names.parts(leaves, places)
-    found: dict[str, str] = {}
+    stored_paths: dict[str, str] = {}
     for path, slot in slots.items():
         part = parts[path]
         paths = [joined(part.node, part, param) for param in names.as_given(slot)]
-        found[path] = next((each for each in paths if each in stored), paths[0])
-    return found
+        stored_paths[path] = next((each for each in paths if each in stored), paths[0])
+    return stored_paths
 
 
 def _targets(
@@ -125,10 +126,10 @@ def _targets(
     """Returns the target of each slot.
 
     Args:
-        manifest: What is on disk.
+        manifest: The manifest on disk.
         slots: The stored leaf that each takes, and the leaf of this run.
         computed: Paths of the stored shadow that are not read.
-        meshes: What an abstract mesh may stand for.
+        meshes: Meshes that an abstract mesh may stand for.
 
     Raises:
         ValueError: If the leaves differ from those on disk.
@@ -148,7 +149,7 @@ def _targets(
             "resume(directory, params, optimizer.init, missing='start')."
         )
     for slot, (place, leaf) in slots.items():
-        name = f"{_spoken(slot.tree)}: {slot.path}"
+        name = f"{_in_words(slot.tree)}: {slot.path}"
         check_fits(stored[place], leaf, name, exact=True)
     return {
         slot: (place, target_of(leaf, stored[place], meshes))
@@ -157,26 +158,26 @@ def _targets(
 
 
 def _difference(manifest: Manifest, wanted: set[Place], stored: set[Place]) -> str:
-    """Returns what is only on one side: of params, if those differ."""
+    """Names a leaf that only one side has; one of the params, if those differ."""
 
     def first(places: set[Place]) -> Place | None:
         return min(places, key=lambda p: (p.tree != PARAMS, p), default=None)
 
     lacking, alone = first(wanted - stored), first(stored - wanted)
-    told: list[str] = []
+    clauses: list[str] = []
     if lacking:
-        told.append(
-            f"the checkpoint lacks '{lacking.path}' in the {_spoken(lacking.tree)}"
+        clauses.append(
+            f"the checkpoint lacks '{lacking.path}' in the {_in_words(lacking.tree)}"
         )
     if alone:
-        who = "it" if lacking else "the checkpoint"
-        told.append(
-            f"only {who} has '{alone.path}' in the {_spoken(alone.tree)}",
+        owner = "it" if lacking else "the checkpoint"
+        clauses.append(
+            f"only {owner} has '{alone.path}' in the {_in_words(alone.tree)}",
         )
     tree = manifest.trees.get(lacking.tree) if lacking else None
-    near = f" {text.nearest(lacking.path, tree.leaves)}" if lacking and tree else ""
-    return f"{', and '.join(told)}.{near}"
+    hint = f" {text.nearest(lacking.path, tree.leaves)}" if lacking and tree else ""
+    return f"{', and '.join(clauses)}.{hint}"
 
 
-def _spoken(tree: str) -> str:
+def _in_words(tree: str) -> str:
     return "optimizer state" if tree == STATE else tree

@@ -1,7 +1,7 @@
-"""A checkpoint that another program wrote: what arrays it has, read a few at a time.
+"""A checkpoint that another program wrote: its arrays, read a few at a time.
 
-What was written is not trusted: paths stay inside, sizes are bounded before anything is
-read, and what cannot be read is said by its cause.
+Nothing in it is trusted: paths stay inside, sizes are bounded before anything is read,
+and errors name the cause.
 """
 
 import abc
@@ -64,8 +64,8 @@ class Foreign(abc.ABC):
 
     Attributes:
         place: Where it is.
-        kind: What wrote it, in words.
-        number: Of its step, or None where nothing says.
+        kind: Its format, in words.
+        number: Number of its step, or None where unknown.
         tree: Its arrays, nested as they were saved.
         leaves: The same by path.
     """
@@ -83,7 +83,7 @@ class Foreign(abc.ABC):
 
     @abc.abstractmethod
     def read(self, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields the arrays of some paths, in any order, in the dtypes stored.
+        """Yields the arrays at some paths, in any order, in the dtypes stored.
 
         Raises:
             CorruptCheckpointError: If one is damaged or missing.
@@ -104,10 +104,11 @@ def leaves_of(node: Node) -> Iterator[Leaf]:
 
 
 def leaf_at(keys: Sequence[str], shape: Sequence[int], dtype: str, place: str) -> Leaf:
-    """Makes a leaf of what a file says of an array.
+    """Makes a leaf from what a file says of an array.
 
     Raises:
-        CorruptCheckpointError: If it is none, or leads out of the checkpoint.
+        CorruptCheckpointError: If dtype or shape are none of an array, or the path
+            leads out of the checkpoint.
     """
     path = "/".join(keys)
     problem = misplaced(path) if path else None
@@ -122,7 +123,7 @@ def leaf_at(keys: Sequence[str], shape: Sequence[int], dtype: str, place: str) -
 
 
 def is_too_deep(keys: Sequence[object]) -> bool:
-    """Returns whether a leaf lies deeper than what is read."""
+    """Returns whether a leaf lies deeper than `DEPTH` keys."""
     return len(keys) > DEPTH
 
 
@@ -134,7 +135,7 @@ def read_json(file: epath.Path) -> dict[str, Any]:
         OSError: If it cannot be read.
     """
     try:
-        found = json.loads(read_text(file))
+        content = json.loads(read_text(file))
     except FileNotFoundError:
         raise CorruptCheckpointError(f"{file} is missing.") from None
     except (ValueError, RecursionError) as error:
@@ -142,9 +143,11 @@ def read_json(file: epath.Path) -> dict[str, Any]:
             f"{file} cannot be read: {text.one_line(error)}. If it was copied, copy it "
             "again."
         ) from error
-    if not isinstance(found, dict):
-        raise CorruptCheckpointError(f"{file} holds {text.brief(found)}, no object.")
-    return found
+    if not isinstance(content, dict):
+        raise CorruptCheckpointError(
+            f"{file} holds {text.brief(content)}, not a JSON object."
+        )
+    return content
 
 
 def check_memory(needed: int) -> None:
@@ -154,11 +157,11 @@ def check_memory(needed: int) -> None:
         MemoryError: If they are larger than its memory.
     """
     try:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not told on this system
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # this system does not say
         return
-    if needed > there > 0:
+    if needed > memory > 0:
         raise MemoryError(
-            f"Params and average have {needed:,} bytes, and this machine {there:,} of "
-            "memory, which holds both. Adopt it on a larger one."
+            f"Params and average take {needed:,} bytes of memory, and this machine has "
+            f"{memory:,}. Adopt it on a larger one."
         )

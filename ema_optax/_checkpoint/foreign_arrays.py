@@ -1,6 +1,6 @@
-"""Arrays that are a folder of zarr each, as axlearn and Levanter write them.
+"""Reads arrays in a folder of zarr each, as axlearn and Levanter write them.
 
-They do so through JAX's own serialization of arrays.
+Both write through JAX's own serialization of arrays.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ class ArrayFolders(Foreign):
     """The arrays below a folder, each by the folders that lead to it."""
 
     def __init__(self, place: epath.Path, number: int | None) -> None:
-        """Reads what arrays there are; see `Foreign`."""
+        """Lists the arrays; see `Foreign`."""
         entries = storage.listed(place) or {}
         root = place / _AXLEARN if entries.get(_AXLEARN) else place
         problem = refusal(root, 0)
@@ -44,7 +44,7 @@ class ArrayFolders(Foreign):
         super().__init__(str(place), "a folder of zarr arrays", number, tree)
 
     def read(self, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields the arrays of some paths; see `Foreign`."""
+        """Yields the arrays at some paths; see `Foreign`."""
         for path in paths:
             try:
                 array = _opened(self._root / path).read().result()
@@ -66,19 +66,19 @@ def _tree(folder: epath.Path, keys: tuple[str, ...], first: bool = False) -> Nod
         return _leaf(folder, keys)
     if is_too_deep(keys):
         raise CorruptCheckpointError(f"{folder} lies too deep for a tree of arrays.")
-    found: dict[str, Node] = {}
+    tree: dict[str, Node] = {}
     for name in sorted(entries):
         below = _tree(folder / name, (*keys, name), first) if entries[name] else None
         if below:
-            found[name] = below
+            tree[name] = below
             if first:
                 break
-    return found
+    return tree
 
 
 def _leaf(folder: epath.Path, keys: tuple[str, ...]) -> Leaf:
-    told = read_json(folder / ARRAY)
-    shape, dtype = told.get("shape"), told.get("dtype")
+    metadata = read_json(folder / ARRAY)
+    shape, dtype = metadata.get("shape"), metadata.get("dtype")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise CorruptCheckpointError(f"{folder} is an array of no shape.")
     try:

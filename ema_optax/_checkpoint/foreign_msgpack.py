@@ -1,4 +1,4 @@
-"""Arrays in msgpack files of `flax.serialization`, of which nothing is run."""
+"""Reads arrays in msgpack files of `flax.serialization`; runs nothing of them."""
 
 import math
 import os
@@ -27,7 +27,7 @@ _IN_PARTS = "__msgpack_chunked_array__"
 
 
 class MsgpackFile(Foreign):
-    """What `flax.serialization.to_bytes` wrote: all of the file is in memory."""
+    """A file that `flax.serialization.to_bytes` wrote, held in memory whole."""
 
     def __init__(self, file: Path, number: int | None) -> None:
         """Reads the file.
@@ -42,7 +42,7 @@ class MsgpackFile(Foreign):
         super().__init__(str(file), "a msgpack file of Flax", number, tree)
 
     def read(self, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields the arrays of some paths; see `Foreign`."""
+        """Yields the arrays at some paths; see `Foreign`."""
         for path in paths:
             yield path, self._arrays[path]
 
@@ -73,23 +73,23 @@ class MsgpackFile(Foreign):
 
 
 def _unpacked(file: Path) -> Any:
-    """Returns what a file holds, with its arrays as NumPy has them."""
+    """Unpacks a file, its arrays as NumPy arrays."""
     with extras.needed_by("adopt of a msgpack file"):
         import msgpack
-    check_memory(2 * os.path.getsize(file))
+    check_memory(2 * os.path.getsize(file))  # the file, and the arrays unpacked from it
     data = file.read_bytes()
     try:
         return msgpack.unpackb(data, ext_hook=_extension, strict_map_key=False)
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
-        said = text.one_line(error).rstrip(".") or type(error).__name__
+        message = text.one_line(error).rstrip(".") or type(error).__name__
         raise CorruptCheckpointError(
-            f"{file} is no msgpack file of flax.serialization: {said}. If it was "
+            f"{file} is no msgpack file of flax.serialization: {message}. If it was "
             "copied, copy it again."
         ) from error
 
 
 def _extension(code: int, data: bytes) -> Any:
-    """Returns what Flax packed: an array, a scalar of NumPy, or a complex number."""
+    """Unpacks an extension type of Flax: an array, a NumPy scalar, a complex number."""
     import msgpack
 
     if code in (_ARRAY, _SCALAR):
@@ -103,7 +103,7 @@ def _extension(code: int, data: bytes) -> Any:
 
 def _array(shape: object, dtype: object, buffer: object) -> np.ndarray:
     name = dtype.decode() if isinstance(dtype, bytes) else dtype
-    name = "bfloat16" if name == "V2" else name
+    name = "bfloat16" if name == "V2" else name  # NumPy's name of its two raw bytes
     size = itemsize(name) if isinstance(name, str) else None
     if size is None or not isinstance(name, str):
         raise ValueError(f"it has an array of the dtype {text.brief(dtype)}")
@@ -119,7 +119,7 @@ def _array(shape: object, dtype: object, buffer: object) -> np.ndarray:
 
 
 def _joined(node: Mapping[Any, Any], file: str) -> np.ndarray:
-    """Returns an array that was packed in parts."""
+    """Joins an array that was packed in parts."""
     parts, shape = node.get("chunks"), node.get("shape")
     try:
         if not isinstance(parts, Mapping) or not isinstance(shape, Mapping):

@@ -1,4 +1,4 @@
-"""Arrays of steps that Orbax wrote for others, of any of its layouts."""
+"""Reads arrays of steps that Orbax wrote for others, in any of its layouts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,10 +23,11 @@ from ema_optax._checkpoint.untrusted import refusal
 from ema_optax._messages import text
 from ema_optax._trees import trees
 
-METADATA = "_METADATA"  # what Orbax writes into the folder of a tree
+METADATA = "_METADATA"  # the file that Orbax writes into the folder of a tree
 
-# Read at once: Orbax reads side by side, and parses the metadata once a call.
-_BATCH = 2**25  # bytes
+# Bytes of leaves that are read with one call: Orbax reads them side by side, and parses
+# the metadata of the step once a call.
+_BATCH = 2**25
 
 
 class OrbaxStep(Foreign):
@@ -35,12 +36,12 @@ class OrbaxStep(Foreign):
     def __init__(
         self, place: epath.Path, items: Sequence[epath.Path], number: int | None
     ) -> None:
-        """Reads what arrays there are.
+        """Lists the arrays.
 
         Args:
             place: The folder of the step.
-            items: Those of its trees.
-            number: Of the step.
+            items: The folders of its trees.
+            number: Number of the step.
 
         Raises:
             CorruptCheckpointError: If the metadata are damaged.
@@ -56,28 +57,29 @@ class OrbaxStep(Foreign):
         super().__init__(str(place), "an Orbax step", number, tree)
 
     def read(self, paths: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields the arrays of some paths; see `Foreign`."""
+        """Yields the arrays at some paths; see `Foreign`."""
         wanted = set(paths)
         for above, item in self._items.items():
-            here = leaves_of(self._trees[above])
-            for batch in _batches([leaf for leaf in here if leaf.path in wanted]):
+            leaves = leaves_of(self._trees[above])
+            for batch in _batches([leaf for leaf in leaves if leaf.path in wanted]):
                 yield from self._read(above, item, batch)
 
     def _read(
         self, above: tuple[str, ...], item: epath.Path, batch: Sequence[Leaf]
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Reads some leaves of one tree; the others are placeholders for Orbax."""
-        now = {leaf.path for leaf in batch}
+        paths = {leaf.path for leaf in batch}
 
-        def asked(leaf: Any) -> Any:
-            return 0 if isinstance(leaf, Leaf) and leaf.path in now else ...
+        def or_placeholder(leaf: Any) -> Any:
+            return 0 if isinstance(leaf, Leaf) and leaf.path in paths else ...
 
-        tree = jax.tree.map(asked, self._trees[above])
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        tree = jax.tree.map(or_placeholder, self._trees[above])
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        restore_args = jax.tree.map(lambda _: as_numpy, tree)
         handler = ocp.PyTreeCheckpointHandler()
         try:
-            args = ocp.args.PyTreeRestore(item=tree, restore_args=how)
-            found = handler.restore(item, args=args)
+            args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args)
+            restored = handler.restore(item, args=args)
         except (ValueError, OSError, MemoryError, RuntimeError, KeyError) as error:
             names = text.some(repr(leaf.path) for leaf in batch)
             what = f"{item}: {names} cannot be read"
@@ -86,7 +88,7 @@ class OrbaxStep(Foreign):
             raise as_cause(error, what) from error
         finally:
             handler.close()
-        names, arrays, _ = trees.flatten(found)
+        names, arrays, _ = trees.flatten(restored)
         prefix = "".join(f"{name}/" for name in above)
         by_path = {
             f"{prefix}{name}".rstrip("/"): array
@@ -115,14 +117,14 @@ def _batches(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
 
 
 def _tree(item: epath.Path, above: tuple[str, ...]) -> Node:
-    """Returns the arrays of an item, nested as Orbax nests them."""
+    """Returns the leaves of an item, nested as Orbax nests them."""
     _check_metadata(item)
     problem = refusal(item, 0)
     if problem:
         raise CorruptCheckpointError(f"{item} is not read: {problem}.")
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        found = handler.metadata(item)
+        metadata = handler.metadata(item)
     except (ValueError, OSError, MemoryError, RuntimeError, TypeError, KeyError) as e:
         cause = e if isinstance(e, (OSError, MemoryError)) else ValueError(str(e))
         raise as_cause(cause, f"{item} cannot be read") from e
@@ -139,22 +141,22 @@ def _tree(item: epath.Path, above: tuple[str, ...]) -> Node:
             return None
         return leaf_at(keys, shape, np.dtype(dtype).name, str(item))
 
-    return nested(getattr(found, "tree", found), above)
+    return nested(getattr(metadata, "tree", metadata), above)
 
 
 def _check_metadata(item: epath.Path) -> None:
     """Refuses metadata that Orbax would recurse into, or read without bound."""
-    told = read_json(item / METADATA).get("tree_metadata")
-    if not isinstance(told, dict):
+    entries = read_json(item / METADATA).get("tree_metadata")
+    if not isinstance(entries, dict):
         raise CorruptCheckpointError(
             f"{item / METADATA} lists no arrays. If it was copied, copy it again."
         )
-    for name, entry in told.items():
+    for name, entry in entries.items():
         keys = entry.get("key_metadata") if isinstance(entry, dict) else None
         if not isinstance(keys, list) or is_too_deep(keys):
             raise CorruptCheckpointError(
-                f"{item / METADATA} has an entry {text.brief(name)} that is none of "
-                "Orbax."
+                f"{item / METADATA} has an entry {text.brief(name)} that is not "
+                "Orbax's."
             )
 
 
@@ -163,7 +165,8 @@ def trees_in(folder: epath.Path, entries: Mapping[str, bool]) -> list[epath.Path
     if METADATA in entries:
         return [folder]
     names = [name for name in sorted(entries) if entries[name]]
-    found = storage.side_by_side(
+    are_trees = storage.side_by_side(
         lambda name: METADATA in (storage.listed(folder / name) or {}), names
     )
-    return [folder / name for name, good in zip(names, found, strict=True) if good]
+    pairs = zip(names, are_trees, strict=True)
+    return [folder / name for name, is_tree in pairs if is_tree]

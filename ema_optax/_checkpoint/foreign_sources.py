@@ -1,4 +1,4 @@
-"""Trees that other programs saved as sources of sums: a few leaves read at a time."""
+"""Trees of other programs as sources of sums, read a few leaves at a time."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +13,18 @@ from ema_optax._checkpoint.foreign_steps import opened
 from ema_optax._messages import arguments
 from ema_optax.reconstruction import Source
 
-# Read at once, for Orbax parses the metadata of a step for each call: a share of the
-# tree, so that many steps together hold few trees, within bounds.
+# A sixteenth of a tree is read at once, within 1 MiB and 32 MiB: Orbax parses the
+# metadata of a step for each call, and the steps of a sum are in memory together.
 _SHARE, _LEAST, _MOST = 16, 2**20, 2**25
 
 
 def stored_by_others(
     directory: epath.PathLike, tree: str | None = None, *, step: int | None = None
 ) -> "ForeignTree":
-    """Returns a tree that another program saved, as a source for merging.
+    """Opens a tree that another program saved, as a source for `reconstruction.merge`.
 
-    Read are the checkpoints that `adopt` reads, such as the steps of Orbax. They keep
-    no checksums: what is read is not verified. Nothing but metadata is read yet.
+    Reads the checkpoints that `adopt` reads, such as steps of Orbax. They keep no
+    checksums, so nothing is verified. Only metadata is read until values are needed.
 
     Args:
         directory: The folder of a run, or of one step of it, also `gs://…`.
@@ -50,12 +50,12 @@ def stored_by_others(
     """
     if tree is not None:
         arguments.a_name(tree, "tree", "state/params")
-    found = opened(directory, step)
-    return ForeignTree(found, pairing.params_alone(found, tree, argument="tree"))
+    source = opened(directory, step)
+    return ForeignTree(source, pairing.params_alone(source, tree, argument="tree"))
 
 
 class ForeignTree(Source):
-    """A tree that another program saved.
+    """Reads a tree that another program saved, as a source of sums.
 
     Attributes:
         leaves: Shape and dtype of every leaf that is averaged, by path.
@@ -66,7 +66,7 @@ class ForeignTree(Source):
     leaves: Mapping[str, jax.ShapeDtypeStruct]
 
     def __init__(self, found: Foreign, choice: pairing.Choice) -> None:
-        self._found, self.tree = found, choice.params
+        self._source, self.tree = found, choice.params
         # In the order in which JAX walks through dicts, in which sums ask for them.
         order = sorted(choice.leaves, key=lambda path: path.split("/"))
         self._leaves = {path: choice.leaves[path] for path in order}
@@ -76,13 +76,13 @@ class ForeignTree(Source):
             if leaf.is_averaged
         }
         self.others = tuple(path for path in order if path not in self.leaves)
-        self._held: dict[str, np.ndarray] = {}
+        self._arrays: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
         size = sum(self._leaves[path].bytes for path in self.leaves)
         self._at_once = min(max(size // _SHARE, _LEAST), _MOST)
 
     def __repr__(self) -> str:
-        return f"ForeignTree({self._found.place!r}, {len(self.leaves)} leaves)"
+        return f"ForeignTree({self._source.place!r}, {len(self.leaves)} leaves)"
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         """Returns a part of a leaf; it is read whole, with the next ones.
@@ -92,17 +92,17 @@ class ForeignTree(Source):
             OSError: If something else keeps it from being read.
         """
         with self._lock:
-            if path not in self._held:
-                self._held = {}  # let go of before more is read
-                self._held = self._read(list(self._from(path)))
-            return self._held[path][index]
+            if path not in self._arrays:
+                self._arrays = {}  # freed before more is read
+                self._arrays = self._read(list(self._from(path)))
+            return self._arrays[path][index]
 
     def read_others(self) -> dict[str, np.ndarray]:
         """Returns the leaves that are not averaged, by path."""
         return self._read(self.others)
 
     def _from(self, path: str) -> Iterator[str]:
-        """Yields a leaf and those that are asked for next, as many as are read."""
+        """Yields a leaf and the next ones in order, as many as are read at once."""
         order = list(self.leaves)
         size = 0
         for each in order[order.index(path) :]:
@@ -116,4 +116,4 @@ class ForeignTree(Source):
         names = {leaf.path: path for path, leaf in leaves.items()}
         if not names:
             return {}
-        return {names[path]: array for path, array in self._found.read(list(names))}
+        return {names[path]: array for path, array in self._source.read(list(names))}

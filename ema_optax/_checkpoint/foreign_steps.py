@@ -64,9 +64,9 @@ def opened(source: epath.PathLike, step: int | None) -> Foreign:
             root = folders[max(folders) if step is None else step]
             entries = storage.listed(root) or {}
     _refuse_ours(root)
-    found = trees_in(root, entries)
-    if found:
-        return OrbaxStep(root, found, number_of(step_folder(root)))
+    trees = trees_in(root, entries)
+    if trees:
+        return OrbaxStep(root, trees, number_of(step_folder(root)))
     if has_arrays(root):
         return ArrayFolders(root, number_of(root))
     files = [name for name in sorted(entries) if _FILE.fullmatch(name)]
@@ -82,9 +82,9 @@ def opened(source: epath.PathLike, step: int | None) -> Foreign:
 
 
 def folders_of(source: epath.PathLike) -> dict[int, epath.Path]:
-    """Returns the committed steps in a folder by number; of one step itself alone.
+    """Returns the committed steps of a folder by number, or the one step that it is.
 
-    Whoever saved them. A step whose name has no number is number 0.
+    Any program may have saved them. A step whose name has no number is number 0.
     """
     root = absolute(source)
     entries = storage.listed(root) or {}
@@ -94,17 +94,17 @@ def folders_of(source: epath.PathLike) -> dict[int, epath.Path]:
 
 
 def _is_step(entries: Mapping[str, bool]) -> bool:
-    """Returns whether a folder is a step or an item of Orbax, by what it holds."""
+    """Returns whether a folder is a step or an item of Orbax, by its entries."""
     return METADATA in entries or _STEP in entries
 
 
 def _refuse_begun(folder: epath.Path) -> None:
     """Refuses a step that was not written to its end."""
-    begun = ocp.step.TMP_DIR_SUFFIX in folder.name
-    if not begun:
-        inside = storage.listed(folder) or {}
-        begun = _STEP in inside and not is_committed(folder, inside)
-    if begun:
+    is_unfinished = ocp.step.TMP_DIR_SUFFIX in folder.name
+    if not is_unfinished:
+        entries = storage.listed(folder) or {}
+        is_unfinished = _STEP in entries and not is_committed(folder, entries)
+    if is_unfinished:
         raise ValueError(
             f"{folder} was not written to its end: it is no committed step. Pass an "
             "earlier one of the run."
@@ -112,7 +112,7 @@ def _refuse_begun(folder: epath.Path) -> None:
 
 
 def _refuse_ours(folder: epath.Path) -> None:
-    """Refuses a step that this library reads without more."""
+    """Refuses a step of this library, which needs no adopting."""
     ours = items_in(folder)
     if ours:
         raise ValueError(

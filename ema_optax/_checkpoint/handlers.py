@@ -26,16 +26,16 @@ from ema_optax._trees.renaming import Renames
 
 Reading: TypeAlias = Callable[[epath.Path], Any]
 
-# What `missing` may be, and what it does.
+# Values of `missing`, and how each restores a run.
 _MISSING = {"refuse": restore_run, "start": restore_what_fits}
 
 
 class EmaHandler(ocp.AsyncCheckpointHandler):
     """Saves and restores params, shadows and optimizer state as one item.
 
-    A manager needs to be given it, as `item_handlers=`, in one case alone: where its
-    first call is a bare `restore(step)`, Orbax binds the item to the handler that the
-    step names, its own, and refuses `EmaRestore`, `EmaResume` and `EmaSave` from there.
+    A manager needs it as `item_handlers=` in one case alone: where its first call is a
+    bare `restore(step)`. Orbax then binds the item to the handler that the step names,
+    its own, and refuses `EmaRestore`, `EmaResume` and `EmaSave` from there on.
 
     >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
@@ -50,8 +50,8 @@ class EmaHandler(ocp.AsyncCheckpointHandler):
 
     def __init__(self) -> None:
         self._trees = saving.tree_handler()
-        # What a step's metadata names as the handler of this item. With Orbax's own,
-        # a manager restores the raw params where this library is missing.
+        # The handler that a step's metadata names for this item. With Orbax's own, a
+        # manager restores the raw params where this library is missing.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
 
     async def async_save(self, directory: epath.Path, args: "EmaSave") -> Any:
@@ -76,7 +76,7 @@ class EmaHandler(ocp.AsyncCheckpointHandler):
         return self._trees.metadata(directory)
 
     def finalize(self, directory: epath.Path) -> None:
-        """Completes what all processes wrote."""
+        """Merges the files of all processes."""
         saving.finalize(directory, self._trees)
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class EmaHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(EmaHandler, for_save=True)
 @dataclasses.dataclass
 class EmaSave(ocp.args.CheckpointArgs):
-    """Save params and optimizer state, the shadows as trees of their own.
+    """Saves params and optimizer state, the shadows as trees of their own.
 
     With a manager, alone or in a Composite; asynchronous where the manager is. The
     arrays may be donated or deleted as soon as `save` returns.
@@ -130,23 +130,23 @@ class EmaSave(ocp.args.CheckpointArgs):
 
     @property
     def contents(self) -> step.Step:
-        """What is stored: built here, so that what is wrong with it is said here."""
+        """The step to store, built with the arguments so that errors rise there."""
         return self._contents
 
 
 @ocp.args.register_with_handler(EmaHandler, for_restore=True)
 @dataclasses.dataclass
 class RestoreArgs(ocp.args.CheckpointArgs):
-    """What `EmaRestore` and `EmaResume` return: an item takes arguments of one type.
+    """Arguments of `EmaRestore` and `EmaResume`: Orbax binds an item to one type.
 
-    A manager makes them without any for a bare `restore(step)`, and means what whoever
-    loads the step without this library gets: the raw params.
+    For a bare `restore(step)` a manager makes them without a reading. It then gives the
+    raw params, as Orbax does where this library is missing.
     """
 
     reading: Reading = restore_raw
 
     def read(self, item: epath.PathLike) -> Any:
-        """Reads what was asked for from the folder of an item."""
+        """Reads from the folder of an item what the arguments ask for."""
         item = epath.Path(item)
         try:
             return self.reading(item)
@@ -160,7 +160,7 @@ def EmaRestore(  # noqa: N802 used as the other arguments are
     rename: Mapping[str, str] | None = None,
     verify: bool = True,
 ) -> RestoreArgs:
-    """Restore one tree into the slots of a model; see `checkpoint.restore`.
+    """Restores one tree into the slots of a model; see `checkpoint.restore`.
 
     A manager's `restore(step)` without arguments is not `EmaRestore()`: it gives the
     raw params, as nested dicts and lists, whether this library is imported or not.
@@ -180,7 +180,7 @@ def EmaRestore(  # noqa: N802 used as the other arguments are
             f"The name of a tree is a text such as 'shadow' or 'params', got "
             f"{brief(tree)}. Pass the model by name: restore(directory, like=…)."
         )
-    Renames(rename, SLOTS)  # says what is wrong with it
+    Renames(rename, SLOTS)  # refuses what is no renaming
     verify = arguments.flag(verify, "verify")
     return RestoreArgs(
         lambda item: restore_tree(item, tree, like, rename, verify=verify)
@@ -196,7 +196,7 @@ def EmaResume(  # noqa: N802 used as the other arguments are
     missing: str = "refuse",
     verify: bool = True,
 ) -> RestoreArgs:
-    """Restore params and optimizer state, to go on with a run; see `checkpoint.resume`.
+    """Restores params and optimizer state to go on with; see `checkpoint.resume`.
 
     >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
@@ -212,7 +212,7 @@ def EmaResume(  # noqa: N802 used as the other arguments are
     """
     accept_new_decay = arguments.flag(accept_new_decay, "accept_new_decay")
     verify = arguments.flag(verify, "verify")
-    Renames(rename, STORED)  # says what is wrong with it
+    Renames(rename, STORED)  # refuses what is no renaming
     if not isinstance(missing, str) or missing not in _MISSING:
         raise ValueError(
             f"missing is 'refuse', to resume all of a run or nothing, or 'start', to "
@@ -234,7 +234,7 @@ def EmaResume(  # noqa: N802 used as the other arguments are
 def SnapshotSave(  # noqa: N802 used as the other arguments are
     opt_state: optax.OptState, *, dtype: DTypeLike | None = None, extra: Any = None
 ) -> EmaSave:
-    """Save the shadows alone, as one small step to reconstruct other averages from.
+    """Saves the shadows alone, as one small step to reconstruct other averages from.
 
     With a manager and a folder of their own, asynchronous where the manager is, and as
     often as wanted: `reconstruction.plan` tells how often. `checkpoint.snapshots`
@@ -267,12 +267,12 @@ def SnapshotSave(  # noqa: N802 used as the other arguments are
 
 
 def save_args(contents: step.Step, *, at_once: bool = False) -> EmaSave:
-    """Returns the arguments that save a step as it was built.
+    """Returns the arguments that save a step already built.
 
     Args:
         contents: The step.
-        at_once: Whether nothing of it is left to the background: its NumPy arrays are
-            not copied. For a manager without asynchronous saves.
+        at_once: Whether to save all of it before returning, without copies of its
+            NumPy arrays. For a manager without asynchronous saves.
     """
     args: Any = object.__new__(EmaSave)
     args.params = args.opt_state = args.extra = args.averaged = None
@@ -293,11 +293,11 @@ class EmaCheckpointableHandler(v1.CheckpointableHandler):
     """
 
     def is_handleable(self, checkpointable: Any) -> bool:
-        """Returns whether this is something to save."""
+        """Returns whether this is an `EmaSave`."""
         return isinstance(checkpointable, EmaSave)
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool:
-        """Returns whether this says what to load."""
+        """Returns whether this is an `EmaRestore` or `EmaResume`."""
         return isinstance(abstract_checkpointable, RestoreArgs)
 
     async def save(self, directory: Any, checkpointable: EmaSave) -> Any:
@@ -308,11 +308,12 @@ class EmaCheckpointableHandler(v1.CheckpointableHandler):
         )
 
         async def background() -> None:
-            await directory.await_creation()  # sends what the futures wait for
+            await directory.await_creation()  # signals the futures
             for future in futures:
                 await asyncio.to_thread(future.result)
-            # v1 has no barrier of its own before it renames. No collective of devices:
-            # beside those of the training step it would come in any order, and hang.
+            # v1 renames the folder without a barrier. This one is no collective of
+            # devices: among those of the training step it would hang, for their order
+            # could differ between processes.
             await asyncio.to_thread(
                 multihost.get_barrier_sync_fn(),
                 key=f"ema_optax_saved:{directory.path}",
@@ -325,7 +326,7 @@ class EmaCheckpointableHandler(v1.CheckpointableHandler):
         return background()
 
     async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Any:
-        """Returns the load as an awaitable; the raw params where nothing is asked."""
+        """Returns the load as an awaitable; of the raw params without arguments."""
         args = abstract_checkpointable or RestoreArgs()
 
         async def background() -> Any:

@@ -1,4 +1,4 @@
-"""How a save without a background part writes NumPy arrays: a few at a time."""
+"""Writes NumPy arrays a few at a time, in saves without a background part."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ _AT_ONCE = 2**26
 
 
 class HostArrays(ocp.type_handlers.NumpyHandler):
-    """Stores NumPy arrays as Orbax does, without copies of all of them at once.
+    """Stores NumPy arrays as Orbax does, without a copy of all of them at once.
 
     Orbax's own handler copies every array before the first is written, so that a loop
-    may change them meanwhile, and hands all to TensorStore, which encodes all: 768 MiB
-    of arrays take 1.5 GiB more. Nobody changes them while a function saves.
+    may change them meanwhile. It hands all to TensorStore, which encodes all: 768 MiB
+    of arrays take 1.5 GiB more. A blocking save needs no copy: nobody changes them.
     """
 
     async def serialize(
@@ -27,11 +27,11 @@ class HostArrays(ocp.type_handlers.NumpyHandler):
     ) -> Sequence[Any]:
         """Writes the arrays before it returns."""
         options = args or [ocp.SaveArgs()] * len(values)
-        for part in parts(values):
-            for written in await super().serialize(
-                values[part], infos[part], options[part]
+        for group in parts(values):
+            for future in await super().serialize(
+                values[group], infos[group], options[group]
             ):
-                written.result()
+                future.result()
         return []
 
 

@@ -1,4 +1,4 @@
-"""The averages of a changed run: which go on, from which stored one, at which count."""
+"""Decides which averages of a changed run go on, from which stored one and count."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from etils import epath
 
 from ema_optax._averages.averages import Averages
 from ema_optax._checkpoint.leaves import Place, read
-from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
+from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest
 from ema_optax._checkpoint.same_averages import check_computed_goes_on, check_decay
 from ema_optax._checkpoint.slots import by_path
 from ema_optax._checkpoint.state_nodes import average_nodes
@@ -19,12 +19,13 @@ from ema_optax._checkpoint.taking import Slot, Taking
 from ema_optax._checkpoint.targets import default_target
 from ema_optax._messages import text
 from ema_optax._trees.locating import under
+from ema_optax._trees.naming import tree_of
 
 
 def offer_shadows(
     taking: Taking,
     manifest: Manifest,
-    found: Averages,
+    ours: Averages,
     names: StoredNames,
     places: Sequence[str],
     *,
@@ -32,30 +33,29 @@ def offer_shadows(
 ) -> None:
     """Offers each shadow the leaves of the stored one that it goes on from.
 
-    Some are computed: what they are computed from is the optimizer's own state.
+    A computed average has no shadow to offer: it is computed from the optimizer's own
+    state.
 
     Raises:
         ValueError: If one would go on with another decay, and that is not accepted.
     """
     saved = manifest.averages
-    for i, (average, place) in enumerate(zip(found, places, strict=True)):
+    for i, (average, place) in enumerate(zip(ours, places, strict=True)):
         if average.is_computed:
             continue
         source = names.tree(average.name)
-        # An average that was saved alone lies where the params do, stored once.
-        lies_in = (
-            source if source in saved and manifest.trees[source].leaves else PARAMS
-        )
+        # An average that was saved alone is stored once, as the params.
+        holder = source if source in saved and manifest.trees[source].leaves else PARAMS
         goes_on = False
         for path, leaf in by_path(average.tree, place).items():
             slot = Slot(tree_of(average.name), path, i)
             if source not in saved:
                 taking.started[slot] = _no_average(source, saved)
                 continue
-            goes_on |= taking.offer(slot, leaf, Place(lies_in, names.path(path)))
+            goes_on |= taking.offer(slot, leaf, Place(holder, names.path(path)))
         if goes_on:
             check_computed_goes_on(
-                saved[source], found, source == SHADOW, accept_new_decay
+                saved[source], ours, source == SHADOW, accept_new_decay
             )
             check_decay(average, source, saved, accept_new_decay)
 
@@ -64,7 +64,7 @@ def set_counts(
     taking: Taking,
     item: epath.Path,
     manifest: Manifest,
-    found: Averages,
+    ours: Averages,
     names: StoredNames,
     of_state: Mapping[str, Any],
     *,
@@ -73,39 +73,39 @@ def set_counts(
     """Sets the count of each state of shadows: it goes on where one of them does.
 
     Args:
-        taking: What is taken, shadows included.
+        taking: The leaves that are taken, shadows included.
         item: Folder of the item.
         manifest: Its manifest.
-        found: The averages of this run.
-        names: What they are called on disk.
+        ours: The averages of this run.
+        names: Their names on disk.
         of_state: The leaves of the optimizer state without its shadows, by path.
-        verify: Whether what is read is compared with its checksums.
+        verify: Whether to compare what is read with its checksums.
 
     Raises:
         ValueError: If one state would have two counts, or it cannot be told which.
     """
-    going: dict[str, set[str]] = {}
-    for i, average in enumerate(found):
+    sources_of: dict[str, set[str]] = {}
+    for i, average in enumerate(ours):
         if average.is_computed:  # its count is offered with what it is computed from
-            at = under(average.path, "count")
-            if Slot(STATE, at) in taking.started:
-                taking.count(Slot(STATE, at), of_state[at], 0, None)
+            count_path = under(average.path, "count")
+            if Slot(STATE, count_path) in taking.started:
+                taking.count(Slot(STATE, count_path), of_state[count_path], 0, None)
         else:
-            sources = going.setdefault(average.path, set())
+            sources = sources_of.setdefault(average.path, set())
             tree = tree_of(average.name)
             if taking.goes_on(tree, i):
                 sources.add(names.tree(average.name))
     all_counts: dict[str, Any] = {}
-    for path, sources in going.items():
-        at = under(path, "count")
-        slot = Slot(STATE, at)
+    for path, sources in sources_of.items():
+        count_path = under(path, "count")
+        slot = Slot(STATE, count_path)
         if not sources:
-            taking.count(slot, of_state[at], 0, None)
+            taking.count(slot, of_state[count_path], 0, None)
             continue
         counts = {}
         for source in sorted(sources):
             count: Any = manifest.averages[source].count
-            takers = sum(source in others for others in going.values())
+            takers = sum(source in others for others in sources_of.values())
             if takers > 1 or len(manifest.averages[source].places) > 1:
                 all_counts = all_counts or _stored_counts(item, manifest, verify=verify)
                 if any(other != count for other in all_counts.values()):
@@ -113,24 +113,24 @@ def set_counts(
             counts[source] = count
         first, *others = counts
         if any(counts[other] != counts[first] for other in others):
-            told = text.some([f"'{s}' {text.brief(c)}" for s, c in counts.items()], 8)
+            pairs = text.some([f"'{s}' {text.brief(c)}" for s, c in counts.items()], 8)
             raise ValueError(
                 f"The averages at '{path}' share one count, and those they would go on "
-                f"from have seen different numbers of updates: {told}. Chain a "
+                f"from have seen different numbers of updates: {pairs}. Chain a "
                 "transform for each: ema_params({'fast': 0.99}), "
                 "ema_params({'slow': 0.9999})."
             )
-        taking.count(slot, of_state[at], counts[first], first)
+        taking.count(slot, of_state[count_path], counts[first], first)
 
 
 def started_as(param: Any, leaf: Any) -> Any:
-    """Returns a copy of a param as a leaf of an average, where that lies.
+    """Copies a param to where a leaf of an average lies, in its dtype.
 
-    A leaf of several slots holds it in each.
+    A leaf with an axis of slots, as in a ring, holds a copy in each.
 
     Args:
-        param: Concrete.
-        leaf: What it becomes, concrete or abstract.
+        param: The param, concrete.
+        leaf: The leaf of the average, concrete or abstract.
     """
     if isinstance(leaf, np.ndarray):
         return np.array(np.broadcast_to(param, leaf.shape), leaf.dtype)
@@ -145,7 +145,7 @@ def started_as(param: Any, leaf: Any) -> Any:
 
 
 def counts_on_disk(manifest: Manifest) -> set[Place]:
-    """Returns the stored counts of shadows; those of computed ones are its own."""
+    """Returns the places of the stored counts of shadows, without computed averages."""
     stored = manifest.trees.get(STATE)
     if stored is None:
         return set()
@@ -173,12 +173,12 @@ def _stored_counts(
 
 
 def _own_count(counts: Mapping[str, Any], path: str, source: str) -> Any:
-    """Returns the count of a state, of several that one stored average was made of."""
+    """Returns the count of one state, where a stored average joins several."""
     if path in counts:
         return counts[path]
-    told = text.some([f"'{at}' {text.brief(c)}" for at, c in counts.items()], 8)
+    pairs = text.some([f"'{place}' {text.brief(c)}" for place, c in counts.items()], 8)
     raise ValueError(
-        f"'{source}' is of several parts of the params, whose counts differ: {told}. "
+        f"'{source}' is of several parts of the params, whose counts differ: {pairs}. "
         f"None is at '{path}': keep the place of the average in the optimizer state."
     )
 

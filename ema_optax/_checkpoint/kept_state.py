@@ -1,4 +1,4 @@
-"""The optimizer's own state of a changed run: which of its parts go on."""
+"""Decides which parts of the optimizer's own state go on in a changed run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,28 +20,28 @@ from ema_optax._trees.locating import under
 def offer_state(
     taking: Taking,
     manifest: Manifest,
-    found: Averages,
+    averages: Averages,
     names: StoredNames,
     places: Sequence[str],
     rest: Any,
 ) -> dict[str, str]:
-    """Offers the leaves of the optimizer's own state the stored ones.
+    """Offers each leaf of the optimizer's own state its stored one.
 
-    What a node has beside leaves of params, such as a count of updates, goes on where
-    one of these does.
+    Leaves of a node that are of no param, such as a count of updates, go on where one
+    of its leaves of params does.
 
     Args:
         taking: What is taken and what starts.
         manifest: Of the checkpoint.
-        found: The averages of this run, whose shadows are not part of it.
-        names: What things are called on disk.
-        places: Where in the params each average sits.
+        averages: Those of this run, whose shadows are not part of it.
+        names: The names on disk.
+        places: The path in the params where each average sits.
         rest: The optimizer state without shadows.
 
     Returns:
-        The slot of the param that a leaf is of, by its path in the state.
+        The slot of the param that a leaf belongs to, by its path in the state.
     """
-    counts = {under(a.path, "count") for a in found if not a.is_computed}
+    counts = {under(a.path, "count") for a in averages if not a.is_computed}
     leaves = {path: x for path, x in by_path(rest).items() if path not in counts}
     stored = manifest.trees.get(STATE, TreeEntry({}, {}))
     counted = {place.path for place in counts_on_disk(manifest)}
@@ -51,27 +51,29 @@ def offer_state(
         if path not in counted
     }
     parts, params_of = names.parts(leaves, places)
-    given = {path: names.as_given(slot) for path, slot in params_of.items()}
-    theirs_given = {
+    our_names = {path: names.as_given(slot) for path, slot in params_of.items()}
+    their_names = {
         path: [part.param]
         for path, part in their_parts.items()
         if part.param is not None
     }
-    same, reasons = matched(
-        nodes_of(parts, structure_of(rest), given).values(),
-        nodes_of(their_parts, stored.structure, theirs_given).values(),
+    their_nodes, reasons = matched(
+        nodes_of(parts, structure_of(rest), our_names).values(),
+        nodes_of(their_parts, stored.structure, their_names).values(),
     )
     beside: dict[str, list[str]] = {}  # the leaves of a node that are of no param
     moments: dict[str, list[bool]] = {}  # whether those of params are taken
 
     def offer(path: str) -> bool:
         slot, part = Slot(STATE, path), parts[path]
-        if part.node not in same:
+        if part.node not in their_nodes:
             taking.started[slot] = reasons[part.node]
             return False
-        paths = [joined(same[part.node], part, p) for p in given.get(path, [None])]
-        at = next((each for each in paths if each in their_parts), paths[0])
-        return taking.offer(slot, leaves[path], Place(STATE, at))
+        paths = [
+            joined(their_nodes[part.node], part, p) for p in our_names.get(path, [None])
+        ]
+        stored_path = next((each for each in paths if each in their_parts), paths[0])
+        return taking.offer(slot, leaves[path], Place(STATE, stored_path))
 
     for path, part in parts.items():
         if path in params_of:
@@ -80,7 +82,7 @@ def offer_state(
             beside.setdefault(part.node, []).append(path)
     for node, paths in beside.items():
         for path in paths:
-            if node not in same or any(moments.get(node, [True])):
+            if node not in their_nodes or any(moments.get(node, [True])):
                 offer(path)
             else:
                 taking.started[Slot(STATE, path)] = "nothing that it counts goes on"
@@ -88,26 +90,26 @@ def offer_state(
 
 
 def check_started(
-    taking: Taking, found: Averages, params_of: Mapping[str, str], call: str
+    taking: Taking, averages: Averages, params_of: Mapping[str, str], call: str
 ) -> None:
     """Refuses to start a leaf of the optimizer's own from params that are not live.
 
     Args:
         taking: What is taken and what starts.
-        found: The averages, which are known to start as copies of params.
+        averages: The averages, which are known to start as copies of params.
         params_of: What `offer_state` returned.
-        call: That does it right.
+        call: The call that the error suggests.
 
     Raises:
         ValueError: If there is one.
     """
-    ours = [f"{average.path}/" if average.path else "" for average in found]
+    of_averages = [f"{average.path}/" if average.path else "" for average in averages]
     stale = [
         path
         for path, param in params_of.items()
         if Slot(STATE, path) in taking.started
         and taking.takes(Slot(PARAMS, param))
-        and not any(path.startswith(at) for at in ours)
+        and not any(path.startswith(at) for at in of_averages)
     ]
     if stale:
         reason = taking.started[Slot(STATE, stale[0])]

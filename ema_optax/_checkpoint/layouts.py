@@ -14,15 +14,15 @@ class Layout:
     """How one program names params and average.
 
     Attributes:
-        name: What it is called in `like`, as `layout_names` has it.
+        name: Its name in `like`, as `layout_names` has it.
         average: Pattern of the average's path. Its group `at`, where it has one, is
-            what the params lie beside.
+            the path above both average and params.
         params: Paths of the params: below `at` where the pattern has it, else names of
             the last key, outside of optimizer states.
-        inside: Names of what the average may be wrapped in.
-        count: Name of the updates that it has seen, beside the average.
-        zero_started: Whether it began at zero, undivided; None where the program has
-            both, and nothing on disk tells.
+        inside: Keys that the average may be wrapped in.
+        count: Name of its count of updates, beside the average.
+        zero_started: Whether it began at zero, undivided; None where the program does
+            either, and nothing on disk tells which.
     """
 
     name: str
@@ -99,8 +99,9 @@ LAYOUTS = (
     ),
 )
 
+# Keys of optimizer states, such as opt_state, optimizer and tx.
 _OPTIMIZER = re.compile(r"(?:.*_)?(?:opt|optim|optimizer|tx)s?(?:_?states?)?")
-# What optimizers keep in the shape of the params, which is no average of them.
+# Moments that optimizers keep in the shape of the params; none averages the params.
 _MOMENTS = {
     **dict.fromkeys(("mu", "m", "exp_avg"), "the mean of the gradients"),
     **dict.fromkeys(
@@ -119,10 +120,10 @@ class Pair:
     """Params and an average that fits them.
 
     Attributes:
-        layout: Of which layout.
+        layout: The layout that they match.
         params: Path of the params.
         shadow: Path of the average.
-        average: Its leaves, by the paths of the params that they are of.
+        average: Its leaves, by the paths of their params.
         count: Path of its count, or None.
     """
 
@@ -134,32 +135,32 @@ class Pair:
 
 
 def below(leaves: Leaves, path: str) -> dict[str, Leaf]:
-    """Returns the leaves at or below a path, by what is left of theirs.
+    """Returns the leaves at or below a path, by their paths from there.
 
-    The last key `value`, in which Flax's variables keep their arrays, is left out where
-    all leaves have it.
+    Where all leaves have the last key `value`, in which Flax's variables keep their
+    arrays, it is left out.
     """
     if path == "":
-        found = dict(leaves)
+        inside = dict(leaves)
     else:
-        found = {
+        inside = {
             at[len(path) + 1 :]: leaf
             for at, leaf in leaves.items()
             if at == path or at.startswith(f"{path}/")
         }
-    if found and all(at == "value" or at.endswith("/value") for at in found):
-        return {at[:-5].rstrip("/"): leaf for at, leaf in found.items()}
-    return found
+    if inside and all(at == "value" or at.endswith("/value") for at in inside):
+        return {at[:-5].rstrip("/"): leaf for at, leaf in inside.items()}
+    return inside
 
 
 def nodes(leaves: Leaves) -> list[str]:
     """Returns the paths of all trees and leaves, each after those above it."""
-    found = dict.fromkeys(
+    paths = dict.fromkeys(
         at[:end]
         for at in leaves
         for end in [i for i, c in enumerate(at) if c == "/"] + [len(at)]
     )
-    return list(found)
+    return list(paths)
 
 
 def is_of_optimizer(path: str) -> bool:
@@ -168,18 +169,18 @@ def is_of_optimizer(path: str) -> bool:
 
 
 def mistaken(leaves: Leaves, path: str) -> str | None:
-    """Says what a tree of an optimizer's state is, where it is no average of params.
+    """Says what a tree of an optimizer's state is, if it is no average of params.
 
-    `optax.ema` is the one that is taken for it: its state has `count` and `ema`, lies
-    in the optimizer's state, and averages the updates.
+    The state of `optax.ema` looks like one: it has `count` and `ema`, lies in the
+    optimizer's state, and averages the updates.
     """
     if not is_of_optimizer(path):
         return None
     above, _, last = path.rpartition("/")
-    kept = {at.partition("/")[0] for at in below(leaves, above)}
+    beside = {at.partition("/")[0] for at in below(leaves, above)}
     if last in _MOMENTS:
         return f"'{path}' is what an optimizer keeps: {_MOMENTS[last]}"
-    if last == "ema" and kept == {"count", "ema"}:
+    if last == "ema" and beside == {"count", "ema"}:
         return (
             f"'{path}' is the state of optax.ema, which averages the updates, not the "
             "params"
@@ -189,17 +190,17 @@ def mistaken(leaves: Leaves, path: str) -> str | None:
 
 def pairs(leaves: Leaves, like: str | None) -> list[Pair]:
     """Returns the params and averages that fit each other, by the layouts' names."""
-    found: dict[tuple[str, str], Pair] = {}
+    by_paths: dict[tuple[str, str], Pair] = {}
     paths = nodes(leaves)
     for layout in LAYOUTS:
         if like in (None, layout.name):
             search = _haiku if layout.name == "haiku" else _named
             for pair in search(layout, leaves, paths):
-                found.setdefault((pair.params, pair.shadow), pair)
+                by_paths.setdefault((pair.params, pair.shadow), pair)
     return [
         pair
-        for pair in found.values()
-        if not any(_is_part(pair, other) for other in found.values())
+        for pair in by_paths.values()
+        if not any(_is_part(pair, other) for other in by_paths.values())
     ]
 
 
@@ -244,13 +245,13 @@ def _named(layout: Layout, leaves: Leaves, paths: list[str]) -> Iterator[Pair]:
 
 
 def _haiku(layout: Layout, leaves: Leaves, paths: list[str]) -> Iterator[Pair]:
-    """Finds the states of Haiku's averages, of which each leaf has one of its own."""
-    kept = ("average", "hidden", "counter")
+    """Finds Haiku's averages, which keep a state of their own for each leaf."""
+    fields = ("average", "hidden", "counter")
     states = {
         at.rpartition("/")[0]
         for at in leaves
         if at.endswith("/average")
-        and all(f"{at.rpartition('/')[0]}/{name}" in leaves for name in kept)
+        and all(f"{at.rpartition('/')[0]}/{name}" in leaves for name in fields)
     }
     for root in sorted({at.rpartition("/")[0] for at in states}):
         names = {at.rpartition("/")[2]: at for at in states if at.startswith(root)}
@@ -268,7 +269,7 @@ def _haiku(layout: Layout, leaves: Leaves, paths: list[str]) -> Iterator[Pair]:
 
 
 def haiku_name(path: str) -> str:
-    """Returns what Haiku's EMAParamsTree calls the average of a param.
+    """Returns the name by which Haiku's EMAParamsTree keeps the average of a param.
 
     >>> haiku_name("mlp/~/linear_0/w")
     'mlp___tilde___linear_0__w'
@@ -277,7 +278,7 @@ def haiku_name(path: str) -> str:
 
 
 def fits(average: Leaves, params: Leaves) -> bool:
-    """Returns whether each leaf of an average is of a param of its shape."""
+    """Returns whether each leaf of an average has a param of its path and shape."""
     return any(leaf.is_averaged for leaf in average.values()) and all(
         at in params and params[at].shape == leaf.shape for at, leaf in average.items()
     )

@@ -1,7 +1,7 @@
-"""Reads leaves of an item: opened, compared, read on the host, verified, then placed.
+"""Reads leaves of an item: opens, compares and verifies them on the host, places them.
 
-The only way from disk. Each process reads the parts that its devices need, in whole
-pieces where they are verified, so that no leaf is read twice, copied back from a
+This is the only way from disk. Each process reads the parts that its devices need, in
+whole pieces where they are verified, so that no leaf is read twice, copied back from a
 device, or gathered from other processes.
 """
 
@@ -24,8 +24,8 @@ from ema_optax._checkpoint.pieces import Bounds, Sums
 from ema_optax._checkpoint.processes import agreed
 from ema_optax._checkpoint.targets import Parts, Target, place_all
 
-# Bytes that are read and not yet placed: enough to keep a disk busy, and no more than
-# one leaf where a leaf is larger.
+# Bytes that are read and not yet placed: enough to keep a disk busy. A leaf that is
+# larger is read alone.
 _IN_FLIGHT = 2**28
 _TOGETHER = 2**26  # bytes of leaves that are placed with one call
 _OPEN = 256  # leaves whose arrays are opened ahead, or are placed with one call
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 def read(
     item: epath.Path,
-    described: Manifest,
+    saved: Manifest,
     slots: Mapping[Slot, tuple[Place, Target]],
     *,
     verify: bool,
@@ -57,8 +57,8 @@ def read(
 
     Args:
         item: Folder of the item.
-        described: Its manifest.
-        slots: For each slot the leaf it takes, and what that becomes there.
+        saved: Its manifest.
+        slots: For each slot the place of the leaf that it takes, and its target.
         verify: Whether to compare what is read with the checksums.
 
     Returns:
@@ -70,19 +70,19 @@ def read(
             read.
         ValueError: If a target cannot hold its leaf.
     """
-    takers: dict[Place, list[Slot]] = {}
+    takers: dict[Place, list[Slot]] = {}  # two slots may take one leaf, read once
     for slot, (place, _) in slots.items():
         takers.setdefault(place, []).append(slot)
 
     def read_here() -> dict[Slot, Any]:
-        reader = Reader(item, described, takers, verify=verify)
+        reader = Reader(item, saved, takers, verify=verify)
         parts = {
             slot: _parts(reader.entry(place), place, target)
             for slot, (place, target) in slots.items()
         }
         wanted = {
-            place: list(dict.fromkeys(p for slot in those for p in parts[slot]))
-            for place, those in takers.items()
+            place: list(dict.fromkeys(p for slot in its_slots for p in parts[slot]))
+            for place, its_slots in takers.items()
         }
         placed: dict[Slot, Any] = {}
         ready: dict[Slot, tuple[Target, Parts, tuple[int, ...]]] = {}
@@ -101,7 +101,7 @@ def read(
     return agreed(read_here, elsewhere(item))
 
 
-def check(item: epath.Path, described: Manifest) -> None:
+def check(item: epath.Path, saved: Manifest) -> None:
     """Compares all of an item with its checksums, as each process sees it.
 
     All processes must call it alike. Each reads all: a file system may show one of them
@@ -114,20 +114,20 @@ def check(item: epath.Path, described: Manifest) -> None:
     def check_here() -> None:
         everything = [
             Place(tree, path)
-            for tree, entry in described.trees.items()
+            for tree, entry in saved.trees.items()
             for path in entry.leaves
         ]
-        reader = Reader(item, described, everything, verify=True)
+        reader = Reader(item, saved, everything, verify=True)
         for _ in reader.stream(dict.fromkeys(everything)):
-            pass  # read, compared and let go of, one after the other
-        _check_metadata(item, described)
+            pass  # each leaf is read, compared and freed
+        _check_metadata(item, saved)
 
     agreed(check_here, elsewhere(item))
 
 
-def _check_metadata(item: epath.Path, described: Manifest) -> None:
-    """Looks at what Orbax needs beside the arrays, where this library is missing."""
-    trees = [name for name, tree in described.trees.items() if tree.leaves]
+def _check_metadata(item: epath.Path, saved: Manifest) -> None:
+    """Checks the files beside the arrays, which Orbax reads without this library."""
+    trees = [name for name, tree in saved.trees.items() if tree.leaves]
     for folder in {
         item if name == PARAMS else item / manifest.FOLDER for name in trees
     }:
@@ -139,7 +139,7 @@ def _check_metadata(item: epath.Path, described: Manifest) -> None:
 
 
 def elsewhere(item: epath.Path) -> Exception:
-    """Returns the error of a process that is fine itself, where another is not."""
+    """Returns the error to raise on a process where only another one failed."""
     return RuntimeError(
         f"{item}: another process could not read its part, or found it damaged."
     )
@@ -151,24 +151,24 @@ class Reader:
     def __init__(
         self,
         item: epath.Path,
-        described: Manifest,
+        saved: Manifest,
         places: Iterable[Place],
         *,
         verify: bool,
     ) -> None:
-        """Looks at the files first: a pipe would never end, a flood fill the memory.
+        """Refuses files that would block reading or fill the memory.
 
         Args:
             item: Folder of the item.
-            described: Its manifest.
+            saved: Its manifest.
             places: The leaves that will be read.
             verify: Whether to compare what is read with the checksums.
 
         Raises:
             CorruptCheckpointError: If the files cannot be those of the manifest.
         """
-        self._item, self._described, self._verify = item, described, verify
-        structures = {name: tree.structure for name, tree in described.trees.items()}
+        self._item, self._manifest, self._verify = item, saved, verify
+        structures = {name: tree.structure for name, tree in saved.trees.items()}
         self._store = opening.Store(item, structures)
         places = list(places)
         claimed = sum(self.entry(place).bytes for place in places)
@@ -182,8 +182,8 @@ class Reader:
             raise self.damage(places[0], problem)
 
     def entry(self, place: Place) -> LeafEntry:
-        """Returns what the manifest says of a leaf."""
-        return self._described.leaf(place)
+        """Returns the manifest's entry of a leaf."""
+        return self._manifest.leaf(place)
 
     def damage(self, place: Place, problem: str) -> CorruptCheckpointError:
         """Returns the error of a leaf that is not what was saved."""
@@ -195,8 +195,8 @@ class Reader:
         """Yields the parts of each leaf, verified, with few bytes in flight.
 
         Args:
-            wanted: The parts of each leaf; None for all of it, in the bounds that its
-                array has on disk.
+            wanted: The bounds of the parts of each leaf; None for all of it, in the
+                bounds of its array on disk.
 
         Raises:
             CorruptCheckpointError, MemoryError, OSError: Of the first leaf that fails.
@@ -219,17 +219,17 @@ class Reader:
         self, wanted: Mapping[Place, Sequence[Bounds] | None]
     ) -> Iterator["_Pending"]:
         places = iter(wanted)
-        while ahead := list(itertools.islice(places, _OPEN)):
-            metadata = [self._store.metadata(*place) for place in ahead]
+        while group := list(itertools.islice(places, _OPEN)):
+            metadata = [self._store.metadata(*place) for place in group]
             futures = []
-            for place, future in zip(ahead, metadata, strict=True):
+            for place, future in zip(group, metadata, strict=True):
                 with _blaming(self._item, place):
                     stored = opening.parse(future.result())
                 problem = opening.difference(stored, self.entry(place))
                 if problem:
                     raise self.damage(place, problem)
                 futures.append(self._store.open(*place, stored))
-            for place, future in zip(ahead, futures, strict=True):
+            for place, future in zip(group, futures, strict=True):
                 with _blaming(self._item, place):
                     array = future.result()
                 yield self._pending(place, array, wanted[place])
@@ -254,30 +254,30 @@ class Reader:
         return _Pending(place, array, parts, dict(covers))
 
     def _finish(self, pending: "_Pending") -> dict[Bounds, np.ndarray]:
-        read: dict[Bounds, np.ndarray] = {}
+        parts: dict[Bounds, np.ndarray] = {}
         for box, pieces in pending.boxes.items():
             with _blaming(self._item, pending.place):
                 data = pending.futures.pop(0).result()
             problem = checksums.mismatch(data, box, pieces)
             if problem:
                 raise self.damage(pending.place, problem)
-            read |= {
+            parts |= {
                 part: data
                 if part == box
-                # A copy, or a small part would keep all of what was read.
+                # A copy: a view of a small part would keep the whole box in memory.
                 else data[checksums.slices(part, box)].copy()
                 for part in pending.parts
                 if checksums.inside(part, box)
             }
-        return read
+        return parts
 
     @functools.cached_property
     def _sums(self) -> Sums:
-        return manifest.read_sums(self._item, self._described)
+        return manifest.read_sums(self._item, self._manifest)
 
 
 class _Pending:
-    """A leaf that is being read: its array, and the boxes that hold its parts."""
+    """A leaf being read: its array, and the boxes on disk that hold its parts."""
 
     def __init__(
         self,
@@ -292,7 +292,7 @@ class _Pending:
         self.bytes = itemsize * sum(map(checksums.size, boxes))
 
     def start(self) -> None:
-        """Begins to read."""
+        """Begins to read every box."""
         self.futures = [self._array[checksums.slices(box)].read() for box in self.boxes]
 
 

@@ -1,4 +1,4 @@
-"""The manifest and the checksums: as types, and as sealed files of an item.
+"""Reads and writes the manifest and the checksums, as sealed files of an item.
 
 `manifest.json` is written by process 0; each process adds the checksums of what it
 wrote. Both are JSON objects `{"xxh3": …, "content": …}`, and hold no code.
@@ -27,12 +27,13 @@ from ema_optax._checkpoint.sealed import read_sealed, write_sealed
 from ema_optax._checkpoint.untrusted import DEPTH, is_deep, is_object, is_whole
 from ema_optax._decays.decay import Decay
 from ema_optax._messages.text import brief
+from ema_optax._trees import naming
 
 FORMAT = 2  # the newest that is read, written where leaves are verified block by block
 WITHOUT_BLOCKS = 1  # written where no leaf is cut: earlier versions read it too
 FOLDER = "ema_optax"  # inside the item, beside the raw params
 LIBRARY = "ema_optax"
-PARAMS, SHADOW, STATE = "params", "shadow", "state"
+PARAMS, SHADOW, STATE = naming.PARAMS, naming.SHADOW, "state"
 
 T = TypeVar("T")
 
@@ -41,14 +42,14 @@ _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,63}")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """Describes the content of a checkpoint.
 
     Attributes:
-        format: Of what is on disk.
-        version: Of the library that wrote it.
-        processes: That wrote it.
-        trees: `params`, `shadow` or `shadow/NAME`, and `state`.
-        extra: What the user gave.
+        format: Format on disk, a number.
+        version: Version of the library that wrote it.
+        processes: Number of processes that wrote it, ≥ 1.
+        trees: The trees `params`, `shadow` or `shadow/NAME`, and `state`.
+        extra: The user's JSON.
     """
 
     format: int
@@ -66,8 +67,8 @@ class Manifest:
         """Refuses a manifest with a decay that cannot be read.
 
         Raises:
-            ValueError: If there is one. The seal says that it is as it was written: by
-                a newer version, or a stranger.
+            ValueError: If there is one. Its checksum matches, so a newer version wrote
+                it, or a stranger.
         """
         for name, average in self.averages.items():
             if average.unread is None:
@@ -100,15 +101,15 @@ class Manifest:
 
     @classmethod
     def parse(cls, content: object) -> "Manifest":
-        """Makes a manifest of a stranger's JSON.
+        """Parses a manifest from JSON that is not trusted.
 
         A decay that cannot be read is refused by `averages`, not here: leaves can be
         restored without it.
 
         Raises:
             CorruptCheckpointError: If it is malformed, saying how.
-            ValueError: If its format is newer. Of such only number and version are
-                looked at.
+            ValueError: If its format is newer. Only format and version of such a
+                manifest are read.
         """
         if not is_object(content) or not is_whole(number := content.get("format")):
             raise CorruptCheckpointError("it states no format")
@@ -138,23 +139,13 @@ class Manifest:
         return cls(number, version, processes, entries, cast("Json", extra))
 
 
-def tree_of(name: str) -> str:
-    """Name of a shadow's tree on disk: `shadow/NAME`, or `shadow` without a name."""
-    return f"{SHADOW}/{name}" if name else SHADOW
-
-
-def name_of(tree: str) -> str:
-    """Name of the shadow in a tree, as `tree_of` was given."""
-    return tree.removeprefix(SHADOW).removeprefix("/")
-
-
 def manifest_path(item: epath.Path) -> epath.Path:
-    """Where the manifest of an item lies."""
+    """Path of the manifest of an item."""
     return item / FOLDER / "manifest.json"
 
 
 def checksums_path(item: epath.Path, process: int) -> epath.Path:
-    """Where one process writes its checksums."""
+    """Path of the checksums of one process."""
     return item / FOLDER / "checksums" / f"{process}.json"
 
 
@@ -251,12 +242,12 @@ def _version(value: object) -> str:
 
 
 def _tree(name: str, tree: object, averages: Mapping[str, object]) -> TreeEntry:
-    average, what = None, "tree"
+    average, kind = None, "tree"
     try:
         check_place(name)
         if name in averages:
-            what = "average"
-            average, what = AverageEntry.parse(averages[name]), "tree"
+            kind = "average"
+            average, kind = AverageEntry.parse(averages[name]), "tree"
         return TreeEntry.parse(tree, average)
     except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"its {what} {brief(name)} {error}") from None
+        raise CorruptCheckpointError(f"its {kind} {brief(name)} {error}") from None

@@ -1,4 +1,4 @@
-"""Opens the array of a leaf with TensorStore, once it is what its entry says.
+"""Opens the array of a leaf with TensorStore, after a check against its entry.
 
 Orbax writes one OCDBT store a folder, and in it one zarr array a leaf, whose name is
 the keys of the leaf joined by dots. The params are in the item's own folder, so that
@@ -16,8 +16,8 @@ from etils import epath
 from ema_optax._checkpoint.entries import LeafEntry, Structure
 from ema_optax._checkpoint.manifest import FOLDER, PARAMS
 
-_KEY = 64  # numbers in the data of a PRNG key; 2 or 4 in those of JAX
-_CACHE = 2**20  # bytes of each store's index that are kept
+_KEY = 64  # most numbers in the data of a PRNG key; those of JAX have 2 or 4
+_CACHE = 2**20  # bytes that are cached of each store's index
 
 
 class Store:
@@ -25,13 +25,14 @@ class Store:
 
     def __init__(self, item: epath.Path, structures: Mapping[str, Structure]) -> None:
         self._item, self._structures = item, structures
-        # Of its own: another step may be written anew into the same folder.
+        # A context of its own: a shared cache would hold the index of a step that was
+        # since written anew into the same folder.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
         self._names: dict[str, dict[str, str]] = {}
         self._stores: dict[bool, ts.Future[ts.KvStore]] = {}
 
     def metadata(self, tree: str, path: str) -> "ts.Future[ts.KvStore.ReadResult]":
-        """Returns the future of what the store says of a leaf's array."""
+        """Returns the future of the stored metadata of a leaf's array."""
         is_params = tree == PARAMS
         if is_params not in self._stores:
             spec = {"driver": "ocdbt", "base": self._base(tree)}
@@ -60,7 +61,7 @@ class Store:
         return key_value_store(self._item if tree == PARAMS else self._item / FOLDER)
 
     def _name(self, tree: str, path: str) -> str:
-        """Returns what the files of an array begin with: nothing for a bare array."""
+        """Returns the prefix of an array's keys in the store; empty for a bare one."""
         if tree not in self._names:
             above = () if tree == PARAMS else (tree,)
             self._names[tree] = dict(_names(self._structures[tree], above))
@@ -68,7 +69,7 @@ class Store:
 
 
 def key_value_store(folder: epath.Path) -> str | dict[str, str]:
-    """Returns a folder as TensorStore names it: a URL if it is one."""
+    """Returns a folder as TensorStore's key-value store: a URL, or driver and path."""
     text = str(folder)
     if "://" in text:
         return f"{text}/"
@@ -76,7 +77,7 @@ def key_value_store(folder: epath.Path) -> str | dict[str, str]:
 
 
 def parse(read: "ts.KvStore.ReadResult") -> dict[str, Any]:
-    """Returns the metadata of an array.
+    """Parses the metadata of an array.
 
     Raises:
         ValueError: If there is no such array, or no metadata.
@@ -90,11 +91,11 @@ def parse(read: "ts.KvStore.ReadResult") -> dict[str, Any]:
 
 
 def difference(metadata: Mapping[str, Any], entry: LeafEntry) -> str | None:
-    """Returns how an array is not what the manifest says of it, or None.
+    """Says how an array differs from its entry in the manifest; None if it does not.
 
-    Before TensorStore makes room for it. Its chunks count too: to read one element
-    TensorStore makes a whole one of them. And we compress nothing, which could be of
-    any size.
+    Checked before TensorStore allocates it. Chunks count too: to read one element
+    TensorStore allocates a whole chunk. Compressed data is refused: this library writes
+    none, and it could expand to any size.
     """
     if not {"shape", "chunks", "dtype"} <= set(metadata):
         return "it is no array"
@@ -104,18 +105,18 @@ def difference(metadata: Mapping[str, Any], entry: LeafEntry) -> str | None:
             type(n) is int and n >= 0 for n in numbers
         ):
             return "it is an array of no shape"
-    wanted = list(entry.shape)
-    if entry.is_key and shape[: len(wanted)] == wanted:
-        # The data of keys have a dimension more, of a few numbers.
-        wanted += [n for n in shape[len(wanted) :][:1] if n <= _KEY]
-    if shape != wanted:
+    expected = list(entry.shape)
+    if entry.is_key and shape[: len(expected)] == expected:
+        # The data of keys have one more dimension, of at most _KEY numbers.
+        expected += [n for n in shape[len(expected) :][:1] if n <= _KEY]
+    if shape != expected:
         return f"it is {tuple(shape)}, its manifest says {list(entry.shape)}"
     if len(chunks) != len(shape) or any(
-        n > max(whole, 1) for n, whole in zip(chunks, shape, strict=True)
+        n > max(length, 1) for n, length in zip(chunks, shape, strict=True)
     ):
         return f"it is {tuple(shape)}, in chunks of {chunks}"
     if metadata.get("compressor") is not None or metadata.get("filters"):
-        return "it is compressed, as none of ours is"
+        return "it is compressed, and ema_optax compresses no array"
     if not _is_dtype(metadata["dtype"], entry.dtype):
         return (
             f"it is of {str(metadata['dtype'])[:50]}, its manifest says {entry.dtype}"
@@ -124,7 +125,7 @@ def difference(metadata: Mapping[str, Any], entry: LeafEntry) -> str | None:
 
 
 def _is_dtype(stored: object, name: str) -> bool:
-    """Returns whether the dtype of an array, as zarr names it, is one of a name."""
+    """Returns whether a dtype that zarr wrote is the one of a name."""
     try:
         return isinstance(stored, str) and jnp.dtype(stored).name == name
     except TypeError:

@@ -1,6 +1,6 @@
-"""Which trees of a foreign checkpoint are params and average: as told, or as found.
+"""Chooses params and average in a foreign checkpoint, by paths or known layouts.
 
-Never a guess: what fits several ways, or none, is an error that lists what is there.
+Nothing is guessed: where several pairs fit, or none, an error lists the trees.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ AUTO = "auto"
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What is adopted of a checkpoint.
+    """The trees to adopt from a checkpoint.
 
     Attributes:
-        layout: Name of the layout, or None where the paths were told.
+        layout: Name of the layout, or None where the caller gave the paths.
         params: Path of the params.
-        leaves: Those of the params, by what is below that path.
+        leaves: Those of the params, by their paths below that path.
         shadow: Path of the average; None for none.
-        average: Its leaves, by the paths of the params that they are of.
+        average: Its leaves, by the paths of their params.
         raw: Floating params without an average.
         count: Path of its count, or None.
-        zero_started: As the layout says; None where it has to be told.
+        zero_started: As the layout says; None where only the caller knows.
     """
 
     layout: str | None
@@ -49,7 +49,7 @@ def choose(
     *,
     partial: bool,
 ) -> Choice:
-    """Returns what params and average are.
+    """Chooses params and average.
 
     Args:
         source: The checkpoint.
@@ -73,23 +73,25 @@ def choose(
     params = None if params is None else _existing(source, params, "params")
     if shadow is None:
         return params_alone(source, params, like)
-    told = None if shadow == AUTO else _existing(source, shadow, "shadow")
-    if told is not None:
-        _refuse_mistaken(source, told, like)
-    found = [
+    shadow_path = None if shadow == AUTO else _existing(source, shadow, "shadow")
+    if shadow_path is not None:
+        _refuse_mistaken(source, shadow_path, like)
+    fitting = [
         pair
         for pair in layouts.pairs(leaves, like)
-        if params in (None, pair.params) and told in (None, pair.shadow)
+        if params in (None, pair.params) and shadow_path in (None, pair.shadow)
     ]
-    if params is not None and told is not None:
-        return _told(source, params, told, found, like, partial=partial)
-    if len(found) == 1:
-        return _of(source, found[0], partial=partial)
-    if not found and told is not None:
-        candidates = _params_of(leaves, told)
+    if params is not None and shadow_path is not None:
+        return _by_paths(source, params, shadow_path, fitting, like, partial=partial)
+    if len(fitting) == 1:
+        return _by_layout(source, fitting[0], partial=partial)
+    if not fitting and shadow_path is not None:
+        candidates = _params_of(leaves, shadow_path)
         if len(candidates) == 1:
-            return _told(source, candidates[0], told, [], like, partial=partial)
-    raise ValueError(_not_one(source, found, params, told, like))
+            return _by_paths(
+                source, candidates[0], shadow_path, [], like, partial=partial
+            )
+    raise ValueError(_not_one(source, fitting, params, shadow_path, like))
 
 
 def params_alone(
@@ -99,13 +101,13 @@ def params_alone(
     *,
     argument: str = "params",
 ) -> Choice:
-    """Returns params without an average: those told, those of a pair, or the only ones.
+    """Chooses params without an average: by path, by a pair of a layout, or by name.
 
     Args:
         source: The checkpoint.
         params: Path of the params; None finds them.
         like: Name of a layout, which they are looked for in.
-        argument: What the path is called by the caller, for errors.
+        argument: Name of the argument for the path, for errors.
 
     Raises:
         ValueError: If there are none at the path, or several without one.
@@ -113,8 +115,8 @@ def params_alone(
     if params is not None:
         params = _existing(source, params, argument)
     else:
-        found = {pair.params for pair in layouts.pairs(source.leaves, like)}
-        found = found or {
+        candidates = {pair.params for pair in layouts.pairs(source.leaves, like)}
+        candidates = candidates or {
             path
             for path in layouts.nodes(source.leaves)
             if path.rpartition("/")[2] in ("params", "model")
@@ -122,8 +124,8 @@ def params_alone(
         }
         outer = [
             path
-            for path in found
-            if not any(path != top and path.startswith(f"{top}/") for top in found)
+            for path in candidates
+            if not any(path != top and path.startswith(f"{top}/") for top in candidates)
         ]
         if len(outer) != 1:
             raise ValueError(
@@ -142,7 +144,7 @@ def params_alone(
 
 
 def _existing(source: Foreign, path: str, name: str) -> str:
-    """Returns a path of a tree as the checkpoint has it."""
+    """Returns a path without outer slashes, or refuses one without arrays."""
     wanted = path.strip("/")
     if layouts.below(source.leaves, wanted):
         return wanted
@@ -166,29 +168,29 @@ def _refuse_mistaken(source: Foreign, path: str, like: str | None) -> None:
         )
 
 
-def _told(
+def _by_paths(
     source: Foreign,
     params: str,
     shadow: str,
-    found: list[Pair],
+    fitting: list[Pair],
     like: str | None,
     *,
     partial: bool,
 ) -> Choice:
-    """Returns the params and average of two paths, with what a layout knows of them."""
-    inside = f"{params}/".lstrip("/"), f"{shadow}/".lstrip("/")
-    if inside[0] == inside[1]:
+    """Returns the choice of two given paths, with count and start as a layout knows."""
+    prefixes = f"{params}/".lstrip("/"), f"{shadow}/".lstrip("/")
+    if prefixes[0] == prefixes[1]:
         raise ValueError(
             f"params and shadow are the same tree, {params!r}. Without an average, "
             "begin from a copy of the params by shadow=None."
         )
-    if inside[0].startswith(inside[1]) or inside[1].startswith(inside[0]):
+    if prefixes[0].startswith(prefixes[1]) or prefixes[1].startswith(prefixes[0]):
         raise ValueError(
             f"params={params!r} and shadow={shadow!r} lie inside each other. Pass two "
             f"of {_listed(source.leaves)}."
         )
-    if found:
-        return _of(source, found[0], partial=partial)
+    if fitting:
+        return _by_layout(source, fitting[0], partial=partial)
     layout = next((each for each in layouts.LAYOUTS if each.name == like), None)
     count = None
     if layout is not None and layout.count is not None:
@@ -201,7 +203,7 @@ def _told(
     return Choice(like, params, leaves, shadow, average, raw, count, zero_started)
 
 
-def _of(source: Foreign, pair: Pair, *, partial: bool) -> Choice:
+def _by_layout(source: Foreign, pair: Pair, *, partial: bool) -> Choice:
     leaves = layouts.below(source.leaves, pair.params)
     average, raw = _checked(
         source, pair.params, leaves, pair.shadow, pair.average, partial=partial
@@ -219,14 +221,14 @@ def _of(source: Foreign, pair: Pair, *, partial: bool) -> Choice:
 
 
 def _placed(average: Leaves, params: Leaves) -> Leaves:
-    """Returns the leaves of an average by their params, of which it may be a part."""
+    """Returns an average's leaves by the paths of their params, if it is a part."""
     if set(average) <= set(params):
         return average
     outline = locating.Outline({path: leaf.shape for path, leaf in average.items()})
     shapes = {path: leaf.shape for path, leaf in params.items()}
     places = locating.places_of(outline, shapes)
     if len(places) != 1:
-        return average  # and the difference is said
+        return average  # `_checked` names the difference
     return {locating.under(places[0], path): x for path, x in average.items()}
 
 
@@ -239,39 +241,42 @@ def _checked(
     *,
     partial: bool,
 ) -> tuple[dict[str, Leaf], tuple[str, ...]]:
-    """Returns the averages of floating params, and the floating params without one."""
-    where = f"'{shadow}' is no average of '{params}' in {source.place}"
-    kept: dict[str, Leaf] = {}
+    """Returns the averages of floating params, and floating params without one."""
+    problem = f"'{shadow}' is no average of '{params}' in {source.place}"
+    fitting: dict[str, Leaf] = {}
     for path, leaf in average.items():
         param = leaves.get(path)
         if param is None:
             raise ValueError(
-                f"{where}: '{path}' is only in the average, where it is {leaf}. "
+                f"{problem}: '{path}' is only in the average, where it is {leaf}. "
                 f"{text.nearest(path, leaves)} Pass params=… and shadow=… of trees "
                 f"that fit, such as {_listed(source.leaves)}."
             )
         if param.shape != leaf.shape:
             raise ValueError(
-                f"{where}: '{path}' is {param} in the params and {leaf} in the average."
+                f"{problem}: '{path}' is {param} in the params and {leaf} in the "
+                "average."
             )
         if not param.is_averaged:
             continue  # a copy, or the mean, of what is no float
         if not leaf.is_averaged or _is_complex(param) != _is_complex(leaf):
             raise ValueError(
-                f"{where}: '{path}' is {param} in the params and {leaf} in the "
+                f"{problem}: '{path}' is {param} in the params and {leaf} in the "
                 "average, which cannot hold it."
             )
-        kept[path] = leaf
-    raw = tuple(p for p, leaf in leaves.items() if leaf.is_averaged and p not in kept)
-    if not kept:
-        raise ValueError(f"{where}: it has no floating leaves.")
+        fitting[path] = leaf
+    raw = tuple(
+        p for p, leaf in leaves.items() if leaf.is_averaged and p not in fitting
+    )
+    if not fitting:
+        raise ValueError(f"{problem}: it has no floating leaves.")
     if raw and not partial:
         raise ValueError(
-            f"{where}: of {len(raw):,} floating params there is no average: "
+            f"{problem}: of {len(raw):,} floating params there is no average: "
             f"{text.some(map(repr, raw))}. If they were not averaged, as statistics "
             "and frozen params are not, pass partial=True: they are raw in both trees."
         )
-    return kept, raw
+    return fitting, raw
 
 
 def _is_complex(leaf: Leaf) -> bool:
@@ -279,7 +284,7 @@ def _is_complex(leaf: Leaf) -> bool:
 
 
 def _params_of(leaves: Leaves, shadow: str) -> list[str]:
-    """Returns where params of an average may be: in no optimizer state or average."""
+    """Returns the trees that may be an average's params, outside optimizer states."""
     average = layouts.below(leaves, shadow)
     averages = {pair.shadow for pair in layouts.pairs(leaves, None)}
     return [
@@ -296,19 +301,19 @@ def _params_of(leaves: Leaves, shadow: str) -> list[str]:
 
 def _not_one(
     source: Foreign,
-    found: list[Pair],
+    fitting: list[Pair],
     params: str | None,
     shadow: str | None,
     like: str | None,
 ) -> str:
-    """Returns what to say where nothing fits, or several."""
-    if found:
+    """Returns the message of an error where no pair fits, or several."""
+    if fitting:
         each = "; ".join(
             f"params={pair.params!r} shadow={pair.shadow!r} ({pair.layout.name})"
-            for pair in found
+            for pair in fitting
         )
         return (
-            f"{source.place} has {len(found)} pairs of params and average: {each}. "
+            f"{source.place} has {len(fitting)} pairs of params and average: {each}. "
             "Pass params=… and shadow=… of one."
         )
     of_layout = f" as {like} keeps it" if like else ""
@@ -325,7 +330,7 @@ def _not_one(
 
 
 def _mistaken_in(leaves: Leaves) -> str:
-    """Returns a sentence on a state of optax.ema that may be meant."""
+    """Returns a sentence on a state of optax.ema, which the caller may mean."""
     for path in layouts.nodes(leaves):
         if path.endswith("/ema") and (problem := layouts.mistaken(leaves, path)):
             return f" {problem}."

@@ -1,4 +1,4 @@
-"""The folders that checkpoints lie in: on a disk, or a URL of a bucket."""
+"""Checks the folders of checkpoints: on a disk, or the URL of a bucket."""
 
 # pyright: strict, reportMissingTypeStubs=false
 
@@ -10,12 +10,13 @@ from ema_optax._checkpoint import storage
 from ema_optax._messages import arguments
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# pathlib makes one slash of two, and `absolute()` of epath a local path of a URL.
+# pathlib turns the two slashes of a URL into one; `absolute()` of epath then makes it a
+# local path.
 _BROKEN_URL = re.compile(r"(?:^|/)(gs|gcs|s3|s3a|az|abfss?|hf|hdfs|https?|file):/")
 
 
 def absolute(directory: epath.PathLike) -> epath.Path:
-    """Returns a directory as Orbax wants it: whole, with `~` replaced, or a URL.
+    """Returns a directory as Orbax needs it: an absolute path without `~`, or a URL.
 
     Raises:
         TypeError: If it is no path.
@@ -23,14 +24,14 @@ def absolute(directory: epath.PathLike) -> epath.Path:
     """
     path = arguments.path(directory, "The directory of a checkpoint", "run/checkpoints")
     check_store(path)
-    found = epath.Path(path)
-    return found if storage.is_remote(found) else found.expanduser().absolute()
+    folder = epath.Path(path)
+    return folder if storage.is_remote(folder) else folder.expanduser().absolute()
 
 
 def check_store(path: str) -> None:
-    """Refuses what Orbax takes for a folder of this machine's disk, and is a URL.
+    """Refuses a URL that Orbax takes for a folder on this machine's disk.
 
-    It would report success, and the bucket stay empty.
+    Orbax would report success, and the bucket would stay empty.
 
     Raises:
         ValueError: If it is one, with what to do.

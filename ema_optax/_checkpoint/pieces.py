@@ -1,4 +1,4 @@
-"""Checksums of leaves, block by block: made from a stranger's JSON, or refused."""
+"""Parses checksums of leaves, block by block, from JSON that is not trusted."""
 
 # pyright: strict
 
@@ -24,7 +24,7 @@ Sums: TypeAlias = Mapping[str, Mapping[str, tuple[Piece, ...]]]  # tree → path
 
 
 def parse_sums(content: object) -> Sums:
-    """Makes checksums of a stranger's JSON, or raises `CorruptCheckpointError`."""
+    """Parses checksums, or raises `CorruptCheckpointError`."""
     if not is_object(content):
         raise CorruptCheckpointError("it holds no trees")
     sums: dict[str, dict[str, tuple[Piece, ...]]] = {}

@@ -22,8 +22,8 @@ def gathered(number: int) -> list[int]:
     if jax.process_count() == 1:
         return [number]
     parts = np.array(divmod(number, 2**31), np.int32)  # JAX would narrow an int64
-    found = multihost_utils.process_allgather(parts)
-    return [int(high) * 2**31 + int(low) for high, low in found]
+    rows = multihost_utils.process_allgather(parts)
+    return [int(high) * 2**31 + int(low) for high, low in rows]
 
 
 @contextlib.contextmanager
@@ -39,11 +39,13 @@ def together(elsewhere: Exception) -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    ours = 0 if error is None else 1 if isinstance(error, CorruptCheckpointError) else 2
-    worst = max(gathered(ours))
+    severity = 0
+    if error is not None:
+        severity = 1 if isinstance(error, CorruptCheckpointError) else 2
+    worst = max(gathered(severity))
     if worst == 0:
         return
-    if error is not None and ours == worst:
+    if error is not None and severity == worst:
         raise error
     raise (
         CorruptCheckpointError(*elsewhere.args) if worst == 1 else elsewhere
@@ -51,8 +53,8 @@ def together(elsewhere: Exception) -> Iterator[None]:
 
 
 def agreed(do: Callable[[], T], elsewhere: Exception) -> T:
-    """Returns what `do` returns, if it raises on no process; see `together`."""
-    found: list[T] = []
+    """Calls `do`; raises on every process if it raises on one, as `together` does."""
+    results: list[T] = []
     with together(elsewhere):
-        found.append(do())
-    return found[0]
+        results.append(do())
+    return results[0]

@@ -1,4 +1,4 @@
-"""Names the step to go back to, where one is damaged."""
+"""Names the step to go back to where one is damaged."""
 
 # pyright: strict, reportMissingTypeStubs=false
 
@@ -14,13 +14,13 @@ from ema_optax._checkpoint.steps import items_in, number_of, step_folder, steps_
 def explained(
     item: epath.Path, error: CorruptCheckpointError, rescue: str | None = None
 ) -> Exception:
-    """Returns an error that names the step, and what to do.
+    """Returns an error that names the damaged step, and what to do.
 
     Args:
-        item: What is damaged.
-        error: How.
-        rescue: What to do. None names the newest older step that is whole: to find it
-            steps are read, which all processes must do alike.
+        item: Folder of the damaged item.
+        error: The damage.
+        rescue: A sentence that says what to do. None names the newest older step that
+            is whole; to find it all processes read steps, and must call it alike.
     """
     step = step_folder(item)
     number, root = number_of(step), step.parent
@@ -44,8 +44,8 @@ def newest_whole(root: epath.Path, name: str | None, *, before: int) -> int | No
 
     Args:
         root: Folder of the run.
-        name: Of the item; None where the step is one.
-        before: What the step is older than.
+        name: Name of the item; None where the step is one.
+        before: The step is older than this number.
 
     All processes must call it alike; those that process 0 finds are looked at.
     """
@@ -56,8 +56,8 @@ def newest_whole(root: epath.Path, name: str | None, *, before: int) -> int | No
             for item in items_in(path)
             if name is None or item == path or item.name == name
         }
-        ours = [number for number in items if number < before]
-        before = gathered(max(ours, default=-1))[0]
+        older = [number for number in items if number < before]
+        before = gathered(max(older, default=-1))[0]
         if before < 0:
             return None
         if _is_whole(items.get(before) or root):  # the root is no item, and not whole

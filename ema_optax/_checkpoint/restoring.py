@@ -12,7 +12,6 @@ from ema_optax._checkpoint.entries import LeafEntry, Structure
 from ema_optax._checkpoint.leaves import Place, elsewhere, read
 from ema_optax._checkpoint.manifest import (
     PARAMS,
-    SHADOW,
     STATE,
     Manifest,
     read_manifest,
@@ -22,7 +21,7 @@ from ema_optax._checkpoint.step import is_empty, is_key
 from ema_optax._checkpoint.targets import default_target, target_of
 from ema_optax._messages import text
 from ema_optax._placement import placement
-from ema_optax._trees import trees
+from ema_optax._trees import naming, trees
 from ema_optax._trees.locating import Outline, misfit, places_of, under
 from ema_optax._trees.renaming import Renames
 
@@ -37,11 +36,12 @@ def restore_tree(
     *,
     verify: bool,
 ) -> Any:
-    """Returns one tree of an item in the slots of `like`, or as a nested dict.
+    """Restores one tree of an item into the slots of `like`, or as a nested dict.
 
-    Leaves that are not averaged come from the params. See `directory.restore`.
+    Leaves that are not averaged come from the params. See `checkpoint.restore`.
     """
     manifest = shared_manifest(item)
+    tree = chosen(manifest, tree)
     sources = sources_of(manifest, tree)
     if like is None:
         if rename:
@@ -72,63 +72,49 @@ def restore_tree(
 
 
 def restore_raw(item: epath.Path) -> Any:
-    """Returns the params of an item as Orbax nests them; verified."""
+    """Restores the params of an item as Orbax nests them, and verifies them."""
     manifest = shared_manifest(item)
-    places = sources_of(manifest, PARAMS)
-    leaves = read(
-        item,
-        manifest,
-        {path: (at, default_target(manifest.leaf(at))) for path, at in places.items()},
-        verify=True,
-    )
+    places = sources_of(manifest, chosen(manifest, PARAMS))
+    wanted = {
+        path: (place, default_target(manifest.leaf(place)))
+        for path, place in places.items()
+    }
+    leaves = read(item, manifest, wanted, verify=True)
     return jax.tree.map(lambda path: leaves[path], manifest.trees[PARAMS].structure)
 
 
 def shared_manifest(item: epath.Path) -> Manifest:
-    """Returns the manifest of an item; all processes must call it alike."""
+    """Reads the manifest of an item; all processes must call it alike."""
     return agreed(lambda: read_manifest(item), elsewhere(item))
 
 
 def sources_of(manifest: Manifest, tree: str) -> dict[str, Place]:
-    """Returns where each leaf of a tree lies: averaged ones in it, others in params.
-
-    Raises:
-        ValueError: If the checkpoint has no such tree.
-    """
-    tree = _chosen(manifest, tree)
+    """Returns the place of each leaf of a tree: averaged in it, others in params."""
     own = {path: Place(tree, path) for path in manifest.trees[tree].leaves}
     if tree == PARAMS or PARAMS not in manifest.trees:
         return own
     params = {path: Place(PARAMS, path) for path in manifest.trees[PARAMS].leaves}
     place = _where_it_sits(manifest, tree)
     if place is None:
-        return own  # whatever else the params have is not of the model that it is of
+        return own  # the params on disk may be of another model
     return params | {under(place, path): at for path, at in own.items()}
 
 
-def _chosen(manifest: Manifest, tree: str) -> str:
-    """Returns the name of a tree as it is stored: of an only shadow with its name.
+def chosen(manifest: Manifest, tree: str) -> str:
+    """Returns the tree that a name means, as it is stored.
 
     Raises:
-        ValueError: If the checkpoint has no such tree.
+        ValueError: If the checkpoint has no such tree, or two may be meant.
     """
-    have = [name for name in manifest.trees if name != STATE]
-    named = [name for name in have if name.startswith(f"{SHADOW}/")]
-    if tree == SHADOW and SHADOW not in have and len(named) == 1:
-        tree = named[0]
-    if tree not in have:
-        raise ValueError(
-            f"The checkpoint has no tree {text.brief(tree)}; it has "
-            f"{', '.join(map(repr, have))}. Pass tree={(named or have)[-1]!r}."
-        )
-    return tree
+    stored = [name for name in manifest.trees if name != STATE]
+    return naming.chosen(tree, stored, "Pass tree=")
 
 
 def _where_it_sits(manifest: Manifest, tree: str) -> str | None:
-    """Returns where in the params on disk a shadow sits, or None if it does not.
+    """Returns the place in the params on disk where a shadow sits, or None.
 
-    A step may hold more than the params, or be of a stranger: leaf by leaf the params
-    fill what is not averaged, and must not stand for what is.
+    The params fill the leaves that are not averaged, and must not stand for averaged
+    ones: a step may hold more than the params, or come from a stranger.
     """
     entry = manifest.trees[tree]
     outline = Outline(_shapes(entry.leaves), frozenset(_gaps(entry.structure)))
@@ -137,7 +123,7 @@ def _where_it_sits(manifest: Manifest, tree: str) -> str | None:
         return "" if misfit(outline, params, "") is None else None
     places = places_of(outline, params)
     if not places and set(outline.shapes) <= set(params):
-        return ""  # of other shapes: what is read says so
+        return ""  # shapes differ: the error names the leaf when it is read
     return places[0] if len(places) == 1 else None
 
 
@@ -146,26 +132,26 @@ def _shapes(leaves: Mapping[str, LeafEntry]) -> dict[str, tuple[int, ...]]:
 
 
 def _gaps(structure: Structure, at: str = "") -> Iterator[str]:
-    """Yields the paths where a structure has no leaf: it is not averaged there."""
+    """Yields the paths where a structure has no leaf, as nothing is averaged there."""
     if isinstance(structure, str):
         return
     pairs = structure.items() if isinstance(structure, dict) else ()
     if isinstance(structure, list):
         pairs = ((str(i), node) for i, node in enumerate(structure))
-    empty = True
+    is_empty_node = True
     for key, node in pairs:
-        empty = False
+        is_empty_node = False
         yield from _gaps(node, under(at, key))
-    if empty:
+    if is_empty_node:
         yield at
 
 
 def _seen_from(
     slots: Mapping[str, Any], sources: Mapping[str, Place], manifest: Manifest
 ) -> Mapping[str, Place]:
-    """Returns the sources by the paths that a part of the model has, given alone.
+    """Returns the sources by the paths of a part of the model that is restored alone.
 
-    Such as the params of a step that holds variables with statistics beside them.
+    One is the params of a step that holds variables with statistics beside them.
     """
     wanted = {
         slot: np.shape(leaf) for slot, leaf in slots.items() if not is_empty(leaf)
@@ -185,7 +171,6 @@ def _check_averaged(places: Mapping[str, Place], manifest: Manifest, tree: str) 
     Raises:
         ValueError: If no slot takes a leaf of it, where it has any.
     """
-    tree = _chosen(manifest, tree)
     averaged = manifest.trees[tree].leaves
     read_from = {place.tree for place in places.values()}
     if tree != PARAMS and averaged and read_from == {PARAMS}:
@@ -200,10 +185,10 @@ def check_fits(entry: LeafEntry, leaf: Any, slot: str, *, exact: bool) -> None:
     """Refuses a leaf on disk that a slot cannot take.
 
     Args:
-        entry: What is on disk.
-        leaf: What is in the slot, concrete or abstract.
-        slot: What the slot is called.
-        exact: Whether floats are not to be cast either.
+        entry: Entry of the leaf on disk.
+        leaf: The leaf in the slot, concrete or abstract.
+        slot: Name of the slot, for errors.
+        exact: Whether not even floats are cast.
 
     Raises:
         ValueError: If shape, dtype or kind differ, with both sides.
@@ -241,7 +226,7 @@ def check_fits(entry: LeafEntry, leaf: Any, slot: str, *, exact: bool) -> None:
 def is_turned(
     rename: Mapping[str, str], slots: Collection[str], sources: Collection[str]
 ) -> bool:
-    """Returns whether `rename` maps stored paths to slots, and not slots to paths."""
+    """Returns whether `rename` maps stored paths to slots, the wrong way round."""
 
     def is_stored(path: str) -> bool:
         return any(f"{at}/".startswith(f"{path}/") for at in sources)
@@ -253,7 +238,7 @@ def is_turned(
 
 
 def without_elements(leaf: Any) -> Any:
-    """Returns a leaf that has no elements, which is not on disk."""
+    """Makes a leaf without elements: none of those is on disk."""
     make = np.zeros if isinstance(leaf, np.ndarray) else jnp.zeros
     return make(leaf.shape, leaf.dtype)
 

@@ -49,23 +49,26 @@ def resume(
     missing: str = "refuse",
     verify: bool = True,
 ) -> tuple[Any, Any]:
-    """Restore params and optimizer state, to go on with a run.
+    """Restores params and optimizer state, to go on with a run.
 
-    All of it exactly, or, where model or optimizer have changed, what fits:
+    It restores all of the run exactly; or, where model or optimizer have changed, what
+    fits:
 
-        found = resume(run, params, optimizer.init, missing="start")
-        print(found.changes)
-        params, opt_state = found
+        resumed = resume(run, params, optimizer.init, missing="start")
+        print(resumed.changes)
+        params, opt_state = resumed
 
-    Params and shadows are then taken where path and shape fit. What has no stored leaf
-    starts: a param as it was passed, its shadow as a copy of the param; the count of an
-    average goes on where one of its shadows does. The optimizer's own state is found by
-    the names of its fields, so that clipping in front moves nothing: `mu` and `nu`
-    of Adam are taken param by param, and its count with them, at which the first
-    updates of a new param are up to (1−b1)/√(1−b2) times as long, 3.2 by default. Of
-    several states with the same fields those are the same that have the same params
-    or, where as many are saved, come in the same order; the others start. Where two
-    transforms call their fields alike, as Adam and AdaMax do, the state is taken.
+    Params and shadows are then taken where path and shape fit. A leaf that is not
+    stored starts: a param as it was passed, its shadow as a copy of the param. The
+    count of an average goes on where one of its shadows does.
+
+    The optimizer's own state is found by the names of its fields, so that clipping in
+    front moves nothing: `mu` and `nu` of Adam are taken param by param, and its count
+    with them. With that count, the first updates of a new param are up to
+    (1−b1)/√(1−b2) times as long, 3.2 by default. Several states with the same fields
+    are matched by their params or, where as many are saved, by their order; the others
+    start. A state is also taken from another transform whose fields have the same
+    names, as those of Adam and AdaMax do.
 
     Args:
         directory: The folder of a run, or of one step of it.
@@ -75,13 +78,13 @@ def resume(
             optimizer state: what starts is then made from the params that go on.
         step: Number of the step; None for the newest that was committed.
         item: Name of the item, where the step holds several of ours.
-        accept_new_decay: Keep the shadow although the chain has another decay or
-            `every` than the one it was averaged with.
+        accept_new_decay: Whether a shadow goes on where the chain has another decay or
+            `every` than it was averaged with.
         rename: Slots of `params` to stored paths, beginnings and patterns included, as
             in `restore`; shadows and the optimizer's moments follow. And averages of
             this run to stored ones: `{"shadow/slow": "shadow"}`.
-        missing: `"refuse"`, or `"start"` for what the checkpoint does not have; leaves
-            that only the checkpoint has are then left, and floats are cast.
+        missing: `"refuse"` to resume all of the run or nothing; `"start"` to start what
+            the checkpoint lacks, leave what only it has, and cast floats.
         verify: Whether to compare what is read with its checksums.
 
     Returns:
@@ -92,9 +95,9 @@ def resume(
     Raises:
         CorruptCheckpointError: If data on disk is not what was saved.
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If model or optimizer differ from the saved run's, and how; with
-            `missing="start"` if no param fits, if what starts would be made from the
-            fresh params, or is abstract.
+        ValueError: If model or optimizer differ from the saved run's; with
+            `missing="start"` if no param fits, or if a leaf that starts would be made
+            from the fresh params, or is abstract.
 
     >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> params = {"w": jnp.ones(2)}
@@ -105,7 +108,7 @@ def resume(
     >>> opt_state.shadow
     {'w': Array([1., 1.], dtype=float32)}
     """
-    found = find_same_step(directory, step, item)
+    folder = find_same_step(directory, step, item).item
     args = EmaResume(
         params,
         opt_state,
@@ -114,4 +117,4 @@ def resume(
         missing=missing,
         verify=verify,
     )
-    return args.read(found.item)
+    return args.read(folder)

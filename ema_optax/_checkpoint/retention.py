@@ -1,4 +1,4 @@
-"""Which snapshots of a run are kept: a retention for Orbax's CheckpointManager."""
+"""Decides which snapshots of a run are kept, for Orbax's CheckpointManager."""
 
 # pyright: strict, reportMissingTypeStubs=false
 
@@ -15,10 +15,10 @@ from ema_optax._messages import arguments
 
 @dataclasses.dataclass(frozen=True)
 class KeepSnapshots(checkpoint_managers.PreservationPolicy):
-    """A retention for a `CheckpointManager` that keeps snapshots evenly over the run.
+    """Keeps snapshots evenly over the run: a retention for a `CheckpointManager`.
 
     Keeps every step while there are at most `at_most` of them; then every second one,
-    then every fourth, and always the newest. Averages can so be reconstructed at any
+    then every fourth, and always the newest. Averages can then be reconstructed at any
     of the kept steps, however long the run becomes. Where saves are not evenly spaced,
     the last one of each interval is kept.
 
@@ -27,7 +27,8 @@ class KeepSnapshots(checkpoint_managers.PreservationPolicy):
         )
 
     Args:
-        at_most: ≥ 2; 64 steps give widths from .021 within 1 %, 128 from .012.
+        at_most: Number of steps to keep, ≥ 2; 64 steps give widths from .021 within
+            1 %, 128 from .012.
 
     >>> from types import SimpleNamespace
     >>> steps = [SimpleNamespace(step=100 * n) for n in range(1, 6)]
@@ -53,9 +54,9 @@ class KeepSnapshots(checkpoint_managers.PreservationPolicy):
         steps = [checkpoint.step for checkpoint in checkpoints]
         if len(steps) < 2:
             return [True] * len(steps)
-        # The commonest gap, of saves or of what is left of them, times a power of two:
-        # the intervals of one call are then halves of those of a later one, and what
-        # was kept stays even. The smallest for which the whole run has few enough.
+        # The interval is the commonest gap between steps times a power of two, so that
+        # the intervals of one call are halves of those of a later one, and the steps
+        # that were kept stay even. It is the smallest that leaves at most `at_most`.
         gaps = [b - a for a, b in itertools.pairwise(steps)]
         interval = float(statistics.mode(gaps))
         span = steps[-1] - steps[0]
@@ -70,5 +71,5 @@ class KeepSnapshots(checkpoint_managers.PreservationPolicy):
 
 
 def _number(step: int, interval: float) -> int:
-    """Returns the number of the interval that a step is in, or is the end of."""
+    """Returns the number of the interval that a step lies in or ends."""
     return math.ceil(step / interval)

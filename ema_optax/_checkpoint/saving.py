@@ -1,9 +1,9 @@
-"""Saving: Orbax writes the trees, and the manifest is inside the same commit.
+"""Saves a step: Orbax writes its trees, and commits them together with the manifest.
 
-An item is an Orbax checkpoint of the raw params, in their own structure, so that
-whoever loads it without this library gets those. The folder `ema_optax` inside it is
-another, of shadows and optimizer state, with manifest and checksums beside them. A
-snapshot has that one alone.
+An item is an Orbax checkpoint of the raw params, in their own structure, which is what
+programs load without this library. The folder `ema_optax` inside it is another
+checkpoint, of shadows and optimizer state, with manifest and checksums beside them. A
+snapshot has only that folder.
 """
 
 import asyncio
@@ -36,14 +36,14 @@ from ema_optax._checkpoint.step import Step, is_key
 from ema_optax._messages.text import one_line
 from ema_optax._trees import trees
 
-# Tree → path → what this process writes of that leaf.
+# Tree → path → the parts of that leaf that this process writes.
 Parts: TypeAlias = dict[str, dict[str, checksums.HostParts]]
 
 
 # Measured in benchmarks/checkpoints.py: compression, Orbax's default, makes float32
 # weights 8 % smaller; without it save and restore take three quarters of the time. One
-# file a leaf instead of OCDBT is within noise for large leaves, 1.2 times
-# slower for a thousand small ones, and makes two files a leaf.
+# file a leaf instead of OCDBT takes the same time for large leaves, within noise, and
+# 1.2 times as long for a thousand small ones; it makes two files a leaf.
 _tree_handler = functools.partial(
     ocp.PyTreeCheckpointHandler, use_ocdbt=True, use_compression=False
 )
@@ -88,14 +88,14 @@ async def start_save(
                 futures += await start(item, step.trees[PARAMS])
             _fetch(step)
             parts = _host_parts(step)
-            views = _whole(step, parts)
+            views = _host_views(step, parts)
             if views is None:
                 futures += await start(item / manifest.FOLDER, _beside(step))
     except BaseException:
         gate.broken = True
         raise
     finally:
-        gate.opened.set()  # or the waiting threads would keep the process from ending
+        gate.opened.set()  # else waiting threads would keep the process from ending
 
     async def rest() -> None:
         await GatedFolder(item, gate).await_creation()
@@ -103,7 +103,7 @@ async def start_save(
         started = await start(item / manifest.FOLDER, views) if views else []
         try:
             write_sidecars(item, step, parts)
-        finally:  # nothing of ours may write once this has ended
+        finally:  # the commit follows: no writer may still be at work
             await asyncio.to_thread(AllFutures(started).result)
 
     signalled = ocp.future.CommitFutureAwaitingContractedSignals(  # pyright: ignore[reportAttributeAccessIssue]
@@ -130,9 +130,9 @@ def save_now(item: epath.Path, step: Step) -> None:
 
 
 def refuse_different(step: Step) -> None:
-    """Raises on all processes if one has other NumPy arrays or numbers than another.
+    """Raises on all processes if their NumPy arrays or numbers differ.
 
-    Those of process 0 are stored, and nothing would tell of the others.
+    Those of process 0 are stored, and the others would be lost without a word.
     """
     if jax.process_count() == 1:
         return
@@ -168,7 +168,7 @@ def write_sidecars(item: epath.Path, step: Step, parts: Parts) -> None:
 
 
 def finalize(item: epath.Path, handler: ocp.PyTreeCheckpointHandler) -> None:
-    """Merges what the processes wrote; on process 0, once all have written."""
+    """Merges the files of all processes, on process 0, after all have written."""
     for folder in (item, item / manifest.FOLDER):
         if any(folder.glob("ocdbt.process_*")):
             handler.finalize(folder)
@@ -176,10 +176,10 @@ def finalize(item: epath.Path, handler: ocp.PyTreeCheckpointHandler) -> None:
 
 @contextlib.contextmanager
 def _one_array_explained(tree: optax.Params) -> Iterator[None]:
-    """Says what helps where Orbax takes params that are one array for none."""
+    """Adds what helps to the error of an Orbax that cannot save params of one array."""
     try:
         yield
-    except ValueError as error:  # of its truth
+    except ValueError as error:  # of the truth value of an array
         if not isinstance(tree, (jax.Array, np.ndarray)):
             raise
         raise ValueError(
@@ -190,18 +190,18 @@ def _one_array_explained(tree: optax.Params) -> Iterator[None]:
 
 
 def _save_args(tree: optax.Params) -> ocp.args.PyTreeSave:
-    """Returns what Orbax is given: large leaves are stored in blocks, as verified."""
+    """Returns Orbax's arguments: large leaves are stored in the blocks of checksums."""
 
-    def how(leaf: Any) -> ocp.SaveArgs:
+    def leaf_args(leaf: Any) -> ocp.SaveArgs:
         return ocp.SaveArgs(
             chunk_byte_size=checksums.BLOCK if checksums.is_cut(leaf) else None
         )
 
-    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(how, tree))
+    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(leaf_args, tree))
 
 
 def _host_parts(step: Step, *, kept: bool = False) -> Parts:
-    """Returns tree → path → what this process writes of that leaf."""
+    """Returns for each leaf the parts that this process writes."""
     return {
         name: {
             path: checksums.host_parts(leaf, kept=kept) for path, leaf in leaves.items()
@@ -211,28 +211,28 @@ def _host_parts(step: Step, *, kept: bool = False) -> Parts:
 
 
 def _refuse_overflow(parts: Parts) -> None:
-    """Raises OverflowError for shadows rounded to float16 that it cannot hold.
+    """Raises OverflowError for shadows with values that float16 cannot hold.
 
-    They are kept in no float16 but that of a snapshot. Params and state may be, and
-    are stored as they are.
+    Shadows are float16 only where a snapshot rounds them. Params and state may be
+    float16 themselves, and are stored as they are.
     """
     shadows = {name: x for name, x in parts.items() if name not in (PARAMS, STATE)}
     checksums.refuse_overflow(shadows)
 
 
 def _fetch(step: Step) -> None:
-    """Starts copying to the host what Orbax has not, all leaves at once."""
+    """Starts copying to the host the leaves that Orbax has not, all at once."""
     for leaves in step.leaves.values():
         for leaf in leaves.values():
             if isinstance(leaf, jax.Array) and not is_key(leaf):
                 leaf.copy_to_host_async()
 
 
-def _whole(step: Step, parts: Parts) -> Any:
-    """Returns what lies beside the params, of host arrays; None if that cannot be.
+def _host_views(step: Step, parts: Parts) -> Any:
+    """Returns the trees beside the params as host arrays; None if that cannot be.
 
-    It cannot where a leaf is sharded, or where another process must write it; and PRNG
-    keys are for Orbax to store.
+    It cannot where a leaf is sharded, or where another process writes it; and Orbax
+    stores PRNG keys itself.
     """
     if jax.process_count() > 1:
         return None
@@ -252,5 +252,5 @@ def _whole(step: Step, parts: Parts) -> Any:
 
 
 def _beside(step: Step) -> dict[str, Any]:
-    """Returns what lies beside the params, as one tree: each store has a fixed cost."""
+    """Returns the trees beside the params as one, for each store has a fixed cost."""
     return {name: tree for name, tree in step.trees.items() if name != PARAMS}

@@ -1,4 +1,4 @@
-"""The shadows of a step as trees: where each sits, and what is known of it."""
+"""Finds the shadows of a step: their trees, places in the params, and entries."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from ema_optax._averages.average import Average
 from ema_optax._averages.averages import Averages
 from ema_optax._averages.states import BemaMadeBy, RingMadeBy
 from ema_optax._checkpoint.entries import AverageEntry, Computed, Count
-from ema_optax._checkpoint.manifest import SHADOW, tree_of
+from ema_optax._checkpoint.manifest import SHADOW
 from ema_optax._messages import text
 from ema_optax._trees import trees
 from ema_optax._trees.locating import (
@@ -26,6 +26,7 @@ from ema_optax._trees.locating import (
     places_of,
     under,
 )
+from ema_optax._trees.naming import tree_of
 
 
 class Part(NamedTuple):
@@ -37,22 +38,22 @@ class Part(NamedTuple):
 
 
 def parts_of(
-    found: Averages, params: optax.Params, averaged: str | Mapping[str, str] | None
+    of_state: Averages, params: optax.Params, averaged: str | Mapping[str, str] | None
 ) -> list[Part]:
     """Returns the shadow of each average, and where in the params it sits.
 
     Raises:
         ValueError: If one sits nowhere, or may sit at several places.
     """
-    places = _located(found, params, averaged)
+    places = _located(of_state, params, averaged)
     return [
         Part(average, place, _read(average, params, place))
-        for average, place in zip(found, places, strict=True)
+        for average, place in zip(of_state, places, strict=True)
     ]
 
 
 def joined(parts: Iterable[Part]) -> dict[str, Any]:
-    """Returns the shadows by the names of their trees, those of disjoint parts joined.
+    """Joins the shadows of disjoint parts; returns them by the names of their trees.
 
     Raises:
         ValueError: If a leaf is averaged in more than one of them.
@@ -62,7 +63,7 @@ def joined(parts: Iterable[Part]) -> dict[str, Any]:
         at = by_name.setdefault(tree_of(average.name), {}).setdefault(place, {})
         at[average.where] = tree
     return {
-        name: _hung({place: averages.joined(each) for place, each in places.items()})
+        name: _assembled({at: averages.joined(each) for at, each in places.items()})
         for name, places in by_name.items()
     }
 
@@ -118,9 +119,9 @@ def _arguments_of(
     return tuple(each._asdict() for each in records if isinstance(each, maker))
 
 
-def computed_of(found: Iterable[Average]) -> tuple[Computed, ...]:
-    """Returns what makes the computed averages of a state, as their entry has it."""
-    parts = [Part(average, "", ()) for average in found if average.is_computed]
+def computed_of(of_state: Iterable[Average]) -> tuple[Computed, ...]:
+    """Returns the calls that make the computed averages of a state."""
+    parts = [Part(average, "", ()) for average in of_state if average.is_computed]
     entry = AverageEntry(
         None,
         None,
@@ -132,15 +133,15 @@ def computed_of(found: Iterable[Average]) -> tuple[Computed, ...]:
 
 
 def _located(
-    found: Averages, params: optax.Params, asked: str | Mapping[str, str] | None
+    of_state: Averages, params: optax.Params, asked: str | Mapping[str, str] | None
 ) -> list[str]:
-    """Returns where in the params the tree of each average sits.
+    """Returns the place in the params of each average's tree.
 
     Args:
-        found: The averages of a state.
-        params: What is saved.
-        asked: Where they sit, or for several of them where each does, by the place of
-            its state; None finds them.
+        of_state: The averages of a state.
+        params: The params to save.
+        asked: The place where they sit, or for several averages that of each, by the
+            place of its state; None finds them.
 
     Raises:
         ValueError: If one sits nowhere, or may sit at several places.
@@ -152,16 +153,16 @@ def _located(
             f"paths in the state to such; got {text.brief(asked)}."
         )
     if isinstance(asked, Mapping):
-        unknown = [at for at in asked if not any(_is_of(each, at) for each in found)]
+        unknown = [at for at in asked if not any(_is_of(each, at) for each in of_state)]
         if unknown:
-            states = [average.path for average in found]
+            states = [average.path for average in of_state]
             raise ValueError(
                 f"averaged has the key {unknown[0]!r}, where the state has no "
                 f"average: they are at {', '.join(map(repr, states))}."
             )
     return [
         _place_of(average, leaves, _asked_of(average, asked), params)
-        for average in found
+        for average in of_state
     ]
 
 
@@ -171,8 +172,8 @@ def _shapes_of(tree: optax.Params) -> dict[str, Shape]:
     return {trees.path_name(path): np.shape(leaf) for path, leaf in pairs}
 
 
-def _hung(by_place: Mapping[str, Any]) -> Any:
-    """Returns one tree of trees that sit at places of it."""
+def _assembled(by_place: Mapping[str, Any]) -> Any:
+    """Joins trees that sit at places of one tree."""
     if list(by_place) == [""]:
         return by_place[""]
     leaves: dict[str, Any] = {}
@@ -189,10 +190,10 @@ def _hung(by_place: Mapping[str, Any]) -> Any:
 
 
 def _read(average: Average, params: optax.Params, place: str) -> Any:
-    """Returns the shadow as it is stored; a computed one from the live params too.
+    """Returns the shadow to store; a computed one is computed with the live params.
 
-    In float32 or wider: restored in the params' dtypes it is what `shadow_params`
-    returns. The params are matched by path.
+    It is in float32 or wider: restored in the params' dtypes it is the result of
+    `shadow_params`. The params are matched by path.
     """
     if not average.is_computed:
         return average.tree
@@ -229,10 +230,10 @@ def _place_of(
         path = misfit(outline, leaves, asked)
         if path is None:
             return asked
-        there = leaves.get(under(asked, path))
+        shape = leaves.get(under(asked, path))
         raise ValueError(
             f"{_called(average)} does not sit at averaged={text.brief(asked)}: "
-            f"there '{path}' is {'missing' if there is None else there}, and averaged "
+            f"there '{path}' is {'missing' if shape is None else shape}, and averaged "
             f"it is {outline.shapes[path]}. {_fits(places_of(outline, leaves))}"
         )
     places = places_of(outline, leaves)

@@ -1,4 +1,4 @@
-"""The leaves of a run by their paths, and the run with others in their places."""
+"""Takes the leaves of a run apart by path, and puts others in their places."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,18 +16,18 @@ from ema_optax._trees.locating import misfit, named_alike, outline_of, places_of
 
 
 def by_path(tree: object, place: str = "") -> dict[str, Any]:
-    """Returns the leaves of a tree that sits at a place; those with elements alone."""
+    """Returns the leaves of a tree by path from its place; empty ones are left out."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     leaves = {trees.path_name(path): leaf for path, leaf in pairs}
     return {under(place, path): x for path, x in leaves.items() if not is_empty(x)}
 
 
 def filled(tree: object, leaf_at: Callable[[str], Any], place: str = "") -> Any:
-    """Returns a tree with other leaves, by their paths; what has no elements is made.
+    """Returns a tree with other leaves, by path; leaves without elements are made anew.
 
     Args:
         tree: Concrete or abstract.
-        leaf_at: From a path, that of the place included, to the leaf.
+        leaf_at: Returns the leaf of a path, which begins with the place.
         place: Where the tree sits.
     """
 
@@ -40,14 +40,14 @@ def filled(tree: object, leaf_at: Callable[[str], Any], place: str = "") -> Any:
 
 
 def stored_place(manifest: Manifest, average: Average, tree: str) -> str:
-    """Returns where in the params on disk an average of the same path sits."""
+    """Returns the place in the params on disk of the average of the same path."""
     name = SHADOW if average.is_computed else tree
     entry = manifest.averages.get(name)
     return entry.places.get(average.path, "") if entry else ""
 
 
 def place_in_run(average: Average, params: object, likely: set[str]) -> str:
-    """Returns where in the params of this run an average sits.
+    """Returns the place of an average in the params of this run.
 
     Args:
         average: Of this run.
@@ -61,11 +61,11 @@ def place_in_run(average: Average, params: object, likely: set[str]) -> str:
     shapes = {trees.path_name(path): np.shape(leaf) for path, leaf in pairs}
     outline = outline_of(average.tree)
     places = places_of(outline, shapes)
-    for choice in (
+    for likelier in (
         named_alike(places, average.path),
         [place for place in places if place in likely],
     ):
-        places = (choice or places) if len(places) > 1 else places
+        places = (likelier or places) if len(places) > 1 else places
     if len(places) == 1:
         return places[0]
     if not places:

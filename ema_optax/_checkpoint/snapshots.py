@@ -8,13 +8,14 @@ from etils import epath
 from ema_optax._checkpoint import storage
 from ema_optax._checkpoint.errors import CorruptCheckpointError
 from ema_optax._checkpoint.leaves import Place
-from ema_optax._checkpoint.manifest import Manifest, name_of, read_manifest
+from ema_optax._checkpoint.manifest import Manifest, read_manifest
 from ema_optax._checkpoint.paths import absolute
 from ema_optax._checkpoint.rescue import explained
 from ema_optax._checkpoint.sources import StoredTree
 from ema_optax._checkpoint.steps import all_steps
 from ema_optax._decays.decays import power
 from ema_optax._messages import arguments, text
+from ema_optax._trees.naming import name_of
 from ema_optax.reconstruction import Snapshot
 
 
@@ -27,19 +28,20 @@ def snapshots(
 ) -> list[Snapshot]:
     """Returns every shadow with a power profile in the steps of a directory.
 
-    Any step saved by this library is one, of `SnapshotSave` as of `EmaSave`. Nothing
-    but the manifests is read yet. A snapshot's step is the number of updates that its
-    shadow had seen at its last fold, whatever the step's number on disk.
+    Any step saved by this library counts, of `SnapshotSave` or `EmaSave`. Only the
+    manifests are read until values are needed. A snapshot's step is the number of
+    updates that its shadow had seen at its last fold, whatever the step's number on
+    disk.
 
     Args:
         directory: The folder of a run, or of one step of it.
-        names: Of the shadows to take, where they have names; None takes all.
+        names: Names of the shadows to take; None takes all.
         item: Name of the item, where steps hold several.
         verify: Whether to compare what is read with its checksums.
 
     Returns:
-        For `reconstruction.reconstruct`, in the order of their steps; one where several
-        steps have the same shadow, saved between two folds.
+        Snapshots for `reconstruction.reconstruct`, in the order of their steps; one
+        where several steps have the same shadow, saved between two folds.
 
     Raises:
         CorruptCheckpointError: Here or on reading, if data is not what was saved.
@@ -67,7 +69,7 @@ def snapshots(
     if names is not None:
         names = [arguments.a_name(name, "A name", "slow") for name in list(names)]
     verify = arguments.flag(verify, "verify")
-    found, others = [], set()
+    folded, others = [], set()
     items = all_steps(absolute(directory), item)
     manifests = storage.side_by_side(_manifest_of, items)
     for path, manifest in zip(items, manifests, strict=True):
@@ -75,15 +77,17 @@ def snapshots(
         for tree, average in manifest.averages.items():
             decay, taken = average.decay, []
             # A tree that is joined of groups is one average if all of them are.
-            asked = not average.computed and (names is None or name_of(tree) in names)
+            asked = not average.computed and (
+                names is None or tree in names or name_of(tree) in names
+            )
             if asked and isinstance(decay, power):
                 taken = _snapshot(path, manifest, tree, float(decay.exponent), verify)
-            found += taken
+            folded += taken
             if not taken:
                 others.add(
                     f"{tree}: {decay or 'another average'}, {average.count} updates"
                 )
-    if not found:
+    if not folded:
         named = "" if names is None else f" of the names {text.some(names)}"
         raise ValueError(
             f"{directory} has no shadows{named} with a power profile, folded at least "
@@ -91,7 +95,7 @@ def snapshots(
             f"{text.some(sorted(others), 8)}. Train with "
             "ema_params({'a': ema_optax.power(0.05), 'b': ema_optax.power(0.1)})."
         )
-    return _one_of_each(found)
+    return _one_of_each(folded)
 
 
 def _manifest_of(item: epath.Path) -> Manifest:
@@ -102,7 +106,7 @@ def _manifest_of(item: epath.Path) -> Manifest:
         raise explained(item, error, rescue) from error
 
 
-def _one_of_each(found: Sequence[Snapshot]) -> list[Snapshot]:
+def _one_of_each(folded: Sequence[Snapshot]) -> list[Snapshot]:
     """Returns snapshots in order, the least rounded of those that saw the same folds.
 
     With `every=10` the shadow saved at update 28 is that of update 25.
@@ -112,7 +116,7 @@ def _one_of_each(found: Sequence[Snapshot]) -> list[Snapshot]:
         return snapshot.step, snapshot.exponent
 
     finest: dict[tuple[float, float], Snapshot] = {}
-    for snapshot in sorted(found, key=lambda s: float(jnp.finfo(s.dtype).eps)):
+    for snapshot in sorted(folded, key=lambda s: float(jnp.finfo(s.dtype).eps)):
         finest.setdefault(key(snapshot), snapshot)
     return sorted(finest.values(), key=key)
 

@@ -1,4 +1,4 @@
-"""Trees on disk as sources of sums: parts of leaves are read when they are needed."""
+"""Opens trees on disk as sources of sums, and reads parts of leaves when needed."""
 
 import functools
 from collections.abc import Mapping
@@ -13,12 +13,13 @@ from ema_optax._checkpoint.errors import CorruptCheckpointError
 from ema_optax._checkpoint.leaves import Place, Reader
 from ema_optax._checkpoint.manifest import PARAMS, Manifest, read_manifest, read_sums
 from ema_optax._checkpoint.rescue import explained
-from ema_optax._checkpoint.restoring import sources_of
+from ema_optax._checkpoint.restoring import chosen, sources_of
 from ema_optax._checkpoint.steps import find_step
 from ema_optax._messages import arguments
 from ema_optax.reconstruction import Source
 
-# Nothing is searched for: one process alone may have met the damage.
+# No older step is searched for: that takes all processes, and one alone may have met
+# the damage.
 _RESCUE = "Leave this step out of what is summed; the others are not affected."
 
 
@@ -30,14 +31,15 @@ def stored(
     item: str | None = None,
     verify: bool = True,
 ) -> "StoredTree":
-    """Returns a tree of a checkpoint as a source for `reconstruction.merge`.
+    """Opens a tree of a checkpoint as a source for `reconstruction.merge`.
 
-    Nothing but the manifest is read yet. A shadow is the whole model: leaves that are
-    not averaged are those of the params.
+    Only the manifest is read until values are needed. A shadow is the whole model:
+    leaves that are not averaged are those of the params.
 
     Args:
         directory: The folder of a run, or of one step of it.
-        tree: `"params"`, `"shadow"`, or `"shadow/NAME"`.
+        tree: `"params"`, `"shadow"`, or the name of a shadow: `"fast"`, in full
+            `"shadow/fast"`.
         step: Number of the step; None for the newest that was committed.
         item: Name of the item, where the step holds several.
         verify: Whether to compare what is read with its checksums.
@@ -60,23 +62,23 @@ def stored(
     """
     arguments.a_name(tree, "tree", "shadow")
     verify = arguments.flag(verify, "verify")
-    found = find_step(directory, step, item).item
+    folder = find_step(directory, step, item).item
     try:
-        described = read_manifest(found)
+        manifest = read_manifest(folder)
     except CorruptCheckpointError as error:
-        raise explained(found, error, _RESCUE) from error
-    places = sources_of(described, tree)
-    return StoredTree(found, described, places, verify=verify)
+        raise explained(folder, error, _RESCUE) from error
+    places = sources_of(manifest, chosen(manifest, tree))
+    return StoredTree(folder, manifest, places, verify=verify)
 
 
 class StoredTree(Source):
-    """Floating and complex leaves on disk, as `stored` and `snapshots` give them.
+    """Reads the floating and complex leaves of a tree on disk.
 
     Attributes:
         leaves: Shape and dtype of each, by path.
-        entries: What is on disk of each leaf of the model, others among them.
-        averaged: Paths of the leaves that a shadow has itself; the others are those of
-            the params.
+        entries: Entry of each leaf of the model, by path, other dtypes included.
+        averaged: Paths of the leaves that the shadow has itself; the others are those
+            of the params.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class StoredTree(Source):
         return parts[part]
 
     def fingerprint(self) -> bytes:
-        """Returns what tells its leaves from those of others: their checksums."""
+        """Returns a fingerprint of its leaves, made of their checksums."""
         sums = read_sums(self._item, self._manifest)
         known = [
             (path, leaf.dtype, leaf.shape, sums[place.tree].get(place.path))

@@ -1,4 +1,4 @@
-"""Which part of one optimizer state is which part of another: by names, not positions.
+"""Matches the parts of one optimizer state to those of another, by name.
 
 A path of a state is split into the place of a node, the field of it, and the path of a
 param: `1/0/mu/dense/kernel` is the moment `mu` of `dense/kernel` in the node `1/0`. A
@@ -19,8 +19,9 @@ class Part(NamedTuple):
 
     Attributes:
         node: Place of the node, such as `1/0`.
-        field: Of the node, such as `mu`.
-        param: Path of a param as the optimizer was given it; None if it is of none.
+        field: Field of the node, such as `mu`.
+        param: Path of a param, in the tree that the optimizer was given; None where
+            the leaf belongs to no param.
     """
 
     node: str
@@ -32,10 +33,10 @@ class Node(NamedTuple):
     """A node of a state that has leaves.
 
     Attributes:
-        path: Where it is.
-        fields: What it consists of, sorted, fields without leaves included; None where
-            it is no more than a sequence.
-        params: The params that it has leaves of, as they may be called on disk.
+        path: Its place in the state.
+        fields: Names of its fields, sorted, fields without leaves included; None for a
+            plain sequence.
+        params: The params that it has leaves of, by their possible names on disk.
     """
 
     path: str
@@ -60,7 +61,7 @@ def split(path: str, params: Container[str]) -> Part:
 
 
 def joined(node: str, part: Part, param: str | None) -> str:
-    """Returns the path of the same field in a node that is elsewhere."""
+    """Returns the path of the same field and param in another node."""
     path = under(node, part.field)
     return under(path, param) if param else path
 
@@ -75,7 +76,7 @@ def nodes_of(
     Args:
         parts: Its paths, split.
         structure: Of the state, as Orbax nests it.
-        names: By path, what the param of a leaf may be called on disk.
+        names: By path, the possible names on disk of the param of a leaf.
     """
     members: dict[str, set[str]] = {}
     for path, part in parts.items():
@@ -89,14 +90,14 @@ def nodes_of(
 def matched(
     ours: Iterable[Node], stored: Iterable[Node]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Finds for each node the stored one that is the same.
+    """Finds for each node its stored one.
 
-    Nodes of the same fields are the same where each side has one. Of several, those are
-    that alone have params in common; the others in their order where as many are left
-    on both sides, else at the same place.
+    Nodes with the same fields match where each side has one. Of several, two match
+    that alone have params in common. The others match in their order where as many are
+    left on both sides, else at the same place.
 
     Returns:
-        The places of those found, and for the others why there is none.
+        The places of the nodes that match, and for the others the reason.
     """
     by_fields: dict[object, tuple[list[Node], list[Node]]] = {}
     for side, nodes in enumerate((ours, stored)):
@@ -105,12 +106,12 @@ def matched(
             by_fields.setdefault((node.fields is None, kind), ([], []))[side].append(
                 node
             )
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     reasons: dict[str, str] = {}
     for mine, theirs in by_fields.values():
-        found |= _matched(mine, theirs)
+        places |= _matched(mine, theirs)
         for node in mine:
-            if node.path in found:
+            if node.path in places:
                 continue
             fields = ", ".join(node.fields or ()) or "this place"
             reasons[node.path] = (
@@ -119,7 +120,7 @@ def matched(
                 if theirs
                 else f"the checkpoint has no state of {fields}"
             )
-    return found, reasons
+    return places, reasons
 
 
 # Fields of the states whose averages are computed: BEMA's, and a ring's.
@@ -132,16 +133,16 @@ def average_nodes(structure: Structure, at: str = "") -> dict[str, bool]:
     The shadow of `ema_params` is a tree of its own: what is left of its state is a
     count beside nothing. Structures are of bounded depth.
     """
-    found: dict[str, bool] = {}
+    places: dict[str, bool] = {}
     if isinstance(structure, list):
         for i, node in enumerate(structure):
-            found |= average_nodes(node, under(at, str(i)))
+            places |= average_nodes(node, under(at, str(i)))
     elif isinstance(structure, dict):
         if _is_ema(structure) or any(set(structure) >= own for own in _COMPUTED):
             return {at: not _is_ema(structure)}
         for key, node in structure.items():
-            found |= average_nodes(node, under(at, key))
-    return found
+            places |= average_nodes(node, under(at, key))
+    return places
 
 
 def _is_ema(structure: Mapping[str, Structure]) -> bool:
@@ -160,18 +161,18 @@ def _matched(mine: Sequence[Node], theirs: Sequence[Node]) -> dict[str, str]:
         node.path: [other.path for other in theirs if node.params & other.params]
         for node in mine
     }
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     for node in mine:
         rivals = [other for other in mine if other is not node]
         if len(sharing[node.path]) == 1 and not any(
             node.params & rival.params for rival in rivals
         ):
-            found[node.path] = sharing[node.path][0]
-    rest = [node.path for node in mine if node.path not in found]
-    left = [other.path for other in theirs if other.path not in found.values()]
+            places[node.path] = sharing[node.path][0]
+    rest = [node.path for node in mine if node.path not in places]
+    left = [other.path for other in theirs if other.path not in places.values()]
     if len(rest) == len(left):
-        return found | dict(zip(rest, left, strict=True))
-    return found | {path: path for path in rest if path in left}
+        return places | dict(zip(rest, left, strict=True))
+    return places | {path: path for path in rest if path in left}
 
 
 def _fields(structure: Structure, path: str) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""What one step stores: params, shadows and the rest of the state, and its manifest.
+"""Builds a step to store: params, shadows, the rest of the state, and a manifest.
 
 Built once for each save, before anything is written, and passed on.
 """
@@ -59,7 +59,7 @@ def of_run(
     extra: object,
     averaged: str | Mapping[str, str] | None,
 ) -> Step:
-    """Returns a step of params, shadows and state. Computes what is read so.
+    """Builds a step of params, shadows and state; computes averages that are computed.
 
     Raises:
         ValueError: If the state holds no shadow, if it cannot be told of which part of
@@ -68,32 +68,32 @@ def of_run(
     """
     call = "EmaSave(params, opt_state)"
     mistaken.check_no_nnx(params, "params", call)
-    found = averages.find(opt_state, call=call, params=params)
-    if not found:
+    in_state = averages.find(opt_state, call=call, params=params)
+    if not in_state:
         raise ValueError(
-            f"{found.none()} Without an average, save with "
+            f"{in_state.none()} Without an average, save with "
             "orbax.checkpoint.args.StandardSave."
         )
     try:
-        parts = parts_of(found, params, averaged)
+        parts = parts_of(in_state, params, averaged)
     except ValueError:
-        _leaves_by_path(PARAMS, params)  # what cannot be stored at all is said first
+        _leaves_by_path(PARAMS, params)  # refuses leaves that cannot be stored first
         raise
-    everything = {PARAMS: params, **joined(parts), STATE: found.rest()}
+    everything = {PARAMS: params, **joined(parts), STATE: in_state.rest()}
     return of_trees(everything, entries(parts), extra)
 
 
 def of_shadows(
     opt_state: optax.OptState, dtype: DTypeLike | None, extra: object
 ) -> Step:
-    """Returns a step of the shadows alone, in a dtype of at most their own width.
+    """Builds a step of the shadows alone, in a dtype of at most their own width.
 
     Raises:
         ValueError: If there is no shadow, or `dtype` is no floating one.
         TypeError: If `extra` is not JSON.
     """
-    found = averages.find(opt_state, call="SnapshotSave(opt_state)")
-    stored = [average for average in found if not average.is_computed]
+    in_state = averages.find(opt_state, call="SnapshotSave(opt_state)")
+    stored = [average for average in in_state if not average.is_computed]
     if not stored:
         raise ValueError(
             "There is no shadow in this optimizer state to save. Chain one last: "
@@ -114,13 +114,13 @@ def of_shadows(
 
 
 def of_trees(
-    everything: Mapping[str, Any], described: Mapping[str, AverageEntry], extra: object
+    everything: Mapping[str, Any], averages: Mapping[str, AverageEntry], extra: object
 ) -> Step:
-    """Returns trees by name as a step of ours.
+    """Builds a step of trees by name.
 
     Args:
         everything: The trees; those without leaves are not stored, but for the params.
-        described: What is known of each average. These trees are in the manifest even
+        averages: The entry of each average. These trees are in the manifest even
             where they have no leaves of their own.
         extra: Anything that is JSON.
 
@@ -135,13 +135,13 @@ def of_trees(
         if by_path or name == PARAMS:
             stored[name] = jax.tree.map(_storable_or_none, tree)
             leaves[name] = by_path
-    for name in described:
+    for name in averages:
         leaves.setdefault(name, {})
     entries = {
         name: TreeEntry(
             structure=structure_of(stored.get(name, {})),
             leaves={path: _entry(leaf) for path, leaf in by_path.items()},
-            average=described.get(name),
+            average=averages.get(name),
         )
         for name, by_path in leaves.items()
     }
@@ -159,7 +159,7 @@ def of_trees(
 
 
 def is_empty(leaf: Any) -> bool:
-    """Returns whether a leaf has no elements: Orbax refuses it, nothing is lost."""
+    """Returns whether a leaf has no elements. Orbax refuses those; nothing is lost."""
     return 0 in np.shape(leaf)
 
 
@@ -181,10 +181,10 @@ def _leaves_by_path(name: str, tree: object) -> dict[str, Any]:
                 f"Two leaves of the {name} have one name on disk: '{path}' and "
                 f"'{files.get(file, path)}'. Rename one of them."
             )
-        wrong = misplaced(path)
-        if wrong:
+        problem = misplaced(path)
+        if problem:
             raise ValueError(
-                f"Cannot save {path[:100]!r} of the {name}: it {wrong}. Rename its "
+                f"Cannot save {path[:100]!r} of the {name}: it {problem}. Rename its "
                 "keys."
             )
         if not is_empty(leaf):
@@ -192,15 +192,15 @@ def _leaves_by_path(name: str, tree: object) -> dict[str, Any]:
     return leaves
 
 
-def _storable(leaf: object, what: str) -> Any:
+def _storable(leaf: object, name: str) -> Any:
     if isinstance(leaf, (np.generic, complex)):
-        leaf = np.asarray(leaf)  # Orbax would lose the dtype
+        leaf = np.asarray(leaf)  # as a scalar it would lose its dtype in Orbax
     if _is_local(leaf):
         leaf = np.asarray(leaf)  # such as the count that optimizer.init makes
     if isinstance(leaf, (jax.Array, np.ndarray)):
         if not is_key(leaf) and not _has_dtype(str(leaf.dtype)):
             raise TypeError(
-                f"Cannot save {what}: it is of {leaf.dtype}, which TensorStore, where "
+                f"Cannot save {name}: it is of {leaf.dtype}, which TensorStore, where "
                 "Orbax stores arrays, does not have. Save it as another dtype: "
                 "leaf.astype('float32') or jax.lax.bitcast_convert_type(leaf, 'uint8')."
             )
@@ -208,7 +208,7 @@ def _storable(leaf: object, what: str) -> Any:
     if isinstance(leaf, (bool, int, float)):
         return leaf
     raise TypeError(
-        f"Cannot save {what}: it is a {type(leaf).__name__}. Keep only arrays and "
+        f"Cannot save {name}: it is a {type(leaf).__name__}. Keep only arrays and "
         "numbers in params, as equinox.partition(model, equinox.is_array) does."
     )
 
@@ -222,12 +222,12 @@ def _has_dtype(name: str) -> bool:
 
 
 def _is_local(leaf: Any) -> bool:
-    """Returns whether an array is on one of several processes alone.
+    """Returns whether an array lies on one of several processes alone.
 
-    Each has its own, and should have the same: Orbax would refuse it.
+    Each process has its own copy, which should be the same. Orbax refuses such arrays.
     """
-    several = isinstance(leaf, jax.Array) and jax.process_count() > 1
-    return several and leaf.is_fully_addressable and not is_key(leaf)
+    is_one_of_many = isinstance(leaf, jax.Array) and jax.process_count() > 1
+    return is_one_of_many and leaf.is_fully_addressable and not is_key(leaf)
 
 
 def _storable_or_none(leaf: object) -> Any:
@@ -246,7 +246,7 @@ def _narrowed(tree: Any, dtype: np.dtype) -> Any:
 
 
 def _json(extra: object) -> Any:
-    """Returns `extra` as it will be read, where keys are strings and tuples lists."""
+    """Returns `extra` as JSON gives it back: keys are strings, tuples are lists."""
     try:
         written = json.loads(json.dumps(extra))
         if is_deep(written):
@@ -270,7 +270,7 @@ def _entry(leaf: Any) -> LeafEntry:
 
 
 def structure_of(tree: object) -> Structure:
-    """Returns a tree as Orbax nests it, in JSON: dicts, lists, and paths as leaves."""
+    """Returns a tree in JSON as Orbax nests it: dicts and lists, paths as leaves."""
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = [trees.path_name(path) for path, _ in pairs]
     named = jax.tree.unflatten(treedef, paths)

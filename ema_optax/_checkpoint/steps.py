@@ -19,9 +19,9 @@ from ema_optax._messages import arguments, text
 
 # 300, step_300, ckpt-00000300; not the 07 of width-0.07.
 _STEP_NAME = re.compile(r"(.*[^0-9.])?([0-9]+)")
-_ORBAX_STEP = "_CHECKPOINT_METADATA"  # what Orbax writes into each step
-_COMMITTED = "commit_success.txt"  # and into those of a bucket, at the end
-_LONGEST = 2**20  # bytes of what is read of the former
+_ORBAX_STEP = "_CHECKPOINT_METADATA"  # the file that Orbax writes into each step
+_COMMITTED = "commit_success.txt"  # its last file of a step in a bucket
+_LONGEST = 2**20  # most bytes that are read of _ORBAX_STEP
 
 
 class Step(NamedTuple):
@@ -32,13 +32,13 @@ class Step(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a directory holds.
+    """A step found in a directory.
 
     Attributes:
-        number: Of the step, or None where the path does not say.
-        items: Those of ours in it, at least one.
-        numbers: Returns those of all committed steps of the run; of a step alone its
-            own. A bucket is asked for each.
+        number: Number of the step, or None where the path does not say.
+        items: Folders of the items of ours in it, at least one.
+        numbers: Returns the numbers of all committed steps of the run, or that of a
+            step alone. In a bucket it takes a request for each.
     """
 
     number: int | None
@@ -70,10 +70,10 @@ def find_step(
 def find_same_step(
     directory: epath.PathLike, step: int | None, item: str | None = None
 ) -> Step:
-    """Returns the step that all processes then read; all of them must call it alike.
+    """Returns one step for all processes, which must call it alike.
 
-    The newest is what process 0 finds. A network file system may show it to one host
-    before another, and parts of two steps would be neither.
+    The newest is the one that process 0 finds. A network file system may show a step to
+    one host before another, and parts of two steps would make neither.
 
     Raises:
         FileNotFoundError: If no process finds such a step.
@@ -138,7 +138,7 @@ def find(directory: epath.PathLike, step: int | None) -> Found:
 def _without(
     root: epath.Path, step: int | None, folders: Mapping[int, epath.Path]
 ) -> str:
-    """Returns what to say of a run without the step that was asked for."""
+    """Returns the message of an error where a run lacks the wanted step."""
     committed = _committed(folders)
     if committed:
         numbers = ", ".join(map(str, committed))
@@ -164,20 +164,20 @@ def _find_same(directory: epath.PathLike, step: int | None) -> Found:
         if found is None:
             raise error or AssertionError("either is there")
         return found
-    seen = ", ".join(
+    steps = ", ".join(
         f"process {process} {'none' if number == none else number}"
         for process, number in enumerate(numbers)
     )
     if none in numbers:
-        # No FileNotFoundError, on which some programs begin anew, beside a run.
+        # Not a FileNotFoundError: some programs begin anew on that, and a run is there.
         raise RuntimeError(
-            f"Not all processes find the step in {absolute(directory)}: {seen}. Each "
+            f"Not all processes find the step in {absolute(directory)}: {steps}. Each "
             "of them reads its part: pass a folder on a file system that all hosts "
             "share, or wait until all of them show the step."
         ) from error
     if step is not None:
         raise ValueError(
-            f"The processes ask for different steps of {absolute(directory)}: {seen}. "
+            f"The processes ask for different steps of {absolute(directory)}: {steps}. "
             "Pass the same step=… on each."
         )
     return _find_same(directory, numbers[0])
@@ -200,18 +200,18 @@ def all_steps(root: epath.Path, item: str | None = None) -> list[epath.Path]:
         ours = [named(items, item) for items in of_steps if items]
         if ours:
             return ours
-    return [find_step(root, None, item).item]  # or says what is there instead
+    return [find_step(root, None, item).item]  # or raises, saying what is there
 
 
 def is_taken(folder: epath.Path) -> bool:
-    """Returns whether a step is there already, or what somebody put in its place."""
+    """Returns whether a step, or anything else, is at its folder already."""
     if not storage.is_remote(folder):
         return folder.exists()
     return is_committed(folder, storage.listed(folder))
 
 
 def steps_in(root: epath.Path) -> dict[int, epath.Path]:
-    """Returns the folders of the committed steps, by number, as their manager does.
+    """Returns the folders of the committed steps, by number.
 
     Raises:
         ValueError: If there are steps of several forms.
@@ -252,7 +252,7 @@ def _of_one_form(
 
 
 def _holds_steps(folders: Mapping[int, epath.Path]) -> bool:
-    """Returns whether one of some folders was written as a step, or may have been."""
+    """Returns whether any of some folders is a step, or may be one."""
     return any(_may_be_step(folders[n]) for n in sorted(folders, reverse=True))
 
 
@@ -260,7 +260,7 @@ def _may_be_step(path: epath.Path) -> bool:
     try:
         inside = storage.listed(path) or {}
         return _ORBAX_STEP in inside or bool(_items_among(path, inside))
-    except PermissionError:  # said when it is read, not that there is none
+    except PermissionError:  # reading it raises that; "no step" would be wrong
         return True
 
 
@@ -269,7 +269,7 @@ def _newest(
 ) -> tuple[int | None, Mapping[str, bool] | None]:
     """Returns the newest step that was committed, and what its folder holds."""
     for number in sorted(folders, reverse=True):
-        inside = storage.listed(folders[number])  # or raises: there may be a step
+        inside = storage.listed(folders[number])  # raises where it may not be read
         if is_committed(folders[number], inside):
             return number, inside
     return None, None
@@ -285,16 +285,17 @@ def _committed(folders: Mapping[int, epath.Path]) -> list[int]:
             return True
         return is_committed(folders[number], inside)
 
-    found = storage.side_by_side(is_whole, folders)
-    return [number for number, good in zip(folders, found, strict=True) if good]
+    are_whole = storage.side_by_side(is_whole, folders)
+    pairs = zip(folders, are_whole, strict=True)
+    return [number for number, committed in pairs if committed]
 
 
 def is_committed(folder: epath.Path, inside: Mapping[str, bool] | None) -> bool:
     """Returns whether a step was written whole, by what its folder holds.
 
-    In a bucket, and wherever a manager was told `AtomicityOptions(COMMIT_FILE)`, a step
-    has its name from the start, and a file that Orbax writes last, after those of its
-    items. Elsewhere it has its name at the end.
+    In a bucket, and wherever a manager has `AtomicityOptions(COMMIT_FILE)`, a step has
+    its name from the start, and Orbax writes one file last, after those of its items.
+    Elsewhere Orbax renames its folder at the end.
     """
     if inside is None:
         return False
@@ -305,12 +306,12 @@ def is_committed(folder: epath.Path, inside: Mapping[str, bool] | None) -> bool:
     if _ORBAX_STEP not in inside:
         return True
     try:
-        told = json.loads(storage.read(folder / _ORBAX_STEP, _LONGEST))
-        begun = told.get("commit_timestamp_nsecs") is None
-    except (OSError, ValueError, AttributeError):  # nothing that Orbax wrote
+        metadata = json.loads(storage.read(folder / _ORBAX_STEP, _LONGEST))
+        is_unfinished = metadata.get("commit_timestamp_nsecs") is None
+    except (OSError, ValueError, AttributeError):  # not written by Orbax
         return True
     names = [name for name in inside if inside[name]]
-    return not begun and not any(
+    return not is_unfinished and not any(
         _COMMITTED in (storage.listed(folder / name) or {}) for name in names
     )
 
@@ -335,21 +336,22 @@ def step_folder(item: epath.Path) -> epath.Path:
 
 
 def items_in(folder: epath.Path) -> list[epath.Path]:
-    """Returns the items of ours that a step is or holds, whatever they are called."""
+    """Returns the items of ours that a step is or holds, under any name."""
     return _items_among(folder, storage.listed(folder) or {})
 
 
 def _items_among(folder: epath.Path, inside: Mapping[str, bool]) -> list[epath.Path]:
-    """Returns the items of ours, by what the folder of a step, or of a run, holds."""
+    """Returns the items of ours in the folder of a step or run, by its entries."""
     if inside.get(manifest.FOLDER):
         return [folder]
     names = [name for name in sorted(inside) if inside[name]]
-    if _ORBAX_STEP not in inside:  # what a run holds are no items
+    if _ORBAX_STEP not in inside:  # the folder of a run holds steps, not items
         names = [name for name in ("default", "state", PARAMS) if name in names]
-    found = storage.side_by_side(
+    are_ours = storage.side_by_side(
         lambda name: (storage.listed(folder / name) or {}).get(manifest.FOLDER), names
     )
-    return [folder / name for name, ours in zip(names, found, strict=True) if ours]
+    pairs = zip(names, are_ours, strict=True)
+    return [folder / name for name, is_ours in pairs if is_ours]
 
 
 def runs_in(root: epath.Path) -> list[epath.Path]:

@@ -1,8 +1,8 @@
-"""What lies in a folder, on a disk or in a bucket, asked for in few requests.
+"""Lists folders and reads files, on a disk or in a bucket, in few requests.
 
 `epath` asks a bucket two or three times whether a folder exists, believes a listing of
-an hour ago, and takes an answer of "forbidden" for "not there". Here one listing says
-what a folder holds, it is always a new one, and what a store answers is told as that.
+an hour ago, and takes the answer "forbidden" for "not there". Here one listing, always
+a new one, says what a folder holds, and errors say what the store answered.
 """
 
 import functools
@@ -19,7 +19,7 @@ from ema_optax._messages import extras
 from ema_optax._messages.text import one_line
 
 _T = TypeVar("_T")
-_AT_ONCE = 32  # requests to a bucket
+_AT_ONCE = 32  # most requests to a bucket that wait at a time
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -28,9 +28,9 @@ def is_remote(path: epath.Path) -> bool:
 
 
 def listed(folder: epath.Path) -> dict[str, bool] | None:
-    """Returns whether each entry of a folder is one itself; None if there is no folder.
+    """Returns the entries of a folder, and whether each is a folder; None without one.
 
-    One request to a bucket, of which a folder is where objects are.
+    Takes one request to a bucket, where a folder is any prefix that has objects.
 
     Raises:
         PermissionError: If it may not be read.
@@ -44,20 +44,20 @@ def listed(folder: epath.Path) -> dict[str, bool] | None:
             return None
     url = os.fspath(folder).rstrip("/")
     try:
-        found = _asked(lambda: bucket().ls(url, detail=True), url)
+        answer = _asked(lambda: bucket().ls(url, detail=True), url)
     except FileNotFoundError:
         return None
     name = url.partition("://")[2]
     entries = {
         entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] == "directory"
-        for entry in found
+        for entry in answer
         if entry["name"].rstrip("/") != name  # the folder's own, empty object
     }
     return entries or None
 
 
 def is_file(path: epath.Path) -> bool:
-    """Returns whether there is a file of this machine, and no folder."""
+    """Returns whether a path is a file on this machine."""
     return os.path.isfile(path) and not is_remote(path)
 
 
@@ -71,7 +71,7 @@ def read(path: epath.Path, most: int) -> bytes:
         ValueError: If it is no file.
     """
     if not is_remote(path):
-        # Without waiting: a pipe would have no end, or no beginning.
+        # O_NONBLOCK: to open a pipe that nobody writes to would never return.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError("it is no file")
@@ -81,7 +81,7 @@ def read(path: epath.Path, most: int) -> bytes:
 
 
 def side_by_side(function: Callable[[Any], _T], items: Iterable[Any]) -> list[_T]:
-    """Returns a function of each item; of a bucket many are asked for at once."""
+    """Calls a function on each item, on several threads: requests to a bucket wait."""
     todo = list(items)
     if len(todo) < 2:
         return [function(item) for item in todo]
@@ -90,19 +90,20 @@ def side_by_side(function: Callable[[Any], _T], items: Iterable[Any]) -> list[_T
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """Returns what a client of a bucket raises that is no OSError."""
+    """Returns the exceptions of a bucket's client that are no OSErrors."""
     gcsfs = sys.modules.get("gcsfs")
     return (gcsfs.retry.HttpError,) if gcsfs else ()
 
 
 def forget_listings() -> None:
-    """Lets Orbax see what others wrote since it looked: gcsfs lists a folder once.
+    """Clears the listings that gcsfs caches, so that Orbax sees what others wrote.
 
-    Those are the clients that epath makes, by its versions.
+    gcsfs keeps one client for each set of options; these are the options of epath, by
+    its version.
     """
     gcsfs = sys.modules.get("gcsfs")
     if gcsfs:
-        for options in ({}, {"finalize_on_close": True}):  # the same ones, not others
+        for options in ({}, {"finalize_on_close": True}):  # finds the cached clients
             gcsfs.GCSFileSystem(**options).invalidate_cache()
 
 
@@ -115,20 +116,20 @@ def bucket() -> Any:
 
 
 def _asked(request: Callable[[], _T], url: str) -> _T:
-    """Returns what a request gave; errors are the system's for the same cause."""
+    """Returns the answer to a request; its errors become OSErrors of the same cause."""
     try:
         return request()
     except (FileNotFoundError, PermissionError, ImportError):
         raise
     except Exception as error:  # gcsfs, aiohttp and google.auth have classes of theirs
-        said = one_line(error)
+        message = one_line(error)
         status = getattr(error, "code", None) or getattr(error, "status", None)
-        if status in (401, 403) or said.startswith("Forbidden"):
+        if status in (401, 403) or message.startswith("Forbidden"):
             raise PermissionError(
-                f"{url}: {said}. Give this user access to it, by the credentials of "
+                f"{url}: {message}. Give this user access to it, by the credentials of "
                 "its store."
             ) from error
         raise OSError(
-            f"{url}: {said or type(error).__name__}. What is there is not known: try "
-            "again, and look after the network."
+            f"{url}: {message or type(error).__name__}. Whether it exists is not "
+            "known: try again, and check the network."
         ) from error

@@ -1,4 +1,4 @@
-"""What a resumed run's trees, params and state are called in the checkpoint."""
+"""Maps a resumed run's trees, params and state to their names in the checkpoint."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from ema_optax._averages.average import Average
-from ema_optax._checkpoint.manifest import PARAMS, SHADOW, Manifest, tree_of
+from ema_optax._checkpoint.manifest import PARAMS, SHADOW, Manifest
 from ema_optax._checkpoint.restoring import is_turned
 from ema_optax._checkpoint.state_nodes import Part, split
 from ema_optax._messages import text
 from ema_optax._trees.locating import named_alike, under
+from ema_optax._trees.naming import tree_of
 from ema_optax._trees.renaming import Renames
 
 SLOTS = "slots of this run's params to stored paths, and averages to stored ones"
@@ -20,7 +21,8 @@ class StoredNames:
     """The names on disk of a run's averages, params, and parts of its state.
 
     Attributes:
-        stored_params: The paths of the stored params as their optimizer was given them.
+        stored_params: The paths of the stored params in the tree that their optimizer
+            was given.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class StoredNames:
         manifest: Manifest,
         slots: Mapping[str, Any],
     ) -> None:
-        """Parts the names of trees from those of params.
+        """Separates the names of trees from those of params.
 
         Args:
             rename: `shadow` or `shadow/NAME` of this run to one of the checkpoint, and
@@ -41,7 +43,7 @@ class StoredNames:
             ValueError: If a name is of no tree and no slot, or of both.
         """
         rename = {} if rename is None else rename
-        Renames(rename, SLOTS)  # says what is wrong with it
+        Renames(rename, SLOTS)  # refuses what is no renaming
         self._manifest, self._slots = manifest, slots
         self._trees = {
             tree: stored
@@ -85,7 +87,7 @@ class StoredNames:
 
     @property
     def places(self) -> set[str]:
-        """Where in the stored params averages sit, and what those places begin with."""
+        """The places in the stored params where averages sit, and all places above."""
         return self._places
 
     def tree(self, name: str) -> str:
@@ -97,13 +99,13 @@ class StoredNames:
         """Returns the path on disk of a param of this run."""
         return self._paths.get(slot, slot)
 
-    def check_trees(self, found: Iterable[Average]) -> None:
+    def check_trees(self, averages: Iterable[Average]) -> None:
         """Refuses the name of an average that this run does not have.
 
         Raises:
             ValueError: If there is one.
         """
-        trees = {tree_of(average.name) for average in found}
+        trees = {tree_of(average.name) for average in averages}
         for tree in self._trees:
             if tree not in trees:
                 raise ValueError(
@@ -135,10 +137,12 @@ class StoredNames:
         slots: dict[str, str] = {}
         for path, part in parts.items():
             if part.param is not None:
-                of = known[part.param]
-                above = [slot.removesuffix(part.param).strip("/") for slot in of]
+                candidates = known[part.param]
+                above = [
+                    slot.removesuffix(part.param).strip("/") for slot in candidates
+                ]
                 alike = named_alike(above, path)
-                slots[path] = under(alike[0], part.param) if alike else of[0]
+                slots[path] = under(alike[0], part.param) if alike else candidates[0]
                 if not part.param and np.shape(leaves[path]) != np.shape(
                     self._slots[slots[path]]
                 ):
@@ -146,9 +150,9 @@ class StoredNames:
         return parts, slots
 
     def as_given(self, slot: str) -> list[str]:
-        """Returns what a param may be called in the stored state, the likeliest first.
+        """Returns the possible names of a param in the stored state, likeliest first.
 
-        An optimizer may have been given a part of the params: its paths begin there.
+        Where an optimizer was given a part of the params, its paths begin there.
         """
         return self._seen(self.path(slot))
 
@@ -187,11 +191,11 @@ def with_beginnings(places: Iterable[str]) -> set[str]:
     >>> sorted(with_beginnings(["params/encoder"]))
     ['', 'params', 'params/encoder']
     """
-    found = {""}
+    prefixes = {""}
     for place in places:
         keys = place.split("/")
-        found |= {"/".join(keys[:i]) for i in range(1, len(keys) + 1)}
-    return found
+        prefixes |= {"/".join(keys[:i]) for i in range(1, len(keys) + 1)}
+    return prefixes
 
 
 def _is_tree(name: str) -> bool:

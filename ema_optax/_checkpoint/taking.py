@@ -1,4 +1,4 @@
-"""Which stored leaf each slot of a changed run takes, what starts, and what is left."""
+"""Decides for each slot of a changed run whether it takes a stored leaf or starts."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -16,13 +16,13 @@ from ema_optax._checkpoint.manifest import PARAMS, STATE, Manifest
 from ema_optax._checkpoint.restoring import check_fits
 from ema_optax._checkpoint.targets import place_all, target_of
 
-_MOST = 2**31 - 1  # where a count stays
+_MOST = 2**31 - 1  # a count in int32 stays there
 
 
 class Slot(NamedTuple):
-    """A leaf of this run: the name of its tree, its path there, and of which average.
+    """A leaf of this run: its tree, its path there, and the number of its average.
 
-    Several averages, of disjoint params, may be one tree.
+    Several averages of disjoint params may share one tree.
     """
 
     tree: str
@@ -34,11 +34,11 @@ class Slot(NamedTuple):
 
 
 class Taking:
-    """What becomes of each slot; first decided for all, then read.
+    """Decides what becomes of each slot, then reads the leaves that are taken.
 
     Attributes:
-        started: Why a slot starts.
-        leaves: What was read, or is known, by slot.
+        started: The slots that start, and why.
+        leaves: The leaves that were read or computed, by slot.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -50,7 +50,7 @@ class Taking:
         self.leaves: dict[Slot, Any] = {}
 
     def offer(self, slot: Slot, leaf: Any, place: Place) -> bool:
-        """Returns whether a slot takes a stored leaf: it does where shapes fit.
+        """Gives a slot its stored leaf where shapes fit; returns whether it takes it.
 
         Args:
             slot: Of this run.
@@ -116,7 +116,7 @@ class Taking:
             self._counts[slot] = f"the count of {stored}"
 
     def read(self, item: epath.Path, meshes: Sequence[Mesh], *, verify: bool) -> None:
-        """Reads what was decided on and is not read yet."""
+        """Reads the leaves that are taken and not read yet."""
         wanted = {
             slot: (place, target_of(leaf, self._manifest.leaf(place), meshes))
             for slot, (place, leaf) in self._takes.items()
@@ -125,11 +125,11 @@ class Taking:
         self.leaves |= read(item, self._manifest, wanted, verify=verify)
 
     def changes(self, known: Collection[Place]) -> Changes:
-        """Returns what became of all leaves.
+        """Reports what became of all leaves.
 
         Args:
-            known: Stored leaves that are not left although no slot takes them: counts,
-                and what is computed anew.
+            known: Stored leaves that do not count as left although no slot takes them:
+                counts, and averages that are computed anew.
         """
         used = {place for place, _ in self._takes.values()} | set(known)
         return Changes(
@@ -151,7 +151,7 @@ class Taking:
 
 
 def check_concrete(leaf: Any, slot: Slot) -> Any:
-    """Returns a leaf that starts with the value that it has.
+    """Returns a leaf that starts, if it has a value.
 
     Raises:
         ValueError: If it has none.
@@ -164,6 +164,6 @@ def check_concrete(leaf: Any, slot: Slot) -> Any:
         else "optimizer.init itself, or the concrete state"
     )
     raise ValueError(
-        f"'{slot}' is not in the checkpoint as it is here, and has no value to start "
-        f"with: it is abstract. Pass {what}."
+        f"'{slot}' fits no leaf of the checkpoint, and has no value to start with, for "
+        f"it is abstract. Pass {what}."
     )

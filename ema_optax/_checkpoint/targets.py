@@ -1,4 +1,4 @@
-"""Where a leaf that is read goes: onto which devices, as which type and dtype."""
+"""Chooses for each leaf its devices, type and dtype, and places it there."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,16 +20,16 @@ Parts: TypeAlias = Mapping[Bounds, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a leaf becomes.
+    """Where a leaf goes, and as what.
 
     Attributes:
-        sharding: Where it goes; None for NumPy arrays, Python numbers, and arrays that
+        sharding: Its sharding; None for NumPy arrays, Python numbers, and arrays that
             are bound to no device: they lie on the default one, and can be used with
             arrays on any others.
-        dtype: Which it is cast to; None keeps the stored one.
-        make: Makes it of a whole array on the host, where it has no sharding or is of
-            keys. Copies for NumPy: another slot may have the same array.
-        is_key: Whether it is of PRNG keys.
+        dtype: The dtype that it is cast to; None keeps the stored one.
+        make: Makes the leaf from a whole array on the host, where it has no sharding or
+            holds keys. Copies for NumPy: another slot may take the same array.
+        is_key: Whether it holds PRNG keys.
     """
 
     sharding: Sharding | None = None
@@ -72,9 +72,9 @@ class Target:
 def place_all(
     leaves: Iterable[tuple[Target, Parts, tuple[int, ...]]],
 ) -> list[Any]:
-    """Returns leaves at their targets.
+    """Places leaves at their targets.
 
-    What goes to one device goes with one call for all: with a call for each, 1,000
+    All leaves that go to one device each go with one call: with a call for each, 1,000
     small leaves take twice as long.
 
     Args:
@@ -89,7 +89,7 @@ def place_all(
         if target.make is jnp.asarray and sharding is None:
             unbound[i] = parts[whole(shape)]
             placed.append(None)
-        elif sharding is None or target.is_key:  # whose data have other bounds
+        elif sharding is None or target.is_key:  # the data of keys have other bounds
             placed.append(
                 target.make(parts.get(whole(shape), next(iter(parts.values()))))
             )
@@ -115,7 +115,7 @@ def place_all(
 
 
 def target_of(leaf: Any, entry: LeafEntry, meshes: Sequence[Mesh] = ()) -> Target:
-    """Returns the target that a leaf of a model is, concrete or abstract.
+    """Returns the target that a leaf of a model asks for, concrete or abstract.
 
     Args:
         leaf: Of the model.
@@ -135,10 +135,10 @@ def target_of(leaf: Any, entry: LeafEntry, meshes: Sequence[Mesh] = ()) -> Targe
 
 
 def default_target(entry: LeafEntry) -> Target:
-    """Returns where a leaf goes that has no slot: the default device.
+    """Returns the target of a leaf without a slot: the default device, or NumPy.
 
-    What was a number or a NumPy array is one again, and so is what JAX cannot hold:
-    64 bits without x64.
+    Saved numbers and NumPy arrays become NumPy arrays, and so do dtypes that JAX cannot
+    hold, of 64 bits without x64.
     """
     if entry.is_key:
         return _of_keys(entry, None)
@@ -156,10 +156,10 @@ def _of_keys(entry: LeafEntry, sharding: Sharding | None) -> Target:
 
 
 def _sharding(leaf: Any, meshes: Sequence[Mesh]) -> Sharding | None:
-    """Returns where a leaf goes; None for what is not bound to a device.
+    """Returns the sharding of a leaf; None if it is bound to no device.
 
-    Such as the count of a state beside params on a mesh: restored onto a device, it
-    could not be used with them.
+    One is the count of a state beside params on a mesh: bound to a device, it could not
+    be used with them.
     """
     if not placement.is_bound(leaf):
         return None
@@ -167,5 +167,5 @@ def _sharding(leaf: Any, meshes: Sequence[Mesh]) -> Sharding | None:
     if isinstance(sharding, ShardingMetadata):
         sharding = sharding.to_jax_sharding()  # of a manager's item_metadata
     if placement.is_abstract(sharding) and sharding.mesh.empty:
-        return None  # of an array that no mesh has a part in
+        return None  # the array was made without a mesh
     return placement.on_mesh(sharding, meshes)

@@ -1,4 +1,4 @@
-"""Bounds on what a stranger wrote: files, paths, dtypes, and how deep JSON is."""
+"""Bounds what a stranger may have written: files, paths, dtypes, depth of JSON."""
 
 # pyright: strict
 
@@ -14,15 +14,15 @@ from etils import epath  # pyright: ignore[reportMissingTypeStubs]
 
 from ema_optax._checkpoint import storage
 
-LIMIT = 2**26  # bytes of a JSON file: some 300,000 leaves; Python makes 20 times of it
-DEPTH = 100  # of nested containers; each costs its reader a few frames
+LIMIT = 2**26  # bytes of a JSON file: some 300,000 leaves; parsed, 20 times as many
+DEPTH = 100  # nested containers; readers recurse, a few frames for each
 
 _LONGEST = 4096  # characters of a path
 _NUMBERS = "biufc"  # kinds of NumPy's dtypes; those of ml_dtypes are "V" with a name
 # Bytes of leaves for each byte on disk. Arrays are stored as they are; only those below
 # 1 kB may lie compressed in OCDBT's nodes, beside 30 bytes of a checksum for each.
 _FACTOR = 64
-_SMALL = 2**20  # bytes of leaves that are never too many
+_SMALL = 2**20  # bytes of leaves that are always allowed
 
 
 def read_text(path: epath.Path) -> str:
@@ -45,25 +45,25 @@ def refusal(folder: epath.Path, claimed: int) -> str | None:
     have bytes would fill the memory with them.
 
     Args:
-        folder: A local one. Of a remote one nothing is known: it has no pipes.
+        folder: The folder. A remote one is never refused: buckets have no pipes.
         claimed: Bytes of the leaves to read.
     """
     if storage.is_remote(folder):
         return None
-    size, left = 0, [os.fspath(folder)]
-    while left:
-        with os.scandir(left.pop()) as entries:
+    size, folders = 0, [os.fspath(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
             for entry in entries:
                 try:
-                    mode = entry.stat()
+                    status = entry.stat()
                 except OSError as error:  # such as a link to nothing, or to itself
                     return f"{entry.path} cannot be read: {error.strerror}"
-                if stat.S_ISDIR(mode.st_mode):
+                if stat.S_ISDIR(status.st_mode):
                     if entry.is_symlink():  # may lead to a folder above
                         return f"{entry.path} is a link to a folder"
-                    left.append(entry.path)
-                elif stat.S_ISREG(mode.st_mode):
-                    size += mode.st_size
+                    folders.append(entry.path)
+                elif stat.S_ISREG(status.st_mode):
+                    size += status.st_size
                 else:
                     return f"{entry.path} is no file"
     if claimed > _FACTOR * size + _SMALL:
@@ -88,13 +88,13 @@ def misplaced(path: str) -> str | None:
 
 def nodes(value: object) -> Iterator[tuple[object, int]]:
     """Yields a JSON value and all inside it with their depths; stops below `DEPTH`."""
-    left = [(value, 0)]
-    while left:
-        node, depth = left.pop()
+    pending = [(value, 0)]
+    while pending:
+        node, depth = pending.pop()
         yield node, depth
         below = node.values() if is_object(node) else node if is_list(node) else ()
         if depth <= DEPTH:
-            left += [(child, depth + 1) for child in below]
+            pending += [(child, depth + 1) for child in below]
 
 
 def is_deep(value: object) -> bool:
@@ -113,12 +113,12 @@ def is_list(value: object) -> TypeGuard[list[object]]:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether JSON is a whole number; true is none."""
+    """Whether JSON is a whole number; `true` is none, though bool is int in Python."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def itemsize(dtype: str) -> int | None:
-    """Bytes of a dtype of numbers by its name; None of anything else."""
+    """Bytes of an element of a dtype of numbers, by name; None for other names."""
     return _itemsize(dtype) if len(dtype) < 64 else None
 
 

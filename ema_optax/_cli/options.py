@@ -50,7 +50,7 @@ def add_tree(
         action="append" if repeated else "store",
         default=default,
         metavar="TREE",
-        help=f"params, shadow or shadow/NAME (default: {shown})",
+        help=f"params, or a shadow by name (default: {shown})",
     )
 
 
