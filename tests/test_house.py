@@ -93,10 +93,11 @@ ROOMS = {
         "windows": {"decay"},
     },
     "_placement": {
+        "leaf_placement": {"memories", "set_mesh"},
         "memories": set(),
-        "placement": {"memories", "set_mesh"},
+        "rules": {"leaf_placement"},
         "set_mesh": set(),
-        "transfers": {"placement"},
+        "transfers": {"leaf_placement"},
     },
     "_averages": {
         "average": {"states"},
@@ -430,7 +431,7 @@ OPEN = {
     "_messages": {"arguments", "extras", "layout_names", "progress", "text"},
     "_trees": {"locating", "mistaken", "renaming", "selection", "trees"},
     "_decays": {"decay", "decays", "derived_decays", "power_profiles", "profiles"},
-    "_placement": {"placement", "transfers"},
+    "_placement": {"leaf_placement", "transfers"},
     "_averages": {"average", "averages", "averaging", "bema", "shadows", "states"},
     "_reconstruction": {"projection", "schedules", "scores"},
     "_checkpoint": {"counts", "foreign_steps", "paths", "steps", "storage"},

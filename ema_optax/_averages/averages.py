@@ -21,7 +21,7 @@ from ema_optax._averages.states import (
 from ema_optax._decays.decay import Decay
 from ema_optax._messages import arguments
 from ema_optax._messages.text import brief
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from ema_optax._trees import mistaken, trees
 
 
@@ -42,9 +42,8 @@ class EmaAverage(Average):
             return self.tree
         leaves, structure = jax.tree.flatten(self.tree, is_leaf=trees.is_placeholder)
         pairs = zip(leaves, shardings, strict=True)
-        return jax.tree.unflatten(
-            structure, [placement.gather(leaf, sharding) for leaf, sharding in pairs]
-        )
+        gathered = [leaf_placement.gather(leaf, sharding) for leaf, sharding in pairs]
+        return jax.tree.unflatten(structure, gathered)
 
     def decay_at(self, count: jax.Array) -> jax.Array | None:
         """Returns β at an update; None where the decay is unknown."""

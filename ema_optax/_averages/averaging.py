@@ -29,7 +29,7 @@ from ema_optax._decays.decay import Decay, check_decay, check_wide_enough
 from ema_optax._decays.decays import DecayLike, as_decay
 from ema_optax._messages import arguments
 from ema_optax._messages.text import brief
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from ema_optax._trees import selection, trees
 
 _STATIC = ("every", "overwrite_every")  # for optax.inject_hyperparams
@@ -150,7 +150,7 @@ def ema_params(
             starts = [
                 leaf
                 if trees.is_placeholder(leaf)
-                else placement.put_as_shadow(fold.start(leaf, dtype), sharding)
+                else leaf_placement.put_as_shadow(fold.start(leaf, dtype), sharding)
                 for leaf, sharding in zip(
                     leaves, shardings or [None] * len(leaves), strict=True
                 )
@@ -159,7 +159,9 @@ def ema_params(
             return packing.pack(tree, layout) if layout else tree
 
         chosen = selection.averaged_only(params, mask)
-        shardings = placement.leaf_shardings(chosen, shadow_sharding, params_sharding)
+        shardings = leaf_placement.leaf_shardings(
+            chosen, shadow_sharding, params_sharding
+        )
         leaves, structure = jax.tree.flatten(chosen, is_leaf=trees.is_placeholder)
         layout = None
         if arguments.flag(pack_small, "pack_small"):
@@ -177,7 +179,7 @@ def ema_params(
         count = jnp.asarray(optax.safe_increment(state.count))
         shardings = state.made_by.shardings if state.made_by else None
         if shardings is None and shadow_sharding is not None:  # by hand, or unpickled
-            shardings = placement.leaf_shardings(
+            shardings = leaf_placement.leaf_shardings(
                 selection.averaged_only(params, mask), shadow_sharding, params_sharding
             )
         shadows = fold_update(
@@ -310,11 +312,11 @@ def _shadows_by_name(
 
 
 def _kinds(
-    chosen: Any, shardings: placement.LeafShardings | None, params_sharding: Any
+    chosen: Any, shardings: leaf_placement.LeafShardings | None, params_sharding: Any
 ) -> list[tuple[Any, ...] | None]:
     """Returns for each leaf what those packed with it share; None to leave it apart."""
     _, leaves, _ = trees.flatten(chosen)
-    devices = placement.replicated_on(chosen, params_sharding)
+    devices = leaf_placement.replicated_on(chosen, params_sharding)
     return [
         None
         if trees.is_placeholder(leaf) or (shardings and shardings[i]) or on is None
@@ -328,7 +330,7 @@ def _overwriting(
     params: Any,
     shadow: Any,
     due: jax.Array,
-    shardings: placement.LeafShardings | None,
+    shardings: leaf_placement.LeafShardings | None,
 ) -> Any:
     """Returns the updates that make the params the shadow where that is due."""
     leaves, structure = jax.tree.flatten(shadow, is_leaf=trees.is_placeholder)
@@ -348,12 +350,10 @@ def _overwriting(
     def jumps(
         shadows: list[Any], params: list[Any], deltas: list[Any]
     ) -> list[jax.Array]:
-        there = [
-            placement.gather(s, placed[i]) for s, i in zip(shadows, apart, strict=True)
-        ]
+        gathered = map(leaf_placement.gather, shadows, [placed[i] for i in apart])
         return [
             _difference_to(*pair).astype(delta.dtype)
-            for *pair, delta in zip(there, params, deltas, strict=True)
+            for *pair, delta in zip(gathered, params, deltas, strict=True)
         ]
 
     if apart:  # fetched only where it is due: one conditional, not one a leaf

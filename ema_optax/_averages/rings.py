@@ -20,7 +20,7 @@ from ema_optax._averages.update import (
     new_params,
     require_params,
 )
-from ema_optax._placement import placement, transfers
+from ema_optax._placement import leaf_placement, transfers
 from ema_optax._trees import selection, trees
 
 _STATIC = ("k", "every")  # for optax.inject_hyperparams
@@ -85,9 +85,9 @@ def ring(
     k = check_period(k, "k", _STATIC, one="the newest copy alone")
     made_by = RingMadeBy(k, check_period(every, "every", _STATIC))
 
-    def placed(params: Any) -> placement.LeafShardings | None:
+    def placed(params: Any) -> leaf_placement.LeafShardings | None:
         chosen = selection.averaged_only(params, mask)
-        return placement.leaf_shardings(chosen, shadow_sharding, params_sharding)
+        return leaf_placement.leaf_shardings(chosen, shadow_sharding, params_sharding)
 
     def init(params: Any) -> Any:
         shardings = placed(params)
@@ -164,8 +164,8 @@ class RingAverage(Average):
         shardings = self.made_by.shardings or [None] * len(leaves)
         for i, (leaf, sharding) in enumerate(zip(leaves, shardings, strict=True)):
             if not trees.is_placeholder(leaf):
-                slots = placement.put_on_device(leaf, _of_slots(sharding))
-                leaves[i] = placement.put_as_param(
+                slots = leaf_placement.put_on_device(leaf, _of_slots(sharding))
+                leaves[i] = leaf_placement.put_as_param(
                     _mean(slots, self.count, every), sharding
                 )
         return jax.tree.unflatten(structure, leaves)
@@ -182,7 +182,7 @@ class RingAverage(Average):
         return jnp.where(steps % self.made_by.every == 0, -jnp.inf, 0.0)
 
 
-def _copies(param: Any, k: int, sharding: placement.LeafSharding | None) -> Any:
+def _copies(param: Any, k: int, sharding: leaf_placement.LeafSharding | None) -> Any:
     """Returns k copies of a param, in a buffer of their own, sharded alike."""
     shape, dtype = (k, *jnp.shape(param)), jnp.result_type(param)
     home = getattr(param, "sharding", None)
@@ -190,10 +190,11 @@ def _copies(param: Any, k: int, sharding: placement.LeafSharding | None) -> Any:
         home = sharding.shadow if sharding else home
         return jax.ShapeDtypeStruct(shape, dtype, sharding=home and _with_axis(home))
     copies = jnp.broadcast_to(jnp.asarray(param, dtype), shape)
-    if sharding is None and not isinstance(param, Tracer) and placement.is_bound(param):
+    is_traced = isinstance(param, Tracer)
+    if sharding is None and not is_traced and leaf_placement.is_bound(param):
         # XLA may have chosen another sharding for them.
         return copies if home is None else jax.device_put(copies, _with_axis(home))
-    return placement.put_as_shadow(copies, _of_slots(sharding))
+    return leaf_placement.put_as_shadow(copies, _of_slots(sharding))
 
 
 def _updated(
@@ -202,7 +203,7 @@ def _updated(
     params: optax.Params,
     count: jax.Array,
     made_by: RingMadeBy,
-    shardings: placement.LeafShardings | None,
+    shardings: leaf_placement.LeafShardings | None,
 ) -> optax.Params:
     """Returns the slots after an update, one of them written where that is due."""
     outline = matching_leaves(_outline(state), params)
@@ -226,7 +227,7 @@ def _updated(
     # True at every update for every=1, which XLA does not know.
     is_due = count > 0 if made_by.every == 1 else count % made_by.every == 0
     slots = {i: leaves[i] for i in averaged}
-    whole = {i: placement.whole_until_fold(new[i], sharding[i]) for i in averaged}
+    whole = {i: leaf_placement.whole_until_fold(new[i], sharding[i]) for i in averaged}
     # As shadows are folded: in the host's memory by groups, each in a loop of its own.
     for group in transfers.host_groups(whole, sharding):
         held = {i: slots.pop(i) for i in group}
@@ -245,14 +246,14 @@ def _written(
     slots: jax.Array,
     param: jax.Array,
     folds: jax.Array,
-    sharding: placement.LeafSharding | None,
+    sharding: leaf_placement.LeafSharding | None,
 ) -> jax.Array:
     """Returns the slots with a param in that of fold number `folds`, from 1."""
     k = slots.shape[0]
     before = jax.lax.dynamic_index_in_dim(slots, (folds - 2) % k, keepdims=False)
-    before = placement.put_on_device(before, sharding)
-    new = placement.put_on_device(param.astype(slots.dtype), sharding)
-    new = placement.put_as_shadow(
+    before = leaf_placement.put_on_device(before, sharding)
+    new = leaf_placement.put_on_device(param.astype(slots.dtype), sharding)
+    new = leaf_placement.put_as_shadow(
         jax.lax.select(jnp.isfinite(new), new, before), sharding
     )
     return jax.lax.dynamic_update_index_in_dim(slots, new, (folds - 1) % k, 0)
@@ -286,10 +287,10 @@ def _outline(state: RingState) -> optax.Params:
 
 
 def _of_slots(
-    sharding: placement.LeafSharding | None,
-) -> placement.LeafSharding | None:
+    sharding: leaf_placement.LeafSharding | None,
+) -> leaf_placement.LeafSharding | None:
     """Returns the shardings of a leaf with an axis of slots in front."""
-    return sharding and placement.LeafSharding(*map(_with_axis, sharding))
+    return sharding and leaf_placement.LeafSharding(*map(_with_axis, sharding))
 
 
 def _with_axis(sharding: Sharding) -> Sharding:

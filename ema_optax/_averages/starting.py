@@ -15,7 +15,7 @@ from ema_optax._averages.average import Average
 from ema_optax._decays.decay import Decay
 from ema_optax._messages import arguments
 from ema_optax._messages.text import brief, nearest
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from ema_optax._trees import mistaken, trees
 from ema_optax._trees.locating import under
 
@@ -228,7 +228,7 @@ def _placed(array: jax.Array, slot: Any) -> jax.Array:
     if (
         isinstance(array, Tracer)
         or not isinstance(sharding, jax.sharding.Sharding)
-        or not placement.is_bound(slot)
+        or not leaf_placement.is_bound(slot)
         or array.sharding == sharding
     ):
         return array

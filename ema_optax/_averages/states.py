@@ -10,7 +10,7 @@ import jax
 import optax
 
 from ema_optax._decays.decay import Decay
-from ema_optax._placement.placement import LeafShardings
+from ema_optax._placement.leaf_placement import LeafShardings
 
 
 class _Placed:

@@ -9,7 +9,7 @@ import optax
 
 from ema_optax._averages import due, fold, packing
 from ema_optax._messages.text import brief, structural
-from ema_optax._placement import placement, transfers
+from ema_optax._placement import leaf_placement, transfers
 from ema_optax._trees import trees
 
 
@@ -21,7 +21,7 @@ def fold_update(
     *,
     count: jax.Array,
     every: int,
-    shardings: placement.LeafShardings | None = None,
+    shardings: leaf_placement.LeafShardings | None = None,
     stochastic: bool = False,
 ) -> list[Any]:
     """Returns the shadows after an update, folded where one is due.
@@ -61,10 +61,11 @@ def fold_update(
         chosen = dict.fromkeys(parts[n] for n in held)
         gathered = {part: _gathered([new[i] for i in part]) for part in chosen}
         there = {
-            n: placement.whole_until_fold(gathered[parts[n]], sharding[n]) for n in held
+            n: leaf_placement.whole_until_fold(gathered[parts[n]], sharding[n])
+            for n in held
         }
         held, there = (
-            {n: placement.put_on_device(x, sharding[n]) for n, x in each.items()}
+            {n: leaf_placement.put_on_device(x, sharding[n]) for n, x in each.items()}
             for each in (held, there)
         )
         given = weights, seeds, there
@@ -76,7 +77,9 @@ def fold_update(
             held = {n: s for n, s in held.items() if n not in rows}
             folded = due.where_due(fold_all, in_place, rows, given)
         folded |= fold_all(held, given)
-        return {n: placement.put_as_shadow(s, sharding[n]) for n, s in folded.items()}
+        return {
+            n: leaf_placement.put_as_shadow(s, sharding[n]) for n, s in folded.items()
+        }
 
     # True at every update for every=1, which XLA does not know.
     is_due = count > 0 if every == 1 else count % every == 0
@@ -100,7 +103,7 @@ def fold_update(
 def new_params(
     updates: optax.Updates,
     params: optax.Params,
-    shardings: Mapping[int, placement.LeafSharding | None],
+    shardings: Mapping[int, leaf_placement.LeafSharding | None],
 ) -> dict[int, Any]:
     """Returns what the model will hold, by the numbers of its averaged leaves.
 
@@ -115,7 +118,7 @@ def new_params(
     old, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
     deltas = _matching_updates(updates, structure)
     return {
-        i: placement.put_as_param(optax.apply_updates(old[i], deltas[i]), sharding)
+        i: leaf_placement.put_as_param(optax.apply_updates(old[i], deltas[i]), sharding)
         for i, sharding in shardings.items()
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
-from ema_optax._placement.placement import LeafSharding
+from ema_optax._placement.leaf_placement import LeafSharding
 
 # Bytes that are on a device at once on their way from the host's memory and back.
 _TOGETHER = 2**25

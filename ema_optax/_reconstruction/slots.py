@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from ema_optax._messages import arguments
-from ema_optax._placement.placement import default_sharding, is_bound
+from ema_optax._placement.leaf_placement import default_sharding, is_bound
 from ema_optax._reconstruction.sums import InMemory, Source, Target
 from ema_optax._trees import selection, trees
 

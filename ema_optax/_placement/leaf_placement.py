@@ -1,4 +1,4 @@
-"""Shardings of shadows: over devices other than the params', or in host memory."""
+"""Shardings of a shadow and its params leaf by leaf, and puts arrays on them."""
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -16,15 +16,9 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
-from ema_optax._messages import arguments
 from ema_optax._messages.text import brief, structural
 from ema_optax._placement import memories, set_mesh
 from ema_optax._trees import trees
-
-__all__ = ["in_host_memory", "over_axis"]
-
-# From the path of a param, such as "encoder/kernel", and its shape, dtype and sharding.
-ShardingRule: TypeAlias = Callable[[str, jax.ShapeDtypeStruct], Sharding | None]
 
 
 class LeafSharding(NamedTuple):
@@ -36,108 +30,6 @@ class LeafSharding(NamedTuple):
 
 # One for each leaf, placeholders included; None where a shadow is sharded as its param.
 LeafShardings: TypeAlias = tuple[LeafSharding | None, ...]
-
-
-def over_axis(axis: str) -> ShardingRule:
-    """Shards each shadow over a mesh axis over which its param is replicated.
-
-    With the axis of data parallelism each device holds and folds 1/N of the shadow
-    (ZeRO stage 1), without any communication: every device has the new params. It is
-    gathered when it is read.
-
-    A shadow is split along its longest dimension that the axis divides; one that has
-    none, or whose param is sharded over the axis already, is sharded as its param.
-
-    Args:
-        axis: Name of an axis of the params' mesh.
-
-    Returns:
-        For `ema_params(..., shadow_sharding=over_axis("data"))`.
-
-    Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.1, for the optimizer.
-
-    >>> mesh = jax.make_mesh((1,), ("data",))
-    >>> replicated = NamedSharding(mesh, PartitionSpec())
-    >>> param = jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=replicated)
-    >>> tuple(over_axis("data")("kernel", param).spec)
-    (None, 'data')
-    """
-    arguments.a_name(axis, "axis", "data")
-
-    def rule(path: str, param: jax.ShapeDtypeStruct) -> Sharding:
-        sharding = param.sharding
-        if not isinstance(sharding, NamedSharding):
-            raise ValueError(
-                f"over_axis({axis!r}) needs params on a mesh; '{path}' is on "
-                f"{sharding}. Place them with "
-                "jax.device_put(params, NamedSharding(mesh, spec))."
-            )
-        mesh = sharding.mesh
-        if axis not in mesh.axis_names:
-            raise ValueError(
-                f"The mesh of the params has the axes {mesh.axis_names}, and over_axis "
-                f"got {axis!r}."
-            )
-        spec = [*sharding.spec, *[None] * (len(param.shape) - len(sharding.spec))]
-        splits = [
-            (length // mesh.shape[axis], -i)
-            for i, (length, part) in enumerate(zip(param.shape, spec, strict=True))
-            if part is None and length and length % mesh.shape[axis] == 0
-        ]
-        if axis in jax.tree.leaves(spec) or not splits:
-            return sharding
-        spec[-max(splits)[1]] = axis
-        while spec[-1] is None and not _is_explicit(sharding):
-            spec.pop()  # as XLA writes it, or a step would compile twice
-        kind = sharding.memory_kind
-        return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
-
-    return rule
-
-
-def in_host_memory(place: ShardingRule | Sharding | None = None) -> ShardingRule:
-    """Keeps each shadow in the host's memory, so that it takes none of the device's.
-
-    A fold fetches it and puts it back inside jit, some leaves at a time: 32 MiB or a
-    16th of what is on each device, or one larger leaf. With `every=k` the other updates
-    move nothing, on the device as in the host's memory. What JAX before 0.10.2 compiles
-    for CPUs knows no such memory: there `init` warns, and the shadow is on the device.
-
-    On one device JAX pairs donated buffers with results by shape alone, whatever
-    memory they lie in, and XLA aborts where host meets device. There donate params and
-    state together, and return them first, in the order in which they come.
-
-    Args:
-        place: The sharding over devices, or a function of path and param that returns
-            it, such as `over_axis("data")`: each device's part then lies in its host.
-            None is that of the param.
-
-    Returns:
-        For `ema_params(..., shadow_sharding=in_host_memory(), every=16)`.
-
-    Raises:
-        TypeError: If `place` is none of these.
-
-    >>> place = in_host_memory()
-    >>> device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    >>> param = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=device)
-    >>> place("bias", param).memory_kind
-    'pinned_host'
-    """
-    if not (place is None or isinstance(place, Sharding) or callable(place)):
-        raise TypeError(
-            f"in_host_memory takes a sharding over devices, or a function of path and "
-            f"param such as over_axis('data'); got {brief(place)}."
-        )
-
-    def pinned(path: str, param: jax.ShapeDtypeStruct) -> Sharding | None:
-        found = place(path, param) if callable(place) else place
-        sharding = param.sharding if found is None else found
-        if not isinstance(sharding, Sharding | None):
-            raise _no_sharding(f"in_host_memory(place) gave {_shown(found)}")
-        return sharding and sharding.with_memory_kind("pinned_host")
-
-    return pinned
 
 
 def leaf_shardings(
@@ -183,9 +75,7 @@ def leaf_shardings(
             shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
             shadow = shadow(path, jax.ShapeDtypeStruct(shape, dtype, sharding=param))
             if not isinstance(shadow, Sharding | None):
-                raise _no_sharding(
-                    f"shadow_sharding gave {_shown(shadow)} for '{path}'"
-                )
+                raise not_a_sharding("shadow_sharding gave", shadow, f" for '{path}'")
         if shadow and not memories.is_kept(shadow.memory_kind, _platform(shadow)):
             lost.append(shadow.memory_kind)
             shadow = shadow.with_memory_kind("device")
@@ -307,12 +197,35 @@ def is_abstract(sharding: object) -> TypeGuard[NamedSharding]:
     )
 
 
+def is_explicit(sharding: Sharding) -> TypeGuard[NamedSharding]:
+    """Whether a sharding is on a mesh whose axes are all Explicit."""
+    if not isinstance(sharding, NamedSharding):
+        return False
+    return set(sharding.mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+
+
 def meshes_of(tree: object) -> list[Mesh]:
     """Returns the meshes that arrays of a tree are on, and the one that is set."""
     leaves = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
     named = [each for each in leaves if isinstance(each, NamedSharding)]
     meshes = dict.fromkeys(each.mesh for each in named if isinstance(each.mesh, Mesh))
     return [*meshes, *set_mesh.current()]
+
+
+def not_a_sharding(source: str, value: object, place: str = "") -> TypeError:
+    """Builds the error for a value that is no sharding.
+
+    Args:
+        source: What has the value, with its verb: `"params_sharding holds"`.
+        value: The value.
+        place: Which leaf it is for: `" for 'encoder/kernel'"`.
+    """
+    text = repr(value) if isinstance(value, PartitionSpec) else brief(value)
+    return TypeError(
+        f"{source} {text}{place}, which is no sharding. Write "
+        "jax.sharding.NamedSharding(mesh, PartitionSpec('data')), or None to leave it "
+        "where it is."
+    )
 
 
 def _for_each(params: optax.Params, given: object, name: str, kinds: Any) -> list[Any]:
@@ -331,23 +244,12 @@ def _for_each(params: optax.Params, given: object, name: str, kinds: Any) -> lis
         ) from None
     for value in values:
         if value is not None and not isinstance(value, kinds):
-            raise _no_sharding(f"{name} holds {_shown(value)}")
+            raise not_a_sharding(f"{name} holds", value)
     return [
         value
         for value, part in zip(values, parts, strict=True)
         for _ in trees.flatten(part)[1]
     ]
-
-
-def _shown(value: object) -> str:
-    return repr(value) if isinstance(value, PartitionSpec) else brief(value)
-
-
-def _no_sharding(what: str) -> TypeError:
-    return TypeError(
-        f"{what}, which is no sharding. Write jax.sharding.NamedSharding(mesh, "
-        "PartitionSpec('data')), or None to leave it where it is."
-    )
 
 
 def _put(array: jax.Array, sharding: Sharding) -> jax.Array:
@@ -356,7 +258,7 @@ def _put(array: jax.Array, sharding: Sharding) -> jax.Array:
     moved = jax.device_put(array, sharding)
     if not isinstance(array, Tracer):
         return moved
-    if not _is_explicit(sharding):
+    if not is_explicit(sharding):
         # Under jit device_put moves between memories, and leaves the sharding to XLA.
         return jax.lax.with_sharding_constraint(moved, sharding)
     if not _is_split_as(moved, sharding):  # with jax 0.7 so it is on Explicit axes
@@ -376,14 +278,8 @@ def _platform(sharding: Sharding | None) -> str:
     return next(iter(sharding.device_set)).platform
 
 
-def _is_explicit(sharding: Sharding) -> TypeGuard[NamedSharding]:
-    if not isinstance(sharding, NamedSharding):
-        return False
-    return set(sharding.mesh.axis_types) == {jax.sharding.AxisType.Explicit}
-
-
 def _sharding_of(leaf: Any) -> Sharding | None:
     if isinstance(leaf, Tracer):
         sharding = jax.typeof(leaf).sharding
-        return sharding if _is_explicit(sharding) else None
+        return sharding if is_explicit(sharding) else None
     return getattr(leaf, "sharding", None)
