@@ -10,6 +10,7 @@ import numpy as np
 
 from ema_optax._reconstruction.scores import Score, are_tied, difference
 from ema_optax._reconstruction.searching import Value, best_of
+from ema_optax._reconstruction.weights import noise_gain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Point:
     @property
     def noise_gain(self) -> float:
         """‖coefficients‖₂: what multiplies noise that the trees do not share."""
-        return float(np.linalg.norm(self.coefficients))
+        return noise_gain(self.coefficients)
 
     @property
     def scored(self) -> Score | None:

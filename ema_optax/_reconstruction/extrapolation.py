@@ -48,25 +48,6 @@ def extrapolated(
     return c + float(alpha) * (c - start)
 
 
-def noise_gain(coefficients: Sequence[float] | np.ndarray) -> float:
-    """Returns what a merge multiplies independent noise of the checkpoints by, ‖c‖₂.
-
-    1/√n for the plain mean of n, 1 for one checkpoint alone.
-
-    Args:
-        coefficients: [checkpoints].
-
-    >>> noise_gain([0.25, 0.25, 0.25, 0.25]), noise_gain([2.0, -1.0]) > 2
-    (0.5, True)
-    """
-    numbers = arguments.numbers(coefficients, "coefficients")
-    if numbers.ndim != 1:
-        raise ValueError(
-            f"coefficients are one number a checkpoint, got {brief(coefficients)}."
-        )
-    return float(np.linalg.norm(numbers))
-
-
 def _weights(value: object, name: str) -> np.ndarray:
     numbers = arguments.numbers(value, name)
     if numbers.ndim != 1 or not abs(numbers.sum() - 1) <= 1e-6:  # also refuses NaN

@@ -4,12 +4,10 @@ import dataclasses
 import importlib
 import os
 import types
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,7 +16,7 @@ from ema_optax._reconstruction.merging import merge
 from ema_optax._reconstruction.slots import Slots
 from ema_optax._reconstruction.sums import InMemory, Source
 from ema_optax._reconstruction.widths import Snapshot
-from ema_optax._trees import selection, trees
+from ema_optax._trees import trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +52,12 @@ class Ingredients:
         Slots(self.trees, self.like, None)
 
     def summed(self, weights: np.ndarray) -> list[Any]:
-        """Returns a tree for each row of weights, in one pass over those that count.
+        """Merges the trees once for each row of weights, in one pass over them.
 
         Args:
             weights: float64[results, trees].
         """
-        used = np.flatnonzero(np.any(weights != 0, axis=0))
-        given = [self.trees[i] for i in used.tolist()]
-        # 0·inf is NaN: a tree that one of the sums leaves out may have diverged.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "invalid value", RuntimeWarning)
-            found = merge(given, weights[:, used], params=self.like)
-        for row, result in enumerate(found):
-            alone = weights[row : row + 1]
-            if len(found) > 1 and np.any(alone[:, used] == 0) and not _finite(result):
-                found[row] = self.summed(alone)[0]
-        return found
+        return merge(self.trees, weights, params=self.like)
 
     def fingerprint(self) -> str:
         """Returns what tells these trees, and their contents, from others."""
@@ -208,11 +196,6 @@ def _source(tree: Any) -> Source:
 def _shapes(source: Source) -> dict[str, Any]:
     """Returns the leaves by path, which two trees of one model have in common."""
     return dict(sorted(source.leaves.items()))
-
-
-def _finite(tree: Any) -> bool:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if selection.is_averaged(leaf)]
-    return all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
 
 
 def _name(run: str) -> str:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from ema_optax._decays.power_profiles import exponent_from_width
 from ema_optax._messages import arguments
 from ema_optax._reconstruction import projection
+from ema_optax._reconstruction.weights import noise_gain
 from ema_optax._reconstruction.widths import reachable
 from ema_optax._trees import selection
 
@@ -100,7 +101,7 @@ def plan(
         tracked=tuple(tracked),
         widths=tuple(widths),
         profile_errors=tuple(errors.tolist()),
-        noise_gains=tuple(np.linalg.norm(x, axis=0).tolist()),
+        noise_gains=tuple(map(noise_gain, x.T)),
         reachable=best,
         bytes=size,
     )

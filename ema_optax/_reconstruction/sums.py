@@ -258,7 +258,8 @@ def _add(
 ) -> None:
     """Adds Σᵢ weights[i, j]·terms[i] to sums[j], in place, on threads.
 
-    Where it is the first addition, the sums hold nothing yet.
+    Where it is the first addition, the sums hold nothing yet. A term of weight 0 counts
+    for nothing, whatever it holds: 0·inf and 0·NaN would be NaN.
     """
     flat_sums = [total.reshape(-1) for total in sums]
     flat_terms = [np.ascontiguousarray(term).reshape(-1) for term in terms]
@@ -267,6 +268,8 @@ def _add(
     wide = np.complex128 if np.iscomplexobj(sums[0]) else np.float64
 
     rows = max(min(_BLOCK, size) // width, 1)
+    # For the sums that leave terms out, the numbers of the terms that they take.
+    taken = {j: np.flatnonzero(row) for j, row in enumerate(factors) if not row.all()}
 
     def add(start: int, stop: int) -> None:
         # Made once: the allocator would give such large ones back, and clear new ones.
@@ -279,7 +282,11 @@ def _add(
             x, y = block[:count, :, :columns], added[:count, :, :columns]
             for i, term in enumerate(flat_terms):
                 x[:, i] = term[start:end].reshape(count, columns)
-            np.matmul(factors, x, out=y)
+            with np.errstate(invalid="ignore" if taken else None):
+                np.matmul(factors, x, out=y)
+            for j, terms_of_sum in taken.items():
+                if not np.isfinite(y[:, j]).all():
+                    y[:, j] = factors[j, terms_of_sum] @ x[:, terms_of_sum]
             for j, total in enumerate(flat_sums):
                 part = total[start:end].reshape(count, columns)
                 if is_first:

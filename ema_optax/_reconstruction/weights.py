@@ -116,3 +116,22 @@ def lr_decay(coefficients: Sequence[float] | np.ndarray) -> np.ndarray:
     """
     weights = np.atleast_1d(arguments.numbers(coefficients, "coefficients"))
     return np.cumsum(weights[::-1])[::-1][1:]
+
+
+def noise_gain(coefficients: Sequence[float] | np.ndarray) -> float:
+    """Returns the factor ‖c‖₂ by which a merge scales independent noise of its trees.
+
+    1/√n for the plain mean of n, 1 for one checkpoint alone.
+
+    Args:
+        coefficients: [checkpoints].
+
+    >>> noise_gain([0.25, 0.25, 0.25, 0.25]), noise_gain([2.0, -1.0]) > 2
+    (0.5, True)
+    """
+    numbers = arguments.numbers(coefficients, "coefficients")
+    if numbers.ndim != 1:
+        raise ValueError(
+            f"coefficients are one number a checkpoint, got {brief(coefficients)}."
+        )
+    return float(np.linalg.norm(numbers))

@@ -20,6 +20,7 @@ from ema_optax._reconstruction import projection
 from ema_optax._reconstruction.projection import DOUBTFUL, WRONG
 from ema_optax._reconstruction.slots import Slots
 from ema_optax._reconstruction.sums import Source, weighted_sums
+from ema_optax._reconstruction.weights import noise_gain
 
 
 class ReconstructionWarning(UserWarning):
@@ -181,7 +182,7 @@ def reconstruct(
             tree,
             everyone[:, j],
             float(errors[j]),
-            float(np.linalg.norm(x[:, j])),
+            noise_gain(x[:, j]),
             widths[j],
             last,
         )
