@@ -13,9 +13,10 @@ def extrapolated(
     origin: Sequence[float] | np.ndarray,
     alpha: float,
 ) -> np.ndarray:
-    """Returns the weights of θ̄ + α(θ̄ − θ̄'), which goes on from an older mean.
+    """Extrapolates from an older mean of checkpoints through a newer: θ̄ + α(θ̄ − θ̄').
 
-    c + α(c − c'). They sum to 1, some are negative, and the noise gain grows with α.
+    The weights c + α(c − c') sum to 1. Some are negative, and the noise gain grows with
+    α.
 
     Args:
         coefficients: c, the weights of θ̄, [checkpoints], with sum 1.
