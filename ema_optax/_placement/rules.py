@@ -20,11 +20,12 @@ def over_axis(axis: str) -> ShardingRule:
     """Shards each shadow over a mesh axis over which its param is replicated.
 
     With the axis of data parallelism each device holds and folds 1/N of the shadow
-    (ZeRO stage 1), without any communication: every device has the new params. It is
-    gathered when it is read.
+    (ZeRO stage 1), without any communication: every device has the new params. Reading
+    the shadow gathers it.
 
-    A shadow is split along its longest dimension that the axis divides; one that has
-    none, or whose param is sharded over the axis already, is sharded as its param.
+    A shadow is split along its longest dimension that the axis divides. A shadow
+    without such a dimension, or whose param is sharded over the axis already, is
+    sharded as its param.
 
     Args:
         axis: Name of an axis of the params' mesh.
@@ -66,7 +67,7 @@ def over_axis(axis: str) -> ShardingRule:
             return sharding
         spec[-max(splits)[1]] = axis
         while spec[-1] is None and not is_explicit(sharding):
-            spec.pop()  # as XLA writes it, or a step would compile twice
+            spec.pop()  # XLA drops them too; two spellings would compile a step twice
         kind = sharding.memory_kind
         return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=kind)
 
@@ -78,8 +79,8 @@ def in_host_memory(place: ShardingRule | Sharding | None = None) -> ShardingRule
 
     A fold fetches it and puts it back inside jit, some leaves at a time: 32 MiB or a
     16th of what is on each device, or one larger leaf. With `every=k` the other updates
-    move nothing, on the device as in the host's memory. What JAX before 0.10.2 compiles
-    for CPUs knows no such memory: there `init` warns, and the shadow is on the device.
+    move nothing, on the device as in the host's memory. On CPUs, JAX before 0.10.2
+    compiles for no such memory: there `init` warns, and the shadow is on the device.
 
     On one device JAX pairs donated buffers with results by shape alone, whatever
     memory they lie in, and XLA aborts where host meets device. There donate params and
@@ -88,7 +89,7 @@ def in_host_memory(place: ShardingRule | Sharding | None = None) -> ShardingRule
     Args:
         place: The sharding over devices, or a function of path and param that returns
             it, such as `over_axis("data")`: each device's part then lies in its host.
-            None is that of the param.
+            None takes the sharding of the param.
 
     Returns:
         For `ema_params(..., shadow_sharding=in_host_memory(), every=16)`.
