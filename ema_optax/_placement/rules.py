@@ -37,7 +37,7 @@ def over_axis(axis: str) -> ShardingRule:
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> replicated = NamedSharding(mesh, PartitionSpec())
-    >>> param = jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=replicated)
+    >>> param = jax.ShapeDtypeStruct((4, 6), "float32", sharding=replicated)
     >>> tuple(over_axis("data")("kernel", param).spec)
     (None, 'data')
     """
@@ -99,7 +99,7 @@ def in_host_memory(place: ShardingRule | Sharding | None = None) -> ShardingRule
 
     >>> place = in_host_memory()
     >>> device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    >>> param = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=device)
+    >>> param = jax.ShapeDtypeStruct((2,), "float32", sharding=device)
     >>> place("bias", param).memory_kind
     'pinned_host'
     """
