@@ -18,7 +18,7 @@ import ema_optax
 from ema_optax import checkpoint, shadow_params, with_shadow
 from ema_optax._averages import packing
 from ema_optax._placement import memories
-from ema_optax._placement.placement import in_host_memory, over_axis
+from ema_optax._placement.rules import in_host_memory, over_axis
 from tests import older, same
 
 MESHES = {

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import checkpoint, shadow_params
 from ema_optax._averages import packing
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from tests.older import enable_x64
 from tests.same import assert_same
 
@@ -284,10 +284,9 @@ def test_errors_name_the_leaf_as_without_packing():
 
 def test_replicated_on_tells_devices():
     """Placeholders and abstract leaves without a sharding count as replicated."""
-    assert placement.replicated_on({"a": jnp.zeros(1)}, None)[0]
-    assert placement.replicated_on({"a": jax.ShapeDtypeStruct((1,), "f4")}, None) == [
-        ()
-    ]
+    assert leaf_placement.replicated_on({"a": jnp.zeros(1)}, None)[0]
+    abstract = {"a": jax.ShapeDtypeStruct((1,), "f4")}
+    assert leaf_placement.replicated_on(abstract, None) == [()]
 
 
 def test_plans_hash_and_compare():
@@ -379,7 +378,7 @@ def pair_of(**options):
 def test_on_tpus_nothing_is_packed(monkeypatch, jitted):
     """XLA does not fuse the gather there: 6,001 kernels for 2,000 leaves, not 2,000."""
     params = {"a": jnp.arange(4.0), "b": jnp.ones((2, 3))}
-    monkeypatch.setattr(placement, "_platform", lambda _: "tpu")
+    monkeypatch.setattr(leaf_placement, "_platform", lambda _: "tpu")
     init = ema_optax.ema_params(0.9, pack_small=True).init
     state = (jax.jit(init) if jitted else init)(params)
     assert not state.shadow.flat

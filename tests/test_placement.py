@@ -14,7 +14,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import shadow_params
 from ema_optax._placement import transfers
-from ema_optax._placement.placement import LeafSharding, in_host_memory, over_axis
+from ema_optax._placement.leaf_placement import LeafSharding
+from ema_optax._placement.rules import in_host_memory, over_axis
 from ema_optax._placement.transfers import host_groups
 from tests import launch, older
 

@@ -1,4 +1,4 @@
-"""Each decay with a formula of its own, once; and what a number stands for."""
+"""Decays by their formulas, and the decay that a plain number stands for."""
 
 # pyright: strict, reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # numpy leaves some types unknown; Optax has no stubs.
@@ -359,11 +359,11 @@ class fraction(Decay):
 
 
 def as_decay(decay: DecayLike, call: str = "ema_params") -> Decay:
-    """Returns what a call understands by `decay`: a float β means `warmup(β)`.
+    """Converts an argument to a decay: a float β means `warmup(β)`.
 
     Args:
-        decay: What the caller was given.
-        call: The caller's name, for its errors.
+        decay: The argument.
+        call: Name of the function that takes it, for errors.
 
     Raises:
         TypeError: If it is no decay, or an array narrower than float32.
@@ -383,12 +383,12 @@ def as_decay(decay: DecayLike, call: str = "ema_params") -> Decay:
         return schedule(decay)
     raise TypeError(
         f"{call} takes as a decay a number β in [0, 1), one of ema_optax's decays, or "
-        f"a callable step → β; got {_got(decay)}"
+        f"a callable step → β; got {_instead(decay)}"
     )
 
 
-def _got(given: object) -> str:
-    """Returns what was given in place of a decay, and the call that works."""
+def _instead(given: object) -> str:
+    """Describes an argument that is no decay, and the call that works."""
     if isinstance(given, optax.GradientTransformation):
         return (
             "an optimizer. Chain the average after it: optax.chain(optimizer, "
