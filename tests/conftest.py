@@ -11,20 +11,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
-# Programs that tests start as processes of their own.
-collect_ignore = [
-    "chosen_devices.py",
-    "eight_devices.py",
-    "killed_hosts.py",
-    "launch.py",
-    "long_run.py",
-    "many_hosts.py",
-    "saving_hosts.py",
-    "saving_run.py",
-    "sharded_blocks.py",
-    "two_processes.py",
-    "untrusted_reader.py",
-]
+collect_ignore = ["programs"]  # some act as they are imported
 
 
 def pytest_collection_modifyitems(items):

@@ -21,7 +21,7 @@ from tests import launch, older
 P = PartitionSpec
 MESH = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
 EVERYWHERE, ROWS = NamedSharding(MESH, P()), NamedSharding(MESH, P("data"))
-EIGHT = pathlib.Path(__file__).parent / "eight_devices.py"
+EIGHT = pathlib.Path(__file__).parent / "programs" / "eight_devices.py"
 
 
 @pytest.mark.long
