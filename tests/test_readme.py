@@ -37,7 +37,9 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         params = {"w": np.zeros(3, np.float32)}
         checkpoint.save_average("imported", params, params=params, step=300_000)
     for block in blocks:
-        if older.LACKS_NNX and re.search(r"interop\.(swapped|shadow_copy)", block):
+        if older.LACKS_NNX and re.search(
+            r"(interop|nnx)\.(swapped|shadow_copy)", block
+        ):
             continue
         exec(compile(block, page.name, "exec"), namespace)
 
