@@ -285,6 +285,17 @@ class Spectral(nn.Module):
             r"is no running average.*collection_name='spectral_stats'",
         ),
     ],
+    ids=[
+        "no batches",
+        "third batch not finite",
+        "first batch not finite",
+        "no batch_stats",
+        "no train=True",
+        "momentum 1",
+        "statistics elsewhere",
+        "no updated statistics",
+        "no running average",
+    ],
 )
 def test_what_cannot_be_refreshed_is_said(model, run, change, batches, error, wrong):
     """What is wrong, where, and the call that works."""

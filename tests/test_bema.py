@@ -170,7 +170,11 @@ def test_leaves_that_are_not_averaged():
     assert read["key"] == params["key"]
 
 
-@pytest.mark.parametrize("init", [lambda f: f, jax.jit])
+@pytest.mark.parametrize(
+    "init",
+    [lambda f: f, jax.jit],
+    ids=["eager", "jit"],
+)
 def test_params_average_and_anchor_share_no_buffer(init):
     """A step that donates params and state runs, and the first params are kept."""
     optimizer = optax.chain(optax.sgd(0.5), bema_params(every=2))
@@ -531,6 +535,13 @@ def test_a_manager_saves_it_in_the_background(tmp_path):
             r"every=2, .*has bema_params\(every=3.*accept_new_decay",
         ),
         (bema_params(every=2, lag=9), r"lag=10\.0.*lag=9\.0.*accept_new_decay=True"),
+    ],
+    ids=[
+        "ema_params",
+        "named ema_params",
+        "no average",
+        "another every",
+        "another lag",
     ],
 )
 def test_resuming_with_another_average_is_refused(saved, average, message):

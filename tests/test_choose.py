@@ -266,7 +266,6 @@ def test_nothing_can_be_evaluated():
         *("0.5", True, None, [1.0], [[1.0, 2.0]], [], {"loss": 1.0}, 1j, ["a", "b"]),
         *([1, []], np.ones((2, 2)), np.ones(1), np.array([True, False])),
     ],
-    ids=repr,
 )
 def test_what_is_no_score_ends_at_once(returned: object):
     """A mistake in the evaluation is that of all: nothing else is evaluated."""
@@ -283,7 +282,18 @@ def test_what_is_no_score_ends_at_once(returned: object):
         *([0.25, 0.75], (jnp.float32(0.25), 0.75), jnp.array([0.25, 0.75]), [1, 0]),
         *(Score(0.5), Score(np.float32(0.5), 0.1)),
     ],
-    ids=repr,
+    ids=[
+        "NumPy number",
+        "JAX number",
+        "bfloat16",
+        "NumPy scalar array",
+        "list",
+        "tuple",
+        "JAX array",
+        "whole numbers",
+        "Score",
+        "Score with noise",
+    ],
 )
 def test_what_is_a_score(returned: object):
     """Numbers of any library, several of them, or a score."""

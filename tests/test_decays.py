@@ -321,8 +321,16 @@ def test_a_callable_out_of_range_is_loud():
         (lambda: ema_optax.fraction(1.5), r"\(0, 1\], got 1.5"),
         (lambda: ema_optax.inverse_power(min_decay=1.0), "min_decay ≤ decay, got 1.0"),
         (lambda: ema_optax.inverse_power(inv_gamma=0), "inv_gamma must be positive"),
-        (lambda: ema_optax.power(), "either a width or an exponent"),
-        (lambda: ema_optax.power(0.1, exponent=2), "either a width or an exponent"),
+        pytest.param(
+            lambda: ema_optax.power(),
+            "either a width or an exponent",
+            id="power, nothing given",
+        ),
+        pytest.param(
+            lambda: ema_optax.power(0.1, exponent=2),
+            "either a width or an exponent",
+            id="power, both given",
+        ),
         (lambda: ema_optax.power(0.3), r"\(0, 0.2887\], got 0.3.*uniform\(\)"),
         (lambda: ema_optax.power(exponent=-1), "above -1, got -1"),
         (lambda: ema_optax.width_from_exponent(-1), "above -1.*got -1"),

@@ -206,7 +206,11 @@ def test_renaming_that_does_not_fit(rename: Any, says: str):
         flat_names(["enc/kernel", "enc/bias", "w"], rename)
 
 
-@pytest.mark.parametrize("rename", [["enc"], {"enc": 3}, {3: "enc"}, "enc"])
+@pytest.mark.parametrize(
+    "rename",
+    [["enc"], {"enc": 3}, {3: "enc"}, "enc"],
+    ids=["list", "number for a name", "number for a path", "text"],
+)
 def test_renaming_that_is_no_mapping_of_texts(rename: Any):
     """Lists, numbers, and a bare text."""
     with pytest.raises(TypeError, match="rename maps stored paths to names"):

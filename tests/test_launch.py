@@ -30,7 +30,7 @@ def test_matrices_are_multiplied_in_float32(started, capsys):
 def test_devices_of_the_cpu_are_asked_for_with_the_cpu():
     """XLA's flag alone says nothing where JAX takes a GPU: one place knows both."""
     flag = "_".join(["xla_force_host_platform", "device_count"])
-    files = pathlib.Path(__file__).parent.glob("*.py")
+    files = pathlib.Path(__file__).parent.rglob("*.py")
     assert [path.name for path in files if flag in path.read_text()] == ["launch.py"]
     assert launch.on_cpu(3)["JAX_PLATFORMS"] == "cpu"
     code = "import jax; print(jax.default_backend(), jax.device_count())"

@@ -327,6 +327,7 @@ def test_a_shadow_is_a_run_with_a_decayed_learning_rate():
 @pytest.mark.parametrize(
     "schedule",
     ["linear", "1-sqrt", "cosine", ema_optax.power(0.1), lambda x: 1 - x * x],
+    ids=["linear", "1-sqrt", "cosine", "decay", "function"],
 )
 def test_a_merge_by_name(schedule):
     """Bit for bit that of the schedule's coefficients, of steps or evenly spaced."""

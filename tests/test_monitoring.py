@@ -211,7 +211,11 @@ def test_bema_beside_named_averages_and_parts():
     np.testing.assert_allclose(found["distance"], np.sqrt(8 / 4))
 
 
-@pytest.mark.parametrize("transform", [ema_optax.ema_params(0.5), bema_params(every=1)])
+@pytest.mark.parametrize(
+    "transform",
+    [ema_optax.ema_params(0.5), bema_params(every=1)],
+    ids=["ema_params", "bema_params"],
+)
 @older.needs_nnx
 def test_variables_of_nnx(transform):
     """Params as variables, as a State of arrays, and as a dict: the same figures."""

@@ -420,7 +420,6 @@ def test_float64_params_keep_a_float64_shadow():
         {"every": 3, "rounding": "stochastic"},
         {"shadow_dtype": "bfloat16", "pack_small": True},
     ],
-    ids=str,
 )
 def test_strict_promotion_gives_the_same_bits(options):
     """jax_numpy_dtype_promotion="strict" refuses what is promoted without being said.

@@ -413,6 +413,7 @@ def test_inspect_names_the_ring(saved, capsys):
         (ema_optax.bema_params(), r"of ring\(k=3, every=2\).*has bema_params\(every"),
         (optax.identity(), r"of ring\(k=3, every=2\).*has no ring"),
     ],
+    ids=["another k", "another every", "ema_params", "bema_params", "no average"],
 )
 def test_resuming_with_another_average_is_refused(saved, average, message):
     """The error names that of the checkpoint and that of the chain."""

@@ -266,7 +266,11 @@ def test_wildcards_carry_over_in_order(pattern, path, name, expected):
     assert list(rules.to_names({expected: ()})) == [name]
 
 
-@pytest.mark.parametrize("name", ["h.00.w", "h.01.w", "h.-1.w", "h.٣.w", "h..w"])
+@pytest.mark.parametrize(
+    "name",
+    ["h.00.w", "h.01.w", "h.-1.w", "h.٣.w", "h..w"],
+    ids=["two zeros", "leading zero", "negative", "Arabic digit", "no digit"],
+)
 def test_numbers_are_plain(name):
     """What would not come back as it was is no number."""
     with pytest.raises(ValueError, match="fits no name"):

@@ -29,7 +29,7 @@ from ema_optax import _cli as cli
 from ema_optax import checkpoint
 from ema_optax._checkpoint import manifest, sealed, untrusted
 from tests import launch
-from tests.untrusted_reader import PARAMS, TRANSFORM, readers
+from tests.programs.untrusted_reader import PARAMS, TRANSFORM, readers
 
 PACKAGE = pathlib.Path(ema_optax.__file__).parent
 
@@ -446,7 +446,8 @@ def test_floods_in_bounded_memory(whole, tmp_path):
         flood(shutil.copytree(whole, tmp_path / str(number)))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "tests.untrusted_reader", "1024", str(whole)),
+            *(sys.executable, "-m", "tests.programs.untrusted_reader"),
+            *("1024", str(whole)),
             *(str(tmp_path / str(number)) for number in range(len(FLOODS))),
         ],
         env=launch.on_cpu(),  # a GPU's driver takes addresses by the terabyte

@@ -61,7 +61,11 @@ def test_all_land_on_the_default_device(tmp_path, device):
         assert checkpoint.restore(tmp_path)["w"].devices() == {jax.devices()[0]}
 
 
-@pytest.mark.parametrize("spec", [PartitionSpec("x", "y"), PartitionSpec(None, "y")])
+@pytest.mark.parametrize(
+    "spec",
+    [PartitionSpec("x", "y"), PartitionSpec(None, "y")],
+    ids=["both axes", "one axis"],
+)
 def test_a_target_of_eval_shape_on_an_explicit_mesh(tmp_path, spec):
     """Its shardings have no devices: those of the params are meant."""
     sharding = NamedSharding(EXPLICIT, spec)

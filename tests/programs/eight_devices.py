@@ -226,7 +226,9 @@ def test_packed_shadows_share_what_is_whole_on_every_device(mesh, place, every):
     assert found == usual
 
 
-@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data")])
+@pytest.mark.parametrize(
+    "spec", [PartitionSpec(), PartitionSpec("data")], ids=["whole", "sharded"]
+)
 def test_packing_inside_shard_map(spec):
     """Leaves that are whole on every device, and leaves of which each holds a part."""
     mesh = MESHES["Auto-8"]
