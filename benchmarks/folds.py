@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 import ema_optax
-from ema_optax import packing
+from ema_optax._averages import packing
 
 OURS = "ema_optax.update_shadow"
 TRANSFORM = "ema_optax.ema_params"

@@ -38,8 +38,8 @@ import optimizer_step
 from matplotlib.figure import Figure
 
 import ema_optax
-from ema_optax import packing
-from ema_optax.plots import style
+from ema_optax._averages import packing
+from ema_optax._plots import style
 
 BETAS = 0.999, 0.9999, 0.99999
 PACKAGES = [

@@ -28,7 +28,7 @@ import optax
 import optimizer_step
 
 import ema_optax
-from ema_optax import fold
+from ema_optax._averages import fold
 
 STEPS = {0.9999: 100_000, 0.99999: 500_000, 0.999999: 3_000_000}
 ELEMENTS = 128

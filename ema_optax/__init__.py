@@ -7,11 +7,21 @@
 import importlib
 import types
 
-from ema_optax import extras
-from ema_optax.averaging import ema_params, update_shadow
-from ema_optax.bema import bema_params
-from ema_optax.decay import Decay
-from ema_optax.decays import (
+from ema_optax._averages.averaging import ema_params, update_shadow
+from ema_optax._averages.bema import bema_params
+from ema_optax._averages.monitoring import metrics
+from ema_optax._averages.order import OrderWarning
+from ema_optax._averages.rings import ring
+from ema_optax._averages.shadows import shadow_params, with_shadow
+from ema_optax._averages.starting import started_from
+from ema_optax._averages.states import (
+    BemaParamsState,
+    EmaParamsState,
+    NamedShadowsState,
+    RingState,
+)
+from ema_optax._decays.decay import Decay
+from ema_optax._decays.decays import (
     constant,
     cosine,
     debiased,
@@ -23,26 +33,23 @@ from ema_optax.decays import (
     uniform,
     warmup,
 )
-from ema_optax.derived_decays import scale_to_batch, start_after
-from ema_optax.diagnosis import Diagnosis, Finding, diagnose
-from ema_optax.monitoring import metrics
-from ema_optax.order import OrderWarning
-from ema_optax.power_profiles import exponent_from_width, width_from_exponent
-from ema_optax.profiles import Profile, profile
-from ema_optax.rings import ring
-from ema_optax.shadows import shadow_params, with_shadow
-from ema_optax.starting import started_from
-from ema_optax.states import (
-    BemaParamsState,
-    EmaParamsState,
-    NamedShadowsState,
-    RingState,
-)
-from ema_optax.version import __version__ as __version__
-from ema_optax.windows import window
+from ema_optax._decays.derived_decays import scale_to_batch, start_after
+from ema_optax._decays.power_profiles import exponent_from_width, width_from_exponent
+from ema_optax._decays.profiles import Profile, profile
+from ema_optax._decays.windows import window
+from ema_optax._diagnosis import Diagnosis, Finding, diagnose
+from ema_optax._messages import extras
+from ema_optax._version import __version__ as __version__
 
 # Loaded when first used: they import Orbax and matplotlib, or are seldom needed.
-_ON_FIRST_USE = ("checkpoint", "interop", "plots", "reconstruction")
+_ON_FIRST_USE = (
+    "checkpoint",
+    "digits",
+    "interop",
+    "placement",
+    "plots",
+    "reconstruction",
+)
 
 
 def __getattr__(name: str) -> types.ModuleType:

@@ -17,6 +17,7 @@ how a target is wired, not that digits need one: β = 0 did about as well in sin
 Source: Grill et al. 2020, "Bootstrap your own latent", arXiv:2006.07733.
 """
 
+import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +28,6 @@ import optax
 
 import ema_optax
 from ema_optax import digits
-from ema_optax.cli import parsing
 
 HIDDEN, FEATURES = 128, 64
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 1e-2, 1e-4
@@ -165,11 +165,18 @@ def run(*, steps: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
     return found
 
 
+def positive(text: str) -> int:
+    """Returns a whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"needs a whole number from 1, got {text}")
+    return int(text)
+
+
 def main() -> None:
     """Reads the arguments, trains and prints the table."""
-    parser = parsing.Parser(description="BYOL on small digits")
-    parser.add_argument("--steps", type=parsing.at_least(1), default=1000)
-    parser.add_argument("--seed", type=parsing.at_least(0), default=0)
+    parser = argparse.ArgumentParser(description="BYOL on small digits")
+    parser.add_argument("--steps", type=positive, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(f"{'encoder':10} {'probe':>6} {'spread':>7}")
     for name, (accuracy, spread) in run(steps=args.steps, seed=args.seed).items():

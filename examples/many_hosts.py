@@ -27,7 +27,6 @@ from jax.sharding import PartitionSpec as P
 
 import ema_optax
 from ema_optax import checkpoint, placement
-from ema_optax.cli import parsing
 
 INPUTS, OUTPUTS, BATCH, SAVE_EVERY = 64, 16, 128, 50
 OPTIMIZER = optax.chain(
@@ -123,12 +122,19 @@ def start(processes: int, arguments: list[str]) -> int:
         return max(abs(process.wait()) for process in started)
 
 
+def positive(text: str) -> int:
+    """Returns a whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"needs a whole number from 1, got {text}")
+    return int(text)
+
+
 def main() -> None:
     """Reads the arguments; starts processes, or is one of them."""
-    parser = parsing.Parser(description="a run on many hosts")
-    parser.add_argument("folder", type=parsing.place)
-    parser.add_argument("--steps", type=parsing.at_least(1), default=400)
-    parser.add_argument("--processes", type=parsing.at_least(1))
+    parser = argparse.ArgumentParser(description="a run on many hosts")
+    parser.add_argument("folder")
+    parser.add_argument("--steps", type=positive, default=400)
+    parser.add_argument("--processes", type=positive)
     parser.add_argument("--join", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.processes:

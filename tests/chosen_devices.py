@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ema_optax
-from ema_optax import checkpoint, placement, reconstruction, shadow_params
+from ema_optax import checkpoint, reconstruction, shadow_params
+from ema_optax._placement import placement
 from tests.same import assert_same
 
 OPTIMIZER = optax.chain(optax.adam(0.1), ema_optax.ema_params(ema_optax.power(0.1)))

@@ -15,8 +15,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ema_optax
-from ema_optax import checkpoint, packing, shadow_params, with_shadow
-from ema_optax.placement import in_host_memory, over_axis
+from ema_optax import checkpoint, shadow_params, with_shadow
+from ema_optax._averages import packing
+from ema_optax._placement.placement import in_host_memory, over_axis
 from tests import older, same
 
 MESHES = {

@@ -25,7 +25,7 @@ from orbax.checkpoint import v1
 
 import ema_optax
 from ema_optax import checkpoint, placement
-from ema_optax.checkpoint import saving
+from ema_optax._checkpoint import saving
 from tests import launch
 
 STEPS, BREAK = 5, 3  # of a run; and where others go on, saved from there on

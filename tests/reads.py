@@ -4,7 +4,7 @@ import contextlib
 import weakref
 from unittest import mock
 
-from ema_optax.checkpoint import opening
+from ema_optax._checkpoint import opening
 
 
 class Reads:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ema_optax import checkpoint
-from ema_optax.checkpoint import saving
+from ema_optax._checkpoint import saving
 from tests import launch, saving_run
 
 

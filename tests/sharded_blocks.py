@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import ema_optax
 from ema_optax import checkpoint
-from ema_optax.checkpoint import CorruptCheckpointError, checksums, manifest, opening
+from ema_optax._checkpoint import checksums, manifest, opening
+from ema_optax.checkpoint import CorruptCheckpointError
 from tests.reads import watched
 
 P = PartitionSpec

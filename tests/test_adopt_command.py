@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, cli, layout_names
+from ema_optax import _cli as cli
+from ema_optax import checkpoint
+from ema_optax._messages import layout_names
 from tests import foreign
 
 STATE = foreign.state(ema_params=foreign.average())

@@ -11,8 +11,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, layout_names
-from ema_optax.checkpoint import layouts
+from ema_optax import checkpoint
+from ema_optax._checkpoint import layouts
+from ema_optax._messages import layout_names
 from tests import foreign
 
 PARAMS, AVERAGE = foreign.params(), foreign.average()

@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, cli
+from ema_optax import _cli as cli
+from ema_optax import checkpoint
 
 HERE = pathlib.Path(__file__).parent
 TABLE = HERE / "public_api.txt"
@@ -27,6 +28,7 @@ README = HERE.parent / "README.md"
 MODULES = (
     "ema_optax",
     "ema_optax.checkpoint",
+    "ema_optax.digits",
     "ema_optax.interop",
     "ema_optax.placement",
     "ema_optax.plots",
@@ -46,6 +48,7 @@ WITHOUT_EXAMPLE = {
     "ema_optax.RingState": "made by ring, whose example reads it",
     "ema_optax.Profile": "returned by profile, whose example reads it",
     "ema_optax.checkpoint.Changes": "returned by resume, as `changes`",
+    "ema_optax.digits.Digits": "returned by load, whose example reads it",
     "ema_optax.checkpoint.Adopted": "returned by adopt, whose example reads it",
     "ema_optax.checkpoint.CorruptCheckpointError": "an error",
     "ema_optax.checkpoint.Description": "returned by describe",

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import ema_optax
-from tests.test_house import EVERYWHERE, HOUSE
+from tests.test_house import EVERYWHERE, FACES, HOUSE
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = pathlib.Path(ema_optax.__file__).parent
@@ -48,12 +48,28 @@ def test_every_room_is_in_the_picture_once():
     assert set(re.findall(r"(\w+)/", picture)) == folders
 
 
+def test_every_room_is_in_the_table_with_the_module_that_shows_it():
+    """A reader of a public module finds its room, and the other way round."""
+    rows = re.findall(r"^\| (`_.*) \| .* \| (.*)\|$", TEXT, re.M)
+    shown = {
+        room: face.strip(" `")
+        for rooms, faces in rows
+        for room, face in zip(
+            re.findall(r"`(\w+)`", rooms),
+            [*faces.split(","), ""],
+            strict=False,
+        )
+    }
+    assert set(shown) == set(HOUSE) - {"__main__", "_version"}
+    assert {f: r for r, f in shown.items() if f not in ("", "ema_optax")} == FACES
+
+
 def test_rooms_import_rows_below():
     """The table of imports never leads up, or to a room of the same row."""
     (picture,) = re.findall(r"```\n(.*?)```", TEXT, re.S)
     row_of = {room: i for i, row in enumerate(_rows(picture)) for room in row}
     for room, imported in HOUSE.items():
-        for other in imported - EVERYWHERE:
+        for other in {FACES.get(name, name) for name in imported} - EVERYWHERE:
             assert row_of[other] > row_of[room], f"{room} imports {other}"
 
 

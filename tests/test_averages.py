@@ -9,17 +9,10 @@ import optax
 import pytest
 
 import ema_optax
-from ema_optax import (
-    averages,
-    checkpoint,
-    ema_params,
-    metrics,
-    packing,
-    shadow_params,
-    with_shadow,
-)
-from ema_optax.average import Average
-from ema_optax.averages import Kind, find, joined
+from ema_optax import checkpoint, ema_params, metrics, shadow_params, with_shadow
+from ema_optax._averages import averages, packing
+from ema_optax._averages.average import Average
+from ema_optax._averages.averages import Kind, find, joined
 from tests.same import assert_same
 
 PARAMS = {"a": jnp.arange(2.0), "b": jnp.ones(3), "n": jnp.int32(1)}

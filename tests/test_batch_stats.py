@@ -330,7 +330,7 @@ def test_without_rich_a_bar_that_was_asked_for_is_an_error():
     """And one that was not asked for is not drawn."""
     code = (
         "import sys; sys.modules['rich'] = None; sys.stderr.isatty = lambda: True\n"
-        "from ema_optax.progress import tracked\n"
+        "from ema_optax._messages.progress import tracked\n"
         "print(*tracked([1, 2], 'counting', None))\n"
         "try: list(tracked([1, 2], 'counting', True))\n"
         "except ModuleNotFoundError as error: print(error)"

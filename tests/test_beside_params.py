@@ -15,9 +15,10 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import ema_optax
-from ema_optax import checkpoint, interop, locating, trees
-from ema_optax.checkpoint import manifest
-from ema_optax.checkpoint.sealed import write_sealed
+from ema_optax import checkpoint, interop
+from ema_optax._checkpoint import manifest
+from ema_optax._checkpoint.sealed import write_sealed
+from ema_optax._trees import locating, trees
 from tests.same import assert_same
 
 HALF = ema_optax.constant(0.5)

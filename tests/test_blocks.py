@@ -17,8 +17,9 @@ from hypothesis import given, settings
 
 import ema_optax
 from ema_optax import checkpoint
-from ema_optax.checkpoint import CorruptCheckpointError, checksums, manifest, opening
-from ema_optax.checkpoint.pieces import Piece
+from ema_optax._checkpoint import checksums, manifest, opening
+from ema_optax._checkpoint.pieces import Piece
+from ema_optax.checkpoint import CorruptCheckpointError
 from tests import launch
 from tests.reads import watched
 from tests.same import assert_same

@@ -20,8 +20,9 @@ from etils import epath
 from orbax.checkpoint import v1
 
 import ema_optax
-from ema_optax import checkpoint, cli, interop, reconstruction
-from ema_optax.checkpoint import storage
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, interop, reconstruction
+from ema_optax._checkpoint import storage
 from tests import bucket as buckets
 
 if importlib.util.find_spec("gcsfs") is None or buckets.binary() is None:

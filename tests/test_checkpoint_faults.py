@@ -21,7 +21,8 @@ from etils import epath
 
 import ema_optax
 from ema_optax import checkpoint
-from ema_optax.checkpoint import CorruptCheckpointError, manifest, saving, sealed
+from ema_optax._checkpoint import manifest, saving, sealed
+from ema_optax.checkpoint import CorruptCheckpointError
 from tests import format_1, launch, saving_run
 
 # After a failed read or write, callbacks of TensorStore find their event loop closed,

@@ -14,7 +14,8 @@ import pytest
 
 import ema_optax
 from ema_optax import checkpoint, reconstruction
-from ema_optax.reconstruction import Score, Snapshot, choose, ingredients
+from ema_optax._reconstruction import ingredients
+from ema_optax.reconstruction import Score, Snapshot, choose
 
 STEPS = range(25, 1001, 25)
 EXPONENTS = (6.94, 16.97)

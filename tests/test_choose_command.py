@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, cli
+from ema_optax import _cli as cli
+from ema_optax import checkpoint
 from tests.older import enable_x64
 
 STEPS = range(4, 81, 4)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import ema_optax
-from ema_optax import cli, demo
+from ema_optax import _cli as cli
+from ema_optax._demo import demo
 
 MODULE = [sys.executable, "-m", "ema_optax"]
 
@@ -136,7 +137,7 @@ def test_ctrl_c_in_a_destructor():
     """From where Python cannot raise it: 130 and one line all the same."""
     code = (
         "import os, signal, sys, time\n"
-        "from ema_optax import cli\n"
+        "from ema_optax import _cli as cli\n"
         "class Lost:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
         "def work(*args):\n"
@@ -157,7 +158,7 @@ def test_a_missing_extra(tmp_path: Path):
     """Without one of the demo's packages: code 1, and the pip command, in one line."""
     script = (
         "import sys\n"
-        "from ema_optax.cli import main\n"
+        "from ema_optax._cli import main\n"
         "for name in ('rich', 'flax', 'sklearn', 'matplotlib'):\n"
         "    assert name not in sys.modules, name\n"
         "for name in ('rich', 'flax', 'sklearn', 'matplotlib'):\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ema_optax import cli
+from ema_optax import _cli as cli
 
 
 def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -17,9 +17,9 @@ import optax
 import pytest
 
 import ema_optax
-from ema_optax.cli import decay_text
-from ema_optax.decay import MAKERS, Decay
-from ema_optax.decays import as_decay
+from ema_optax._cli import decay_text
+from ema_optax._decays.decay import MAKERS, Decay
+from ema_optax._decays.decays import as_decay
 from tests import reference
 
 README = pathlib.Path(__file__).parent.parent / "README.md"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ema_optax import checkpoint, demo
+from ema_optax import checkpoint
+from ema_optax._demo import demo
 
 
 @pytest.fixture(scope="module")

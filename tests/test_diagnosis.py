@@ -23,7 +23,7 @@ from ema_optax import (
     uniform,
     warmup,
 )
-from ema_optax.diagnosis import leaf_pairs, lengths, line, records
+from ema_optax._diagnosis import leaf_pairs, lengths, line, records
 from ema_optax.reconstruction import Score
 from tests import reference
 

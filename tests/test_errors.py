@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from ema_optax.checkpoint.errors import CorruptCheckpointError, as_cause
+from ema_optax._checkpoint.errors import CorruptCheckpointError, as_cause
 
 
 def _spec(folder):

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, cli, constant, diagnose, ema_params, power
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, constant, diagnose, ema_params, power
 from ema_optax.checkpoint import StoredTree
 from tests.test_inspect import flip_a_bit, reseal
 

@@ -20,8 +20,9 @@ import safetensors.flax
 import safetensors.numpy
 
 import ema_optax
-from ema_optax import checkpoint, cli, interop
-from ema_optax.interop.flat_names import flat_names
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, interop
+from ema_optax._interop.flat_names import flat_names
 from tests.older import enable_x64
 
 RNG = np.random.default_rng(0)
@@ -433,7 +434,7 @@ def test_interrupted(saved: Path, tmp_path: Path):
         "    path.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGINT)\n"
         "n.save_file = half\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from ema_optax import cli; sys.exit(cli.main())"
+        "from ema_optax import _cli as cli; sys.exit(cli.main())"
     )
     out = tmp_path / "model.safetensors"
     command = [sys.executable, "-c", code, "export", str(saved), "--out", str(out)]

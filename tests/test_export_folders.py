@@ -15,7 +15,8 @@ import safetensors
 import safetensors.numpy
 
 import ema_optax
-from ema_optax import checkpoint, cli, interop
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, interop
 from ema_optax.interop import Rule, Rules
 
 RNG = np.random.default_rng(0)
@@ -332,7 +333,7 @@ def test_a_killed_export(run, tmp_path):
         "    seen.append(path)\n"
         "    if len(seen) == 3: os.kill(os.getpid(), 9)\n"
         "n.save_file = save_file\n"
-        "from ema_optax import cli; sys.exit(cli.main())"
+        "from ema_optax import _cli as cli; sys.exit(cli.main())"
     )
     out = tmp_path / "out"
     command = [sys.executable, "-c", code, "export", str(run), "--out", str(out)]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, cli, reconstruction
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, reconstruction
 from ema_optax.reconstruction import extrapolated, noise_gain
 
 VALUES = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ema_optax import fold
+from ema_optax._averages import fold
 from tests import reference
 from tests.older import enable_x64
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ema_optax import checkpoint
-from ema_optax.checkpoint import host_arrays
+from ema_optax._checkpoint import host_arrays
 from tests import launch, same
 
 # Memory of a process that saves two trees of the same leaves, in MiB: of the trees, and

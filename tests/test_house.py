@@ -11,264 +11,150 @@ import tomllib
 import pytest
 
 import ema_optax
-from ema_optax import extras
+from ema_optax._messages import extras
 
-PACKAGE = pathlib.Path(ema_optax.__file__).parent
-PYPROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
+DOOR = pathlib.Path(ema_optax.__file__)
+PACKAGE = DOOR.parent
+ROOT = pathlib.Path(__file__).parents[1]
+PYPROJECT = ROOT / "pyproject.toml"
+EXAMPLES, NOTEBOOKS = ROOT / "examples", ROOT / "notebooks"
 
-# What each module or folder may import, and imports nothing of ours but texts.
-EVERYWHERE = {"arguments", "extras", "text"}
-# Each module or folder, and what else it may import of ours.
+# The public modules, and the private room whose names each shows.
+FACES = {
+    "checkpoint": "_checkpoint",
+    "digits": "_demo",
+    "interop": "_interop",
+    "placement": "_placement",
+    "plots": "_plots",
+    "reconstruction": "_reconstruction",
+}
+# What each room may import, and imports nothing of ours.
+EVERYWHERE = {"_messages", "_version"}
+# Each private room, and what else it may import of ours.
 HOUSE = {
     **{name: set() for name in sorted(EVERYWHERE)},
-    "arguments": {"text"},
-    "decay": set(),
-    "due": set(),
-    "layout_names": set(),
-    "power_profiles": set(),
-    "progress": set(),
-    "renaming": set(),
-    "selection": set(),
-    "trees": set(),
-    "version": set(),
-    "fold": {"trees"},
-    "packing": {"trees"},
-    "placement": {"memories", "set_mesh", "trees"},
-    "schedule": {"decay"},
-    "locating": {"trees"},
-    "memories": set(),
-    "set_mesh": set(),
-    "order": set(),
-    "mistaken": {"locating", "trees"},
-    "decays": {"decay", "power_profiles", "schedule"},
-    "states": {"decay", "placement"},
-    "transfers": {"placement"},
-    "update": {"due", "fold", "packing", "placement", "transfers", "trees"},
-    "average": {"decay", "states"},
-    "averaging": {
-        "decay",
-        "decays",
-        "fold",
-        "packing",
-        "placement",
-        "selection",
-        "states",
-        "trees",
-        "update",
-    },
-    "windows": {"decay"},
-    "derived_decays": {"decay", "decays", "windows"},
-    "profiles": {"decays"},
-    "reconstruction": {
-        "decay",
-        "decays",
-        "placement",
-        "power_profiles",
-        "progress",
-        "selection",
-        "trees",
-    },
-    "rings": {
-        "average",
-        "due",
-        "placement",
-        "selection",
-        "states",
-        "transfers",
-        "trees",
-        "update",
-    },
-    "bema": {"average", "fold", "selection", "states", "trees", "update"},
-    "plots": {"decays", "profiles", "reconstruction"},
-    "averages": {
-        "average",
-        "bema",
-        "decay",
-        "mistaken",
-        "order",
-        "packing",
-        "placement",
-        "rings",
-        "states",
-        "trees",
-    },
-    "checkpoint": {
-        "average",
-        "averages",
-        "decay",
-        "decays",
-        "layout_names",
-        "locating",
-        "mistaken",
-        "placement",
-        "progress",
-        "reconstruction",
-        "renaming",
-        "states",
-        "trees",
-        "version",
-    },
-    "monitoring": {"average", "averages", "mistaken", "trees"},
-    "shadows": {"averages", "mistaken", "trees"},
-    "starting": {
-        "average",
-        "averages",
-        "decay",
-        "locating",
-        "mistaken",
-        "placement",
-        "trees",
-    },
-    "diagnosis": {
-        "average",
-        "averages",
-        "bema",
-        "decay",
-        "decays",
-        "locating",
-        "mistaken",
-        "profiles",
-        "reconstruction",
-        "states",
-        "trees",
-    },
-    "digits": {"averaging", "progress", "shadows"},
-    "interop": {
+    "_trees": set(),
+    "_decays": set(),
+    "_placement": {"_trees"},
+    "_averages": {"_decays", "_placement", "_trees"},
+    "_reconstruction": {"_decays", "_placement", "_trees"},
+    "_checkpoint": {"_averages", "_decays", "_placement", "_trees", "reconstruction"},
+    "_diagnosis": {"_averages", "_decays", "_reconstruction", "_trees"},
+    "_interop": {
+        "_averages",
+        "_checkpoint",
+        "_decays",
+        "_trees",
         "checkpoint",
-        "decay",
-        "decays",
-        "derived_decays",
-        "progress",
         "reconstruction",
-        "renaming",
-        "shadows",
-        "trees",
-        "version",
     },
-    "demo": {"checkpoint", "digits", "plots", "shadows"},
-    "cli": {
-        "bema",
+    "_plots": {"_decays", "_reconstruction", "reconstruction"},
+    "_demo": {"_averages", "checkpoint", "plots"},
+    "_cli": {
+        "_averages",
+        "_checkpoint",
+        "_decays",
+        "_demo",
+        "_diagnosis",
+        "_interop",
+        "_reconstruction",
+        "_trees",
         "checkpoint",
-        "decay",
-        "decays",
-        "demo",
-        "diagnosis",
         "interop",
-        "layout_names",
         "plots",
-        "power_profiles",
-        "profiles",
-        "progress",
         "reconstruction",
-        "states",
-        "trees",
     },
-    "__main__": {"cli"},
+    "__main__": {"_cli"},
 }
 
-# The same inside the folders: each file, and what it may import of its neighbours.
+# The same inside the rooms: each file, and what it may import of its neighbours.
 ROOMS = {
-    "checkpoint": {
-        "errors": set(),
-        "paths": {"storage"},
-        "retention": set(),
-        "storage": set(),
-        "untrusted": {"storage"},
-        "entries": {"errors", "untrusted"},
-        "processes": {"errors"},
-        "sealed": {"errors", "untrusted"},
-        "background": {"processes"},
-        "host_arrays": set(),
-        "pieces": {"entries", "errors", "untrusted"},
-        "checksums": {"pieces"},
-        "manifest": {
-            "entries",
-            "errors",
-            "pieces",
-            "sealed",
-            "storage",
-            "untrusted",
+    "_messages": {
+        "arguments": {"text"},
+        "extras": set(),
+        "layout_names": set(),
+        "progress": {"arguments", "extras"},
+        "text": set(),
+    },
+    "_trees": {
+        "locating": {"trees"},
+        "mistaken": {"locating", "trees"},
+        "renaming": set(),
+        "selection": set(),
+        "trees": set(),
+    },
+    "_decays": {
+        "decay": set(),
+        "decays": {"decay", "power_profiles", "schedule"},
+        "derived_decays": {"decay", "decays", "windows"},
+        "power_profiles": set(),
+        "profiles": {"decays"},
+        "schedule": {"decay"},
+        "windows": {"decay"},
+    },
+    "_placement": {
+        "memories": set(),
+        "placement": {"memories", "set_mesh"},
+        "set_mesh": set(),
+        "transfers": {"placement"},
+    },
+    "_averages": {
+        "average": {"states"},
+        "averages": {"average", "bema", "order", "packing", "rings", "states"},
+        "averaging": {"fold", "packing", "states", "update"},
+        "bema": {"average", "fold", "states", "update"},
+        "due": set(),
+        "fold": set(),
+        "monitoring": {"average", "averages"},
+        "order": set(),
+        "packing": set(),
+        "rings": {"average", "due", "states", "update"},
+        "shadows": {"averages"},
+        "starting": {"average", "averages"},
+        "states": set(),
+        "update": {"due", "fold", "packing"},
+    },
+    "_reconstruction": {
+        "axes": {
+            "extrapolation",
+            "ingredients",
+            "projection",
+            "schedules",
+            "searching",
+            "weights",
+            "widths",
         },
-        "opening": {"entries", "manifest"},
-        "shadows": {"entries", "manifest"},
-        "step": {"checksums", "entries", "manifest", "shadows", "untrusted"},
-        "steps": {"manifest", "paths", "processes", "storage"},
-        "targets": {"checksums", "entries", "pieces"},
-        "leaves": {
-            "checksums",
-            "entries",
-            "errors",
-            "manifest",
-            "opening",
-            "pieces",
-            "processes",
-            "targets",
-            "untrusted",
-        },
-        "saving": {
-            "background",
-            "checksums",
-            "host_arrays",
-            "manifest",
+        "choice_log": {"scores", "searching"},
+        "choices": {"scores", "searching"},
+        "choosing": {"axes", "choices", "ingredients", "searching", "trials", "widths"},
+        "extrapolation": set(),
+        "ingredients": {"merging", "slots", "sums", "widths"},
+        "merging": {"schedules", "slots", "sums"},
+        "planning": {"projection", "widths"},
+        "projection": set(),
+        "schedules": {"weights"},
+        "scores": set(),
+        "searching": {"scores"},
+        "slots": {"sums"},
+        "souping": {"merging", "scores", "slots", "sums", "weights"},
+        "sums": set(),
+        "trials": {"choice_log", "choices", "ingredients", "scores", "searching"},
+        "weights": set(),
+        "widths": {"projection", "slots", "sums"},
+    },
+    "_checkpoint": {
+        "adopted_arrays": {"foreign", "layouts", "pairing"},
+        "adopting": {
+            "adopted_arrays",
+            "directory",
+            "foreign",
+            "foreign_steps",
+            "layouts",
+            "pairing",
             "paths",
-            "processes",
-            "step",
+            "steps",
         },
-        "restoring": {
-            "entries",
-            "leaves",
-            "manifest",
-            "processes",
-            "step",
-            "targets",
-        },
-        "rescue": {"errors", "leaves", "processes", "restoring", "steps"},
-        "changes": set(),
-        "slots": {"manifest", "restoring", "step"},
-        "state_nodes": {"entries"},
-        "stored_names": {"manifest", "restoring", "state_nodes"},
-        "same_averages": {"entries", "manifest", "shadows"},
-        "taking": {
-            "changes",
-            "checksums",
-            "entries",
-            "leaves",
-            "manifest",
-            "restoring",
-            "targets",
-        },
-        "kept_averages": {
-            "leaves",
-            "manifest",
-            "same_averages",
-            "slots",
-            "state_nodes",
-            "stored_names",
-            "taking",
-            "targets",
-        },
-        "exact_run": {
-            "changes",
-            "leaves",
-            "manifest",
-            "restoring",
-            "same_averages",
-            "slots",
-            "state_nodes",
-            "stored_names",
-            "targets",
-        },
-        "kept_state": {
-            "entries",
-            "kept_averages",
-            "leaves",
-            "manifest",
-            "slots",
-            "state_nodes",
-            "step",
-            "stored_names",
-            "taking",
-        },
+        "background": {"processes"},
         "changed_run": {
             "changes",
             "kept_averages",
@@ -281,36 +167,9 @@ ROOMS = {
             "stored_names",
             "taking",
         },
-        "handlers": {
-            "changed_run",
-            "errors",
-            "exact_run",
-            "manifest",
-            "rescue",
-            "restoring",
-            "saving",
-            "step",
-            "storage",
-            "stored_names",
-        },
-        "resuming": {"changes", "handlers", "steps"},
-        "counts": {
-            "entries",
-            "errors",
-            "leaves",
-            "manifest",
-            "rescue",
-            "steps",
-        },
-        "sources": {
-            "checksums",
-            "errors",
-            "leaves",
-            "manifest",
-            "rescue",
-            "restoring",
-            "steps",
-        },
+        "changes": set(),
+        "checksums": {"pieces"},
+        "counts": {"entries", "errors", "leaves", "manifest", "rescue", "steps"},
         "directory": {
             "background",
             "entries",
@@ -323,6 +182,18 @@ ROOMS = {
             "step",
             "steps",
             "storage",
+        },
+        "entries": {"errors", "untrusted"},
+        "errors": set(),
+        "exact_run": {
+            "leaves",
+            "manifest",
+            "restoring",
+            "same_averages",
+            "slots",
+            "state_nodes",
+            "stored_names",
+            "targets",
         },
         "foreign": {"entries", "errors", "untrusted"},
         "foreign_arrays": {"errors", "foreign", "opening", "storage", "untrusted"},
@@ -338,19 +209,75 @@ ROOMS = {
             "steps",
             "storage",
         },
-        "layouts": {"foreign"},
-        "pairing": {"foreign", "layouts"},
-        "adopted_arrays": {"foreign", "layouts", "pairing"},
-        "adopting": {
-            "adopted_arrays",
-            "directory",
-            "foreign",
-            "foreign_steps",
-            "layouts",
-            "pairing",
-            "paths",
-            "steps",
+        "handlers": {
+            "changed_run",
+            "errors",
+            "exact_run",
+            "manifest",
+            "rescue",
+            "restoring",
+            "saving",
+            "step",
+            "storage",
+            "stored_names",
         },
+        "host_arrays": set(),
+        "kept_averages": {
+            "leaves",
+            "manifest",
+            "same_averages",
+            "slots",
+            "state_nodes",
+            "stored_names",
+            "taking",
+            "targets",
+        },
+        "kept_state": {
+            "entries",
+            "kept_averages",
+            "leaves",
+            "manifest",
+            "slots",
+            "state_nodes",
+            "step",
+            "stored_names",
+            "taking",
+        },
+        "layouts": {"foreign"},
+        "leaves": {
+            "checksums",
+            "entries",
+            "errors",
+            "manifest",
+            "opening",
+            "pieces",
+            "processes",
+            "targets",
+            "untrusted",
+        },
+        "manifest": {"entries", "errors", "pieces", "sealed", "storage", "untrusted"},
+        "opening": {"entries", "manifest"},
+        "pairing": {"foreign", "layouts"},
+        "paths": {"storage"},
+        "pieces": {"entries", "errors", "untrusted"},
+        "processes": {"errors"},
+        "rescue": {"errors", "leaves", "processes", "restoring", "steps"},
+        "restoring": {"entries", "leaves", "manifest", "processes", "step", "targets"},
+        "resuming": {"changes", "handlers", "steps"},
+        "retention": set(),
+        "same_averages": {"entries", "manifest", "shadows"},
+        "saving": {
+            "background",
+            "checksums",
+            "host_arrays",
+            "manifest",
+            "paths",
+            "processes",
+            "step",
+        },
+        "sealed": {"errors", "untrusted"},
+        "shadows": {"entries", "manifest"},
+        "slots": {"manifest", "restoring", "step"},
         "snapshots": {
             "errors",
             "leaves",
@@ -361,8 +288,96 @@ ROOMS = {
             "steps",
             "storage",
         },
+        "sources": {
+            "checksums",
+            "errors",
+            "leaves",
+            "manifest",
+            "rescue",
+            "restoring",
+            "steps",
+        },
+        "state_nodes": {"entries"},
+        "step": {"checksums", "entries", "manifest", "shadows", "untrusted"},
+        "steps": {"manifest", "paths", "processes", "storage"},
+        "storage": set(),
+        "stored_names": {"manifest", "restoring", "state_nodes"},
+        "taking": {
+            "changes",
+            "checksums",
+            "entries",
+            "leaves",
+            "manifest",
+            "restoring",
+            "targets",
+        },
+        "targets": {"checksums", "entries", "pieces"},
+        "untrusted": {"storage"},
     },
-    "cli": {
+    "_diagnosis": {
+        "diagnosing": {"findings", "leaf_pairs", "line", "records"},
+        "findings": set(),
+        "leaf_pairs": {"findings", "records"},
+        "lengths": set(),
+        "line": {"findings", "leaf_pairs", "records"},
+        "records": {"findings", "lengths"},
+    },
+    "_interop": {
+        "appearing": set(),
+        "batch_stats": set(),
+        "export_plan": {"appearing", "flat_names", "moves", "rule", "rules"},
+        "export_writing": {"appearing", "export_plan", "moves"},
+        "flat_names": set(),
+        "keras_models": set(),
+        "litema_names": {"torch_files"},
+        "moves": set(),
+        "nnx_modules": {"batch_stats"},
+        "patterns": set(),
+        "rule": {"patterns"},
+        "rule_fits": {"moves", "patterns", "rule"},
+        "rules": {"moves", "rule", "rule_fits"},
+        "safetensors_files": {
+            "appearing",
+            "export_plan",
+            "export_writing",
+            "moves",
+            "rule",
+            "rules",
+        },
+        "safetensors_sources": {"flat_names", "torch_files", "torch_folders"},
+        "tensorflow_checkpoints": {"tensorflow_names"},
+        "tensorflow_names": set(),
+        "torch_decays": {"litema_names", "torch_files"},
+        "torch_files": set(),
+        "torch_finding": {"torch_files", "torch_layouts"},
+        "torch_folders": {"torch_files"},
+        "torch_import": {
+            "moves",
+            "rule",
+            "rules",
+            "torch_files",
+            "torch_finding",
+            "torch_folders",
+            "torch_numbers",
+            "torch_weights",
+        },
+        "torch_layouts": {"litema_names", "torch_decays", "torch_files"},
+        "torch_numbers": {"torch_files", "torch_weights"},
+        "torch_weights": {"torch_files", "torch_finding", "torch_layouts"},
+    },
+    "_plots": {
+        "choices": {"style"},
+        "lag": {"style"},
+        "profiles": {"style"},
+        "runs": {"style"},
+        "style": set(),
+        "widths": {"style"},
+    },
+    "_demo": {
+        "demo": {"digits"},
+        "digits": set(),
+    },
+    "_cli": {
         "adopt": {"decay_text", "parsing", "tables"},
         "average_files": {"averages", "output_folders"},
         "averages": {"parsing"},
@@ -409,112 +424,24 @@ ROOMS = {
         "warning_lines": {"parsing"},
         "wide": set(),
     },
-    "diagnosis": {
-        "diagnosing": {"findings", "leaf_pairs", "line", "records"},
-        "findings": set(),
-        "leaf_pairs": {"findings", "records"},
-        "lengths": set(),
-        "line": {"findings", "leaf_pairs", "records"},
-        "records": {"findings", "lengths"},
-    },
-    "interop": {
-        "appearing": set(),
-        "batch_stats": set(),
-        "export_plan": {"appearing", "flat_names", "moves", "rule", "rules"},
-        "export_writing": {"appearing", "export_plan", "moves"},
-        "flat_names": set(),
-        "keras_models": set(),
-        "litema_names": {"torch_files"},
-        "moves": set(),
-        "nnx_modules": {"batch_stats"},
-        "patterns": set(),
-        "rule": {"patterns"},
-        "rule_fits": {"moves", "patterns", "rule"},
-        "rules": {"moves", "rule", "rule_fits"},
-        "safetensors_files": {
-            "appearing",
-            "export_plan",
-            "export_writing",
-            "moves",
-            "rule",
-            "rules",
-        },
-        "safetensors_sources": {"flat_names", "torch_files", "torch_folders"},
-        "tensorflow_checkpoints": {"tensorflow_names"},
-        "tensorflow_names": set(),
-        "torch_decays": {"litema_names", "torch_files"},
-        "torch_files": set(),
-        "torch_finding": {"torch_files", "torch_layouts"},
-        "torch_folders": {"torch_files"},
-        "torch_import": {
-            "moves",
-            "rule",
-            "rules",
-            "torch_files",
-            "torch_finding",
-            "torch_folders",
-            "torch_numbers",
-            "torch_weights",
-        },
-        "torch_layouts": {"litema_names", "torch_decays", "torch_files"},
-        "torch_numbers": {"torch_files", "torch_weights"},
-        "torch_weights": {"torch_files", "torch_finding", "torch_layouts"},
-    },
-    "plots": {
-        "choices": {"style"},
-        "lag": {"style"},
-        "profiles": {"style"},
-        "runs": {"style"},
-        "style": set(),
-        "widths": {"style"},
-    },
-    "reconstruction": {
-        "axes": {
-            "extrapolation",
-            "ingredients",
-            "projection",
-            "schedules",
-            "searching",
-            "weights",
-            "widths",
-        },
-        "choice_log": {"scores", "searching"},
-        "choices": {"scores", "searching"},
-        "choosing": {
-            "axes",
-            "choices",
-            "ingredients",
-            "searching",
-            "trials",
-            "widths",
-        },
-        "extrapolation": set(),
-        "ingredients": {"merging", "slots", "sums", "widths"},
-        "merging": {"schedules", "slots", "sums"},
-        "planning": {"projection", "widths"},
-        "projection": set(),
-        "schedules": {"weights"},
-        "scores": set(),
-        "searching": {"scores"},
-        "slots": {"sums"},
-        "souping": {"merging", "scores", "slots", "sums", "weights"},
-        "sums": set(),
-        "trials": {"choice_log", "choices", "ingredients", "scores", "searching"},
-        "weights": set(),
-        "widths": {"projection", "slots", "sums"},
-    },
 }
-# Files that other rooms may import too; of the others, only what `__init__` has.
+# Files that other rooms may import too; of the others, only what a public module shows.
 OPEN = {
-    "checkpoint": {"counts", "foreign_steps", "paths", "steps", "storage"},
-    "diagnosis": {"findings", "leaf_pairs", "records"},
-    "interop": {"safetensors_sources"},
-    "reconstruction": {"projection", "schedules", "scores"},
+    "_messages": {"arguments", "extras", "layout_names", "progress", "text"},
+    "_trees": {"locating", "mistaken", "renaming", "selection", "trees"},
+    "_decays": {"decay", "decays", "derived_decays", "power_profiles", "profiles"},
+    "_placement": {"placement", "transfers"},
+    "_averages": {"average", "averages", "averaging", "bema", "shadows", "states"},
+    "_reconstruction": {"projection", "schedules", "scores"},
+    "_checkpoint": {"counts", "foreign_steps", "paths", "steps", "storage"},
+    "_diagnosis": {"findings", "leaf_pairs", "records"},
+    "_interop": {"safetensors_sources"},
+    "_demo": {"demo"},
 }
 
 # Rooms that a function loads by name when it is called, against the order of imports:
 # a run is opened by the room that builds on what opens it.
-BY_NAME = {"reconstruction": {"checkpoint"}}
+BY_NAME = {"_reconstruction": {"checkpoint"}}
 
 LONGEST = 400  # lines of a file
 
@@ -557,10 +484,24 @@ def _imported(module):
 
 
 def test_every_module_has_its_place():
-    """A new file must be written into the house."""
+    """A new file must be written into the house; what is private says so."""
     files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert files | folders == set(HOUSE)
+    assert files | folders == {*HOUSE, *FACES}
+    assert all(name.startswith("_") for name in HOUSE)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_public_modules_show_names_of_one_room(face):
+    """They are read to see what is public: imports and a sorted `__all__`, no more."""
+    ours, others = _imported(face)
+    assert (ours, others) == ({FACES[face]}, set())
+    docstring, *statements = ast.parse(_files(face)[0].read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    *imports, listed = statements
+    assert {type(node) for node in imports} == {ast.ImportFrom}
+    names = [alias.asname or alias.name for node in imports for alias in node.names]
+    assert ast.literal_eval(listed.value) == sorted(names)
 
 
 @pytest.mark.parametrize("module", HOUSE)
@@ -576,7 +517,7 @@ def _loaded_by_name(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             match = re.fullmatch(r"ema_optax\.(\w+)(\.\w+)*", node.value)
-            if match and match[1] in HOUSE:
+            if match and match[1] in {*HOUSE, *FACES}:
                 yield match[1]
 
 
@@ -616,10 +557,10 @@ def test_imports_run_one_way_inside(room):
 
 
 def test_rooms_are_entered_by_the_door():
-    """From outside, a folder is imported as a whole, or what is open in it."""
+    """From other rooms, by its public module, or what is open in it."""
     for path in PACKAGE.rglob("*.py"):
         for room, name in _rooms_of(path):
-            own = path.parent.name == room
+            own = room in (path.parent.name, FACES.get(path.stem)) or path == DOOR
             assert own or name in OPEN.get(room, ()), f"{path.name}: {room}.{name}"
 
 
@@ -648,7 +589,10 @@ def _touched(tree):
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names]
             for name in [*names, getattr(node, "module", None) or ""]:
-                yield from filter(_private, name.split("."))
+                first, *parts = name.split(".")
+                rooms = HOUSE if first == "ema_optax" else ()
+                private = filter(_private, [first, *parts])
+                yield from (part for part in private if part not in rooms)
 
 
 @pytest.mark.parametrize(
@@ -656,7 +600,9 @@ def _touched(tree):
     [
         ("from jax._src import core", ["_src"]),
         ("import jax._src.core", ["_src"]),
-        ("from ema_optax.trees import _names", ["_names"]),
+        ("from ema_optax._trees.trees import _names", ["_names"]),
+        ("from ema_optax._trees import trees", []),
+        ("from others._trees import trees", ["_trees"]),
         ("parser._actions", ["_actions"]),
         ("self._own; cls._own; state._replace(count=1); x.__class__", []),
         ("class A:\n  def _f(self): ...\ndef g(a): a._f()", []),
@@ -674,6 +620,13 @@ def test_nobody_touches_private_names_of_others():
     for path in PACKAGE.rglob("*.py"):
         names = set(_touched(ast.parse(path.read_text())))
         assert not names, path.name
+
+
+@pytest.mark.skipif(not EXAMPLES.exists(), reason="they travel with the source")
+def test_examples_and_notebooks_use_what_is_public():
+    """A reader copies them."""
+    for path in (*EXAMPLES.glob("*.py"), *NOTEBOOKS.glob("*.ipynb")):
+        assert not re.search(r"ema_optax(\.\w+)*(\.| import )_[a-z]", path.read_text())
 
 
 def test_no_file_is_too_long():
@@ -711,7 +664,7 @@ def test_what_is_imported_is_declared():
         assert PACKAGES.get(module, module) in declared[extra], module
 
 
-@pytest.mark.parametrize("module", sorted(set(HOUSE) - {"checkpoint"}))
+@pytest.mark.parametrize("module", sorted(set(HOUSE) - {"_checkpoint"}))
 def test_only_checkpoint_imports_orbax(module):
     """Orbax changes often: one folder knows its ways."""
     _, others = _imported(module)
@@ -719,8 +672,11 @@ def test_only_checkpoint_imports_orbax(module):
 
 
 def test_the_house_has_no_cycles():
-    """Removing modules whose imports are all gone empties the house."""
-    _check_no_cycle(HOUSE)
+    """Removing rooms whose imports are all gone empties the house."""
+    rooms = {
+        room: {FACES.get(name, name) for name in used} for room, used in HOUSE.items()
+    }
+    _check_no_cycle(rooms)
 
 
 def _check_no_cycle(table):

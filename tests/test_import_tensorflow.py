@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, cli, interop
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, interop
 from tests import bucket as buckets
 
 tf = pytest.importorskip(

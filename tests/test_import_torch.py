@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import ema_optax
-from ema_optax import checkpoint, cli, interop
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, interop
 from ema_optax.interop import Rule
 
 RNG = np.random.default_rng(0)

@@ -509,7 +509,7 @@ def _wide():
 )
 def test_strange_files(tmp_path, content, told, monkeypatch):
     """Endless ones too end with a short error."""
-    monkeypatch.setattr("ema_optax.interop.torch_files._MOST", 10_000)
+    monkeypatch.setattr("ema_optax._interop.torch_files._MOST", 10_000)
     torch.save(content(), tmp_path / "m.pt")
     with pytest.raises(ValueError, match=told):
         interop.import_torch(tmp_path / "m.pt", tmp_path / "out")

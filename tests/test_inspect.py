@@ -14,8 +14,9 @@ import pytest
 from etils import epath
 
 import ema_optax
-from ema_optax import checkpoint, cli
-from ema_optax.checkpoint import sealed
+from ema_optax import _cli as cli
+from ema_optax import checkpoint
+from ema_optax._checkpoint import sealed
 
 MARKUP, CONTROL = "[red]w[link=x]:smile:", "a\x1b[2J\u202eb\n"
 LONG = "layer_with_a_long_name_" * 8

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ema_optax
-from ema_optax.checkpoint import manifest
-from ema_optax.checkpoint.entries import AverageEntry, LeafEntry, TreeEntry
-from ema_optax.checkpoint.errors import CorruptCheckpointError
-from ema_optax.checkpoint.manifest import Manifest
-from ema_optax.checkpoint.pieces import Piece, parse_sums
-from ema_optax.checkpoint.sealed import read_sealed
+from ema_optax._checkpoint import manifest
+from ema_optax._checkpoint.entries import AverageEntry, LeafEntry, TreeEntry
+from ema_optax._checkpoint.errors import CorruptCheckpointError
+from ema_optax._checkpoint.manifest import Manifest
+from ema_optax._checkpoint.pieces import Piece, parse_sums
+from ema_optax._checkpoint.sealed import read_sealed
 from tests import format_1
 
 ITEM = epath.Path(format_1.FOLDER / "100" / "default")

@@ -7,12 +7,12 @@ import math
 import pytest
 from etils import epath
 
-from ema_optax.checkpoint import manifest
-from ema_optax.checkpoint.errors import CorruptCheckpointError
-from ema_optax.checkpoint.manifest import Manifest
-from ema_optax.checkpoint.pieces import parse_sums
-from ema_optax.checkpoint.sealed import read_sealed, write_sealed
-from ema_optax.checkpoint.untrusted import DEPTH
+from ema_optax._checkpoint import manifest
+from ema_optax._checkpoint.errors import CorruptCheckpointError
+from ema_optax._checkpoint.manifest import Manifest
+from ema_optax._checkpoint.pieces import parse_sums
+from ema_optax._checkpoint.sealed import read_sealed, write_sealed
+from ema_optax._checkpoint.untrusted import DEPTH
 from tests.test_manifest import ITEM, content, through_json
 
 

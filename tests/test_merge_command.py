@@ -15,7 +15,8 @@ import optax
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, cli
+from ema_optax import _cli as cli
+from ema_optax import checkpoint
 
 STEPS = range(100, 1100, 100)
 VALUES = np.random.default_rng(0).normal(size=(len(STEPS), 5, 3)).astype(np.float32)

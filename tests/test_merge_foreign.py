@@ -12,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 import ema_optax
-from ema_optax import checkpoint, cli, interop, reconstruction
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, interop, reconstruction
 from tests import foreign
 
 STEPS = (100, 200, 300, 400)
@@ -151,7 +152,7 @@ def test_a_few_leaves_are_read_at_a_time(tmp_path, monkeypatch):
     for step in (1, 2):
         tree = {name: {"w": jnp.full((4, 4), float(step))} for name in names}
         foreign.save(run, {"params": tree}, step)
-    monkeypatch.setattr("ema_optax.checkpoint.foreign_sources._LEAST", 0)
+    monkeypatch.setattr("ema_optax._checkpoint.foreign_sources._LEAST", 0)
     sources = [checkpoint.stored_by_others(run, "params", step=i) for i in (1, 2)]
     asked = []
     for source in sources:

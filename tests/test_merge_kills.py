@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ema_optax import checkpoint, cli
+from ema_optax import _cli as cli
+from ema_optax import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 6

@@ -8,7 +8,8 @@ import pytest
 
 import ema_optax
 from ema_optax import reconstruction
-from ema_optax.reconstruction import merge, sums, uniform_coefficients
+from ema_optax._reconstruction import sums
+from ema_optax.reconstruction import merge, uniform_coefficients
 from tests import reference
 from tests.older import enable_x64
 

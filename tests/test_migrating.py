@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, cli
+from ema_optax import _cli as cli
+from ema_optax import checkpoint
 
 PAGE = pathlib.Path(__file__).parent.parent / "MIGRATING.md"
 

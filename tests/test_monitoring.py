@@ -9,7 +9,7 @@ from flax import nnx
 
 import ema_optax
 from ema_optax import bema_params, metrics
-from ema_optax.placement import in_host_memory
+from ema_optax._placement.placement import in_host_memory
 from tests import older, reference
 from tests.runs import drifting, follow
 

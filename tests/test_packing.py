@@ -14,7 +14,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ema_optax
-from ema_optax import checkpoint, packing, placement, shadow_params
+from ema_optax import checkpoint, shadow_params
+from ema_optax._averages import packing
+from ema_optax._placement import placement
 from tests.older import enable_x64
 from tests.same import assert_same
 

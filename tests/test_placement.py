@@ -12,9 +12,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import ema_optax
-from ema_optax import shadow_params, transfers
-from ema_optax.placement import LeafSharding, in_host_memory, over_axis
-from ema_optax.transfers import host_groups
+from ema_optax import shadow_params
+from ema_optax._placement import transfers
+from ema_optax._placement.placement import LeafSharding, in_host_memory, over_axis
+from ema_optax._placement.transfers import host_groups
 from tests import launch, older
 
 P = PartitionSpec

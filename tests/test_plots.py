@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import ema_optax
 from ema_optax import plots, reconstruction
-from ema_optax.plots import style
+from ema_optax._plots import style
 
 STEPS, RAW, SHADOW = [10, 20, 30], [0.90, 0.95, 0.93], [0.91, 0.94, 0.97]
 

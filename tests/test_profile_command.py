@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import ema_optax
-from ema_optax import cli, plots
-from ema_optax.cli import decay_text, sketch
+from ema_optax import _cli as cli
+from ema_optax import plots
+from ema_optax._cli import decay_text, sketch
 from tests import reference
 
 MODULE = [sys.executable, "-m", "ema_optax", "profile"]
@@ -109,7 +110,8 @@ def test_decays_in_one_word(text, decay, capsys):
 
 def test_every_maker_can_be_said():
     """All decays that the library offers, and nothing else."""
-    modules = {f"ema_optax.{m}" for m in ("decays", "derived_decays", "windows")}
+    files = ("decays", "derived_decays", "windows")
+    modules = {f"ema_optax._decays.{file}" for file in files}
     makers = {
         name
         for name in ema_optax.__all__
@@ -365,7 +367,7 @@ def test_without_optional_packages(tmp_path: Path):
         "import sys\n"
         "for name in ('rich', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"  # what a failed import looks like
-        "from ema_optax.cli import main\n"
+        "from ema_optax._cli import main\n"
         "command = ['profile', '--decay', '0.9', '--steps', '9']\n"
         "assert main(command) == main([*command, '--json']) == 0\n"
         "sys.exit(main([*command, '--out', 'a.png']))\n"

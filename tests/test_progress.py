@@ -2,7 +2,7 @@
 
 import pytest
 
-from ema_optax.progress import shown, tracked
+from ema_optax._messages.progress import shown, tracked
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import ema_optax
-from ema_optax import checkpoint, fold, packing
+from ema_optax import checkpoint
+from ema_optax._averages import fold, packing
 from tests import older
 from tests.older import enable_x64
 

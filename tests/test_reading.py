@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import ema_optax
 from ema_optax import checkpoint
-from ema_optax.checkpoint import CorruptCheckpointError, leaves, targets
+from ema_optax._checkpoint import leaves, targets
+from ema_optax.checkpoint import CorruptCheckpointError
 from tests.older import enable_x64
 from tests.reads import watched
 

@@ -7,7 +7,8 @@ import shlex
 import numpy as np
 import pytest
 
-from ema_optax import checkpoint, cli
+from ema_optax import _cli as cli
+from ema_optax import checkpoint
 from tests import older, versions
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -20,7 +20,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, cli, reconstruction
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, reconstruction
 from tests import reference, runs
 from tests.older import enable_x64
 
@@ -490,7 +491,7 @@ def test_as_a_user_runs_it(run: Path, tmp_path: Path):
     command = [str(run / "snapshots"), "--width", "0.05", "0.15", "--out", "averages"]
     script = (
         "import sys, jax\n"
-        "from ema_optax.cli import main\n"
+        "from ema_optax._cli import main\n"
         "code = main()\n"
         "assert jax.config.values['jax_platforms'] == 'cpu'\n"
         "sys.exit(code)\n"

@@ -18,7 +18,8 @@ import pytest
 
 import ema_optax
 from ema_optax import reconstruction
-from ema_optax.reconstruction import ReconstructionWarning, Snapshot, reconstruct, sums
+from ema_optax._reconstruction import sums
+from ema_optax.reconstruction import ReconstructionWarning, Snapshot, reconstruct
 from tests import launch, reference
 
 WIDTHS = {"a": 0.05, "b": 0.10, "c": 0.07, "d": 0.15}

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ema_optax import checkpoint, cli, interop
-from ema_optax.renaming import Renames
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, interop
+from ema_optax._trees.renaming import Renames
 
 PATHS = ["enc/l_0/kernel", "enc/l_0/bias", "enc/l_12/kernel", "kernel", "kernel/kernel"]
 

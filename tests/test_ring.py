@@ -393,7 +393,7 @@ def test_a_checkpoint_holds_what_is_read(runs, saved):
 
 def test_inspect_names_the_ring(saved, capsys):
     """In the place of a decay."""
-    from ema_optax import cli
+    from ema_optax import _cli as cli
 
     assert cli.main(["inspect", str(saved)]) == 0
     assert "ring(k=3, every=2)" in " ".join(capsys.readouterr().out.split())

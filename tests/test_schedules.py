@@ -7,11 +7,7 @@ import numpy as np
 import pytest
 
 import ema_optax
-from ema_optax.reconstruction import (
-    decay_coefficients,
-    lr_decay,
-    schedule_coefficients,
-)
+from ema_optax.reconstruction import decay_coefficients, lr_decay, schedule_coefficients
 
 # As in Megatron-LM's tool for merging, of n evenly spaced checkpoints.
 FORMULAS = {"linear": lambda x: 1 - x, "1-sqrt": lambda x: 1 - math.sqrt(x)}

@@ -7,10 +7,10 @@ import shutil
 import pytest
 from etils import epath
 
-from ema_optax.checkpoint import manifest
-from ema_optax.checkpoint.errors import CorruptCheckpointError
-from ema_optax.checkpoint.sealed import read_sealed, write_sealed
-from ema_optax.checkpoint.untrusted import LIMIT
+from ema_optax._checkpoint import manifest
+from ema_optax._checkpoint.errors import CorruptCheckpointError
+from ema_optax._checkpoint.sealed import read_sealed, write_sealed
+from ema_optax._checkpoint.untrusted import LIMIT
 from tests.test_manifest import ITEM, content
 
 

@@ -20,7 +20,8 @@ from orbax.checkpoint.checkpoint_manager import StepAlreadyExistsError
 
 import ema_optax
 from ema_optax import checkpoint, reconstruction
-from ema_optax.checkpoint import CorruptCheckpointError, background, sealed
+from ema_optax._checkpoint import background, sealed
+from ema_optax.checkpoint import CorruptCheckpointError
 from tests import launch, older, reference
 
 # After a failed read or write, callbacks of TensorStore find their event loop closed,

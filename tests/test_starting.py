@@ -8,7 +8,7 @@ import pytest
 
 import ema_optax
 from ema_optax import placement
-from ema_optax.starting import settled_count
+from ema_optax._averages.starting import settled_count
 from tests import older, reference
 from tests.same import assert_same
 

@@ -6,10 +6,10 @@ import optax
 import pytest
 
 import ema_optax
-from ema_optax import averages
-from ema_optax.checkpoint import state_nodes
-from ema_optax.checkpoint.slots import by_path
-from ema_optax.checkpoint.step import structure_of
+from ema_optax._averages import averages
+from ema_optax._checkpoint import state_nodes
+from ema_optax._checkpoint.slots import by_path
+from ema_optax._checkpoint.step import structure_of
 
 PARAMS = {"a": {"w": jnp.ones(2)}, "b": jnp.ones(3)}
 

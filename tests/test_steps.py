@@ -12,8 +12,8 @@ from orbax.checkpoint import v1
 
 import ema_optax
 from ema_optax import checkpoint, interop
-from ema_optax.checkpoint import steps
-from ema_optax.cli import main
+from ema_optax._checkpoint import steps
+from ema_optax._cli import main
 from tests.same import assert_same
 
 TRANSFORM = ema_optax.ema_params(ema_optax.power(0.05))

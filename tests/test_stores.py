@@ -10,7 +10,7 @@ from etils import epath
 
 import ema_optax
 from ema_optax import checkpoint
-from ema_optax.checkpoint import storage
+from ema_optax._checkpoint import storage
 
 PARAMS = {"w": jnp.arange(3.0)}
 STATE = ema_optax.ema_params(0.9).init(PARAMS)

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from ema_optax import cli, interop
-from ema_optax.interop.tensorflow_names import Roles, Variable, roles
+from ema_optax import _cli as cli
+from ema_optax import interop
+from ema_optax._interop.tensorflow_names import Roles, Variable, roles
 
 AVERAGE = "ExponentialMovingAverage"
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ema_optax import extras, text
+from ema_optax._messages import extras, text
 
 
 def _nested(depth):

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, cli, interop, trees
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, interop
+from ema_optax._trees import trees
 from ema_optax.interop import Rule, Rules
 
 torch = pytest.importorskip("torch")

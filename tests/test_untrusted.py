@@ -25,8 +25,9 @@ import tensorstore as ts
 from etils import epath
 
 import ema_optax
-from ema_optax import checkpoint, cli, interop
-from ema_optax.checkpoint import manifest, sealed, untrusted
+from ema_optax import _cli as cli
+from ema_optax import checkpoint, interop
+from ema_optax._checkpoint import manifest, sealed, untrusted
 from tests import launch
 from tests.untrusted_reader import PARAMS, TRANSFORM, readers
 

@@ -10,7 +10,7 @@ import pytest
 
 import ema_optax
 from ema_optax import Decay, checkpoint, ema_params, scale_to_batch, start_after, window
-from ema_optax.starting import settled_count
+from ema_optax._averages.starting import settled_count
 from tests.older import enable_x64
 from tests.reference import relative_rms
 from tests.runs import drifting, follow

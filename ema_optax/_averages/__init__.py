@@ -1,0 +1,1 @@
+"""The average: transforms, one fold, the states, and finding and reading them."""

@@ -1,0 +1,302 @@
+"""Finds all averages of an optimizer state in one search, and puts them back."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ema_optax._averages import bema, packing, rings
+from ema_optax._averages.average import Average
+from ema_optax._averages.order import warn_unless_last
+from ema_optax._averages.states import (
+    BemaParamsState,
+    EmaMadeBy,
+    EmaParamsState,
+    NamedShadowsState,
+    RingState,
+)
+from ema_optax._decays.decay import Decay
+from ema_optax._messages import arguments
+from ema_optax._messages.text import brief
+from ema_optax._placement import placement
+from ema_optax._trees import mistaken, trees
+
+
+class EmaAverage(Average):
+    """One shadow of an `EmaParamsState`."""
+
+    made_by: EmaMadeBy | None
+
+    @property
+    def decay(self) -> Decay | None:
+        """The decay, where it can be written down."""
+        return self.made_by.decay(self.name) if self.made_by else None
+
+    def read(self, params: optax.Params | None) -> optax.Params:
+        """Returns the shadow; where there are params, where those live."""
+        shardings = self.made_by.shardings if self.made_by else None
+        if shardings is None or params is None:
+            return self.tree
+        leaves, structure = jax.tree.flatten(self.tree, is_leaf=trees.is_placeholder)
+        pairs = zip(leaves, shardings, strict=True)
+        return jax.tree.unflatten(
+            structure, [placement.gather(leaf, sharding) for leaf, sharding in pairs]
+        )
+
+    def decay_at(self, count: jax.Array) -> jax.Array | None:
+        """Returns β at an update; None where the decay is unknown."""
+        return self.decay(jnp.maximum(count, 1)) if self.decay else None
+
+    def weight_of_fold(self, count: jax.Array) -> jax.Array | None:
+        """Returns 1 − Πβ of the fold at `count`; None where the decay is unknown."""
+        if self.decay is None or self.every is None:
+            return None
+        return self.decay.newest_weight(jnp.maximum(count, self.every), self.every)
+
+    def log_kept(self, steps: jax.Array) -> jax.Array:
+        """Returns log β at each of the steps."""
+        assert self.decay is not None
+        return jnp.log1p(-self.decay.newest_weight(steps))
+
+    def is_rounded_by_chance(self, dtype: np.dtype) -> bool:
+        """Returns whether a shadow of a dtype is rounded stochastically."""
+        asked = self.made_by is not None and self.made_by.rounding == "stochastic"
+        return super().is_rounded_by_chance(dtype) or (
+            asked and dtype.name == "float32"
+        )
+
+
+class Kind(NamedTuple):
+    """What a kind of state does with its averages; a new kind is a row of `KINDS`.
+
+    Attributes:
+        averages: From the path of a state and the state to its averages.
+        without: From a state to the part that is stored as optimizer state.
+        put_back: From that part, the state as it was, and the tree of each average to
+            the state.
+    """
+
+    averages: Callable[[str, Any], list[Average]]
+    without: Callable[[Any], Any]
+    put_back: Callable[[Any, Any, Sequence[optax.Params]], Any]
+
+
+def _shadows_of(path: str, state: EmaParamsState) -> list[Average]:
+    shadow = packing.unpacked(state.shadow)
+    by_name = shadow if isinstance(state, NamedShadowsState) else {"": shadow}
+    return [
+        EmaAverage(path, name, state.count, state.made_by, tree)
+        for name, tree in by_name.items()
+    ]
+
+
+def _put_shadows_back(
+    rest: EmaParamsState, old: EmaParamsState, found: Sequence[optax.Params]
+) -> EmaParamsState:
+    old_shadow: Any = old.shadow
+    shadow: Any = found[0]
+    if isinstance(old, NamedShadowsState):
+        shadow = dict(zip(old_shadow, found, strict=True))
+    shadow = packing.packed_like(shadow, old_shadow)
+    return old._replace(count=rest.count, shadow=shadow)
+
+
+KINDS: Mapping[type, Kind] = {
+    EmaParamsState: Kind(
+        _shadows_of,
+        lambda state: state._replace(shadow=None, made_by=None),
+        _put_shadows_back,
+    ),
+    # What the shadow is computed from stays part of the optimizer state.
+    BemaParamsState: Kind(
+        lambda path, state: [bema.average_of(path, state)],
+        lambda state: state._replace(made_by=None),
+        lambda rest, old, _: rest._replace(made_by=old.made_by),
+    ),
+    RingState: Kind(
+        lambda path, state: [rings.average_of(path, state)],
+        lambda state: state._replace(made_by=None),
+        lambda rest, old, _: rest._replace(made_by=old.made_by),
+    ),
+}
+
+
+# How the places of averages end that cannot be given names.
+_WITHOUT_NAMES = (bema.CALLED, rings.CALLED)
+
+
+class Averages:
+    """All averages of an optimizer state, in the order of their places."""
+
+    def __init__(
+        self, opt_state: optax.OptState, call: str = "", params: object = None
+    ) -> None:
+        self._opt_state, self._call, self._params = opt_state, call, params
+        pairs, self._structure = jax.tree_util.tree_flatten_with_path(
+            opt_state, is_leaf=lambda node: _kind(node) is not None
+        )
+        self._nodes = [node for _, node in pairs]
+        for path, node in pairs:
+            if _kind(node):
+                where = trees.path_name(path)
+                warn_unless_last(opt_state, path, where, lambda n: _kind(n) is not None)
+        self._found = [
+            (kind.averages(trees.path_name(path), node), kind) if kind else ([], None)
+            for path, node in pairs
+            for kind in [_kind(node)]
+        ]
+        self._averages = [average for found, _ in self._found for average in found]
+
+    def __iter__(self) -> Iterator[Average]:
+        return iter(self._averages)
+
+    def __len__(self) -> int:
+        return len(self._averages)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the averages, sorted; an empty one where one has none."""
+        return sorted({average.name for average in self})
+
+    def of(self, name: str | None) -> list[Average]:
+        """Returns the averages of a name, or the only ones.
+
+        Raises:
+            ValueError: If there is none, or several and none was named.
+        """
+        if not self._averages:
+            raise ValueError(self.none())
+        if name is not None:
+            arguments.a_name(name, "name", "slow")
+        names = [found for found in self.names if found]
+        unnamed = [average for average in self if not average.name]
+        if name is None and (not names or (len(names) == 1 and not unnamed)):
+            return self._averages
+        chosen = [average for average in self if name and average.name == name]
+        if chosen:
+            return chosen
+        asked = (
+            "none was asked for" if name is None else f"{brief(name)} is none of them"
+        )
+        have = f"shadows named {', '.join(names)}" if names else "one unnamed shadow"
+        call = f"name={names[0]!r}" if names else "no name"
+        computed = [average.where for average in unnamed if average.is_computed]
+        if names and computed:
+            have += f" and one without a name at '{min(computed)}'"
+            call += ", or with the part of the state that holds the one without"
+        raise ValueError(
+            f"The optimizer state has {have}, and {asked}. Call {self._call} with "
+            f"{call}."
+        )
+
+    def none(self) -> str:
+        """Returns what to say where there is no average."""
+        return mistaken.without_average(
+            self._opt_state,
+            self._params,
+            self._call,
+            lambda other: len(Averages(other)) > 0,
+        )
+
+    def rest(self) -> optax.OptState:
+        """Returns the optimizer state with None for each shadow and record."""
+        return jax.tree.unflatten(
+            self._structure,
+            [
+                kind.without(node) if kind else node
+                for node, (_, kind) in zip(self._nodes, self._found, strict=True)
+            ],
+        )
+
+    def put_back(
+        self, rest: optax.OptState, shadows: Sequence[optax.Params]
+    ) -> optax.OptState:
+        """Returns the optimizer state with shadows in the places of these.
+
+        Args:
+            rest: Like what `rest` returns.
+            shadows: The tree of each average, in their order; one that is computed is
+                not used.
+
+        Raises:
+            ValueError: If they are not as many as the averages.
+        """
+        if len(shadows) != len(self):
+            raise ValueError(f"{len(self)} averages take as many, got {len(shadows)}.")
+        left = iter(shadows)
+        nodes = [
+            kind.put_back(node, old, [next(left) for _ in found]) if kind else node
+            for node, old, (found, kind) in zip(
+                self._structure.flatten_up_to(rest),
+                self._nodes,
+                self._found,
+                strict=True,
+            )
+        ]
+        return jax.tree.unflatten(self._structure, nodes)
+
+
+def find(
+    opt_state: optax.OptState,
+    *,
+    call: str = "shadow_params(opt_state, params)",
+    params: object = None,
+) -> Averages:
+    """Returns all averages of an optimizer state, found in one search.
+
+    Args:
+        opt_state: The optimizer state, or the state of an average itself.
+        call: What the user calls with it, for errors.
+        params: What the user passed as params, for errors.
+
+    Raises:
+        TypeError: If it is an optimizer, or an object of Flax NNX.
+    """
+    mistaken.check_opt_state(opt_state, call)
+    return Averages(opt_state, call, params)
+
+
+def joined(shadows: Mapping[str, optax.Params]) -> optax.Params:
+    """Returns the one tree of shadows that cover disjoint leaves.
+
+    Args:
+        shadows: Trees of one structure by the places of their averages, not copied.
+
+    Raises:
+        ValueError: If a leaf is averaged in more than one of them.
+    """
+    (path, joined), *others = shadows.items()
+    for other_path, other in others:
+        leaves, structure = jax.tree.flatten(joined, is_leaf=trees.is_placeholder)
+        more = jax.tree.leaves(other, is_leaf=trees.is_placeholder)
+        if jax.tree.structure(other, is_leaf=trees.is_placeholder) != structure or any(
+            not trees.is_placeholder(a) and not trees.is_placeholder(b)
+            for a, b in zip(leaves, more, strict=True)
+        ):
+            advice = (
+                "Give them names, in one transform: "
+                "ema_params({'fast': 0.99, 'slow': 0.9999})"
+            )
+            if any(each.endswith(_WITHOUT_NAMES) for each in (path, other_path)):
+                advice = (
+                    "Give the one of ema_params a name: ema_params({'slow': 0.999})"
+                )
+            raise ValueError(
+                f"The optimizer state has several shadows of the same params, at "
+                f"'{path}' and '{other_path}'. {advice}, and read "
+                "shadow_params(opt_state, params, name='slow'); or pass the part of "
+                "the state that holds the one you mean."
+            )
+        both = [
+            b if trees.is_placeholder(a) else a
+            for a, b in zip(leaves, more, strict=True)
+        ]
+        joined = jax.tree.unflatten(structure, both)
+    return joined
+
+
+def _kind(node: object) -> Kind | None:
+    return next((kind for of, kind in KINDS.items() if isinstance(node, of)), None)

@@ -1,0 +1,299 @@
+"""The last k params as they were, whose mean is computed when it is read."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from ema_optax._averages import due
+from ema_optax._averages.average import Average
+from ema_optax._averages.states import RingMadeBy, RingState
+from ema_optax._averages.update import (
+    check_period,
+    check_state,
+    matching_leaves,
+    new_params,
+    require_params,
+)
+from ema_optax._placement import placement, transfers
+from ema_optax._trees import selection, trees
+
+_STATIC = ("k", "every")  # for optax.inject_hyperparams
+
+
+def ring(
+    k: int,
+    *,
+    every: int = 1,
+    mask: selection.Mask | None = None,
+    shadow_sharding: object = None,
+    params_sharding: object = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the params of the last k folds; the shadow is their plain mean.
+
+    Chain it last, after the optimizer. Updates pass through untouched. At every
+    `every`-th update p, what the model holds after it, takes the place of the oldest of
+    k slots, and `ema_optax.shadow_params(opt_state, params)` returns the mean of those
+    that are filled: of the last min(k, folds) copies. Before the first fold that is the
+    params at init.
+
+    Unlike `window(n)`, whose one tree begins again, the mean is of k copies at every
+    step, for k trees of memory. The slots are copies in the params' own dtypes; the
+    mean is computed in float32 or wider, as the newest copy plus the mean distance of
+    all from it: copies that are equal have themselves as their mean. An update that
+    does not fold moves nothing, and one that does writes one slot.
+
+    An element of p that is not finite takes the value of the copy before. Where that is
+    none either, as in params that start so, it is left out of the mean, which is not
+    finite only where no copy is. Integer, bool and PRNG-key leaves, and those the mask
+    leaves out, are not averaged. From update 2³¹ − 1 on, where counts stay, one slot is
+    written again and again, or none with `every` above 1.
+
+    Args:
+        k: Number of copies, ≥ 1. The state is k times the params that are averaged.
+        every: A copy is taken at every `every`-th update, ≥ 1.
+        mask: Which leaves are averaged, as in `ema_params`.
+        shadow_sharding: Where each copy lives, as in `ema_params`:
+            `placement.over_axis("data")` splits it, `placement.in_host_memory()` takes
+            it off the device. It is given a param without the axis of slots.
+        params_sharding: Where the params live, if they do not show it.
+
+    Returns:
+        A transform with state `RingState`.
+
+    Raises:
+        ValueError, TypeError: If an argument is no whole number ≥ 1, or params and
+            state do not fit each other.
+
+    Source: LAWA, Kaddour 2022, arXiv:2209.14981, there of params at ends of epochs.
+
+    >>> optimizer = optax.chain(optax.sgd(1.0), ring(2))
+    >>> params = {"w": jnp.array([0.0])}
+    >>> state = optimizer.init(params)
+    >>> for _ in range(3):
+    ...     updates, state = optimizer.update({"w": jnp.array([-1.0])}, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> from ema_optax import shadow_params
+    >>> params["w"], shadow_params(state, params)["w"]  # 3, and (2 + 3)/2
+    (Array([3.], dtype=float32), Array([2.5], dtype=float32))
+    """
+    k = check_period(k, "k", _STATIC, one="the newest copy alone")
+    made_by = RingMadeBy(k, check_period(every, "every", _STATIC))
+
+    def placed(params: Any) -> placement.LeafShardings | None:
+        chosen = selection.averaged_only(params, mask)
+        return placement.leaf_shardings(chosen, shadow_sharding, params_sharding)
+
+    def init(params: Any) -> Any:
+        shardings = placed(params)
+        chosen = selection.averaged_only(params, mask)
+        leaves, structure = jax.tree.flatten(chosen, is_leaf=trees.is_placeholder)
+        slots = [
+            leaf if trees.is_placeholder(leaf) else _copies(leaf, k, sharding)
+            for leaf, sharding in zip(
+                leaves, shardings or [None] * len(leaves), strict=True
+            )
+        ]
+        slots = jax.tree.unflatten(structure, slots)
+        return RingState(jnp.zeros([], jnp.int32), slots, made_by.at(shardings))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del extra_args
+        require_params(params, "ring")
+        check_state(state, RingState, "ring")
+        count = jnp.asarray(optax.safe_increment(state.count))
+        shardings = state.made_by.shardings if state.made_by else None
+        if shardings is None and shadow_sharding is not None:  # by hand, or unpickled
+            shardings = placed(params)
+        slots = _updated(state, updates, params, count, made_by, shardings)
+        return updates, RingState(count, slots, made_by.at(shardings))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+CALLED = " (ring)"  # after the path of a state, in errors
+
+
+def average_of(path: str, state: RingState) -> "RingAverage":
+    """Returns the average of a state at a path."""
+    return RingAverage(
+        path, "", state.count, state.made_by, _outline(state), slots=state.slots
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RingAverage(Average):
+    """The average of a `RingState`: the mean of what is in its slots."""
+
+    made_by: RingMadeBy | None
+    is_computed = True
+    fields = ("slots",)
+    source = "the params at its last folds"
+    slots: optax.Params = ()
+
+    @property
+    def where(self) -> str:
+        """Its place in errors."""
+        return self.path + CALLED
+
+    def read(self, params: optax.Params | None) -> optax.Params:
+        """Returns the mean, in float32 or wider, in arrays of its own.
+
+        Args:
+            params: Not needed. The state may be several, stacked by `jax.vmap`.
+
+        Raises:
+            ValueError: If the state was made by hand.
+        """
+        del params
+        if self.made_by is None:
+            raise ValueError(
+                "This RingState was made by hand and does not say its k and every, "
+                "which reading it needs. Start from ring(...).init(params), and put "
+                "other values in with state._replace(count=…, slots=…)."
+            )
+        leaves, structure = jax.tree.flatten(self.slots, is_leaf=trees.is_placeholder)
+        every = self.made_by.every
+        shardings = self.made_by.shardings or [None] * len(leaves)
+        for i, (leaf, sharding) in enumerate(zip(leaves, shardings, strict=True)):
+            if not trees.is_placeholder(leaf):
+                slots = placement.put_on_device(leaf, _of_slots(sharding))
+                leaves[i] = placement.put_as_param(
+                    _mean(slots, self.count, every), sharding
+                )
+        return jax.tree.unflatten(structure, leaves)
+
+    def decay_at(self, count: jax.Array) -> jax.Array | None:
+        """Returns None: what is oldest leaves whole."""
+
+    def weight_of_fold(self, count: jax.Array) -> jax.Array | None:
+        """Returns None: nothing is folded into anything."""
+
+    def log_kept(self, steps: jax.Array) -> jax.Array:
+        """Returns what the first fold leaves of the initial params: nothing."""
+        assert self.made_by is not None
+        return jnp.where(steps % self.made_by.every == 0, -jnp.inf, 0.0)
+
+
+def _copies(param: Any, k: int, sharding: placement.LeafSharding | None) -> Any:
+    """Returns k copies of a param, in a buffer of their own, sharded alike."""
+    shape, dtype = (k, *jnp.shape(param)), jnp.result_type(param)
+    home = getattr(param, "sharding", None)
+    if isinstance(param, jax.ShapeDtypeStruct):
+        home = sharding.shadow if sharding else home
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=home and _with_axis(home))
+    copies = jnp.broadcast_to(jnp.asarray(param, dtype), shape)
+    if sharding is None and not isinstance(param, Tracer) and placement.is_bound(param):
+        # XLA may have chosen another sharding for them.
+        return copies if home is None else jax.device_put(copies, _with_axis(home))
+    return placement.put_as_shadow(copies, _of_slots(sharding))
+
+
+def _updated(
+    state: RingState,
+    updates: optax.Updates,
+    params: optax.Params,
+    count: jax.Array,
+    made_by: RingMadeBy,
+    shardings: placement.LeafShardings | None,
+) -> optax.Params:
+    """Returns the slots after an update, one of them written where that is due."""
+    outline = matching_leaves(_outline(state), params)
+    averaged = [i for i, x in enumerate(outline) if not trees.is_placeholder(x)]
+    sharding = {i: shardings[i] if shardings else None for i in averaged}
+    leaves, structure = jax.tree.flatten(state.slots, is_leaf=trees.is_placeholder)
+    for leaf in jax.tree.leaves(state.slots):
+        if leaf.shape[0] != made_by.k:
+            raise ValueError(
+                f"The state is of {leaf.shape[0]} slots, and ring({made_by.k}) has "
+                f"{made_by.k}. Use the k that it was made with, or start with "
+                "optimizer.init(params)."
+            )
+    new = new_params(updates, params, sharding)
+    folds = count // made_by.every
+
+    def write(held: dict[int, Any], given: Any) -> dict[int, Any]:
+        folds, new = given
+        return {i: _written(x, new[i], folds, sharding[i]) for i, x in held.items()}
+
+    # True at every update for every=1, which XLA does not know.
+    is_due = count > 0 if made_by.every == 1 else count % made_by.every == 0
+    slots = {i: leaves[i] for i in averaged}
+    whole = {i: placement.whole_until_fold(new[i], sharding[i]) for i in averaged}
+    # As shadows are folded: in the host's memory by groups, each in a loop of its own.
+    for group in transfers.host_groups(whole, sharding):
+        held = {i: slots.pop(i) for i in group}
+        for i, x in due.where_due(write, is_due, held, (folds, whole)).items():
+            leaves[i] = x
+    if made_by.every == 1:
+        written = write(slots, (folds, whole))
+    else:
+        written = due.where_due(write, is_due, slots, (folds, whole)) if slots else {}
+    for i, x in written.items():
+        leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _written(
+    slots: jax.Array,
+    param: jax.Array,
+    folds: jax.Array,
+    sharding: placement.LeafSharding | None,
+) -> jax.Array:
+    """Returns the slots with a param in that of fold number `folds`, from 1."""
+    k = slots.shape[0]
+    before = jax.lax.dynamic_index_in_dim(slots, (folds - 2) % k, keepdims=False)
+    before = placement.put_on_device(before, sharding)
+    new = placement.put_on_device(param.astype(slots.dtype), sharding)
+    new = placement.put_as_shadow(
+        jax.lax.select(jnp.isfinite(new), new, before), sharding
+    )
+    return jax.lax.dynamic_update_index_in_dim(slots, new, (folds - 1) % k, 0)
+
+
+@functools.partial(jax.jit, static_argnames="every")
+def _mean(slots: jax.Array, count: jax.Array, every: int) -> jax.Array:
+    """Returns the mean of the filled slots; of stacked states that of each."""
+    if jnp.ndim(count):
+        return jax.vmap(functools.partial(_mean, every=every))(slots, count)
+    k, folds = slots.shape[0], count // every
+    age = (folds - 1 - jnp.arange(k)) % k  # in folds; without any, slot k−1 is as init
+    filled = (age < jnp.maximum(folds, 1)).reshape(k, *[1] * (slots.ndim - 1))
+    x = slots.astype(trees.wide(slots.dtype))
+    newest = jax.lax.dynamic_index_in_dim(x, (folds - 1) % k, keepdims=False)
+    inside = filled & jnp.isfinite(x)
+    apart = jnp.sum(jnp.where(inside, x - newest, 0), axis=0)
+    mean = newest + apart / jnp.sum(inside, axis=0, dtype=x.real.dtype)
+    return jnp.where(jnp.isfinite(mean), mean, newest)
+
+
+def _outline(state: RingState) -> optax.Params:
+    """Returns the shapes of the mean; those of stacked states are stacked."""
+    axis = jnp.ndim(state.count)
+
+    def of(slots: Any) -> jax.ShapeDtypeStruct:
+        shape = (*slots.shape[:axis], *slots.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, trees.wide(slots.dtype))
+
+    return jax.tree.map(of, state.slots)
+
+
+def _of_slots(
+    sharding: placement.LeafSharding | None,
+) -> placement.LeafSharding | None:
+    """Returns the shardings of a leaf with an axis of slots in front."""
+    return sharding and placement.LeafSharding(*map(_with_axis, sharding))
+
+
+def _with_axis(sharding: Sharding) -> Sharding:
+    if not isinstance(sharding, NamedSharding) or not len(sharding.spec):
+        return sharding  # as XLA writes it, or a step would compile twice
+    spec = PartitionSpec(None, *sharding.spec)
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)

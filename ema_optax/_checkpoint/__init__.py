@@ -1,0 +1,1 @@
+"""Params and shadows on disk: writing, finding, verifying and restoring them."""

@@ -1,0 +1,278 @@
+"""The shadows of a step as trees: where each sits, and what is known of it."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from ema_optax._averages import averages
+from ema_optax._averages.average import Average
+from ema_optax._averages.averages import Averages
+from ema_optax._averages.states import BemaMadeBy, RingMadeBy
+from ema_optax._checkpoint.entries import AverageEntry, Computed, Count
+from ema_optax._checkpoint.manifest import SHADOW, tree_of
+from ema_optax._messages import text
+from ema_optax._trees import trees
+from ema_optax._trees.locating import (
+    Shape,
+    Shapes,
+    misfit,
+    named_alike,
+    nearest_misfit,
+    outline_of,
+    places_of,
+    under,
+)
+
+
+class Part(NamedTuple):
+    """An average, where in the params its tree sits, and its shadow."""
+
+    average: Average
+    place: str
+    tree: optax.Params
+
+
+def parts_of(
+    found: Averages, params: optax.Params, averaged: str | Mapping[str, str] | None
+) -> list[Part]:
+    """Returns the shadow of each average, and where in the params it sits.
+
+    Raises:
+        ValueError: If one sits nowhere, or may sit at several places.
+    """
+    places = _located(found, params, averaged)
+    return [
+        Part(average, place, _read(average, params, place))
+        for average, place in zip(found, places, strict=True)
+    ]
+
+
+def joined(parts: Iterable[Part]) -> dict[str, Any]:
+    """Returns the shadows by the names of their trees, those of disjoint parts joined.
+
+    Raises:
+        ValueError: If a leaf is averaged in more than one of them.
+    """
+    by_name: dict[str, dict[str, dict[str, Any]]] = {}
+    for average, place, tree in parts:
+        at = by_name.setdefault(tree_of(average.name), {}).setdefault(place, {})
+        at[average.where] = tree
+    return {
+        name: _hung({place: averages.joined(each) for place, each in places.items()})
+        for name, places in by_name.items()
+    }
+
+
+def entries(parts: Iterable[Part]) -> dict[str, AverageEntry]:
+    """Returns decay, every and count of each shadow's tree, and where it sits.
+
+    Decay and every are None where they are unknown, and where groups of params that
+    are joined in one tree have different ones; the count is then that of the last.
+    """
+    by_tree: dict[str, AverageEntry] = {}
+    computed = []
+    for part in parts:
+        if part.average.is_computed:
+            computed.append(part)
+            continue
+        name, entry = tree_of(part.average.name), _entry_of(part)
+        by_tree[name] = _merged(by_tree[name], entry) if name in by_tree else entry
+    if computed:
+        known = by_tree.get(SHADOW, _entry_of(computed[-1]))
+        by_tree[SHADOW] = dataclasses.replace(
+            known,
+            bema=_arguments_of(computed, BemaMadeBy),
+            ring=_arguments_of(computed, RingMadeBy),
+            places={**known.places, **_places(computed)},
+        )
+    return by_tree
+
+
+def _entry_of(part: Part) -> AverageEntry:
+    average = part.average
+    count = _count(average.count)
+    return AverageEntry(average.decay, average.every, count, places=_places([part]))
+
+
+def _places(parts: Iterable[Part]) -> dict[str, str]:
+    return {part.average.path: part.place for part in parts if part.place}
+
+
+def _merged(one: AverageEntry, other: AverageEntry) -> AverageEntry:
+    return AverageEntry(
+        one.decay if one.decay == other.decay else None,
+        one.every if one.every == other.every else None,
+        other.count,
+        places={**one.places, **other.places},
+    )
+
+
+def _arguments_of(
+    parts: Iterable[Part], maker: type[BemaMadeBy | RingMadeBy]
+) -> tuple[dict[str, float], ...]:
+    records = (part.average.made_by for part in parts)
+    return tuple(each._asdict() for each in records if isinstance(each, maker))
+
+
+def computed_of(found: Iterable[Average]) -> tuple[Computed, ...]:
+    """Returns what makes the computed averages of a state, as their entry has it."""
+    parts = [Part(average, "", ()) for average in found if average.is_computed]
+    entry = AverageEntry(
+        None,
+        None,
+        0,
+        bema=_arguments_of(parts, BemaMadeBy),
+        ring=_arguments_of(parts, RingMadeBy),
+    )
+    return entry.computed
+
+
+def _located(
+    found: Averages, params: optax.Params, asked: str | Mapping[str, str] | None
+) -> list[str]:
+    """Returns where in the params the tree of each average sits.
+
+    Args:
+        found: The averages of a state.
+        params: What is saved.
+        asked: Where they sit, or for several of them where each does, by the place of
+            its state; None finds them.
+
+    Raises:
+        ValueError: If one sits nowhere, or may sit at several places.
+    """
+    leaves = _shapes_of(params)
+    if not (asked is None or isinstance(asked, (str, Mapping))):
+        raise TypeError(
+            f"averaged is a path in the params such as 'params', or maps the averages' "
+            f"paths in the state to such; got {text.brief(asked)}."
+        )
+    if isinstance(asked, Mapping):
+        unknown = [at for at in asked if not any(_is_of(each, at) for each in found)]
+        if unknown:
+            states = [average.path for average in found]
+            raise ValueError(
+                f"averaged has the key {unknown[0]!r}, where the state has no "
+                f"average: they are at {', '.join(map(repr, states))}."
+            )
+    return [
+        _place_of(average, leaves, _asked_of(average, asked), params)
+        for average in found
+    ]
+
+
+def _shapes_of(tree: optax.Params) -> dict[str, Shape]:
+    """Returns the shapes of the leaves of a tree, by path."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {trees.path_name(path): np.shape(leaf) for path, leaf in pairs}
+
+
+def _hung(by_place: Mapping[str, Any]) -> Any:
+    """Returns one tree of trees that sit at places of it."""
+    if list(by_place) == [""]:
+        return by_place[""]
+    leaves: dict[str, Any] = {}
+    for place, tree in by_place.items():
+        for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            path = under(place, trees.path_name(key_path))
+            if path in leaves:
+                raise ValueError(
+                    f"'{path}' of the params has two averages in this optimizer state. "
+                    "Give them names: ema_params({'fast': 0.99, 'slow': 0.9999})."
+                )
+            leaves[path] = leaf
+    return trees.nested(leaves)
+
+
+def _read(average: Average, params: optax.Params, place: str) -> Any:
+    """Returns the shadow as it is stored; a computed one from the live params too.
+
+    In float32 or wider: restored in the params' dtypes it is what `shadow_params`
+    returns. The params are matched by path.
+    """
+    if not average.is_computed:
+        return average.tree
+    pairs = jax.tree_util.tree_flatten_with_path(params)[0]
+    live = {trees.path_name(path): leaf for path, leaf in pairs}
+
+    def param(key_path: object, _: object) -> Any:
+        return live[under(place, trees.path_name(key_path))]
+
+    return average.read(jax.tree_util.tree_map_with_path(param, average.tree))
+
+
+def _count(count: object) -> Count:
+    if isinstance(count, jax.Array) and not count.is_fully_addressable:
+        count = count.addressable_shards[0].data
+    return np.asarray(count).tolist()
+
+
+def _is_of(average: Average, at: str) -> bool:
+    return not at or f"{average.path}/".startswith(f"{at}/")
+
+
+def _asked_of(average: Average, asked: str | Mapping[str, str] | None) -> str | None:
+    if not isinstance(asked, Mapping):
+        return asked
+    return next((place for at, place in asked.items() if _is_of(average, at)), None)
+
+
+def _place_of(
+    average: Average, leaves: Shapes, asked: str | None, params: optax.Params
+) -> str:
+    outline = outline_of(average.tree)
+    if asked is not None:
+        path = misfit(outline, leaves, asked)
+        if path is None:
+            return asked
+        there = leaves.get(under(asked, path))
+        raise ValueError(
+            f"{_called(average)} does not sit at averaged={text.brief(asked)}: "
+            f"there '{path}' is {'missing' if there is None else there}, and averaged "
+            f"it is {outline.shapes[path]}. {_fits(places_of(outline, leaves))}"
+        )
+    places = places_of(outline, leaves)
+    if len(places) > 1:
+        places = named_alike(places, average.path) or places
+    if len(places) == 1:
+        return places[0]
+    inside = [each.path for each in Averages(params)]
+    if inside:
+        raise ValueError(
+            f"These params hold an optimizer state, with an average at '{inside[0]}'. "
+            "Of a train state save the two apart: EmaSave(train_state.params, "
+            "train_state.opt_state)."
+        )
+    if places:
+        key = average.path.partition("/")[0]
+        raise ValueError(
+            f"{_called(average)} fits these params at several places: "
+            f"{text.some(map(_name, places), 8)}. Say which the optimizer was given: "
+            f"averaged={places[0]!r}; of several averages each by its place in the "
+            f"state, averaged={{{key!r}: {places[0]!r}, …}}."
+        )
+    path = nearest_misfit(outline, leaves)
+    raise ValueError(
+        f"{_called(average)} does not sit in these params: it has '{path}' of shape "
+        f"{outline.shapes[path]}. {text.nearest(path, leaves)} Save what "
+        "optimizer.init was given, alone or inside a larger tree such as "
+        "{'params': …, 'batch_stats': …}. A wrapper that rebuilds the tree, such as "
+        "optax.flatten, goes around the optimizer alone: "
+        "optax.chain(optax.flatten(optimizer), ema_optax.ema_params(…))."
+    )
+
+
+def _called(average: Average) -> str:
+    return f"The tree averaged at '{average.path}'" if average.path else "The average"
+
+
+def _fits(places: Sequence[str]) -> str:
+    return f"It fits at: {', '.join(map(_name, places)) or 'no place'}."
+
+
+def _name(place: str) -> str:
+    return repr(place) if place else "the whole ('')"

@@ -1,0 +1,230 @@
+"""`ema-optax adopt`: its arguments, and what it prints of what was adopted."""
+
+import argparse
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from ema_optax._cli import decay_text, parsing
+from ema_optax._messages.layout_names import LAYOUTS
+from ema_optax._messages.text import some
+
+if TYPE_CHECKING:
+    from ema_optax.checkpoint import Adopted
+
+
+def add(commands: parsing.Commands) -> None:
+    """Adds the command."""
+    width = max(map(len, LAYOUTS))
+    parser = parsing.add_command(
+        commands,
+        "adopt",
+        command=_run,
+        extra="cli",
+        explain=_explained,
+        on_cpu=True,
+        summary="Turn another program's checkpoint into one of ours.",
+        details=(
+            "SOURCE is the folder of a CheckpointManager, of one of its steps, or of\n"
+            "an item in it, also gs://…; a folder of zarr arrays, as axlearn and\n"
+            "Levanter write them; or a msgpack file of flax.serialization. Params and\n"
+            "average are taken as they are, optimizer states are left out.\n"
+            "\n"
+            "PATH is keys joined by slashes, state/ema_params; of a step with several\n"
+            "items it begins with the item's name. Without --params and --shadow the\n"
+            "two are looked for, by these layouts:\n"
+            "\n"
+            + "".join(f"  {name:{width}}  {about}\n" for name, about in LAYOUTS.items())
+            + "\n"
+            "--shadow none is for a run without an average: it starts as a copy of\n"
+            "the params, with count 0. Nothing is overwritten. Memory holds params\n"
+            "and average, and a few leaves more.\n"
+            "\n"
+            "Few programs write the decay down. If you know it, constant:0.9999 is\n"
+            "the plain average, and 0.9999 the one with TensorFlow's warm-up;\n"
+            "'ema-optax profile --help' has others."
+        ),
+        examples=(
+            "  ema-optax adopt old_run --dry-run --out adopted\n"
+            "  ema-optax adopt old_run --params state/params \\\n"
+            "      --shadow state/ema_params --decay constant:0.9999 --out adopted\n"
+            "  ema-optax inspect adopted"
+        ),
+    )
+    parser.add_argument("source", type=parsing.place, metavar="SOURCE")
+    parser.add_argument(
+        "--out", type=parsing.place, required=True, metavar="DIR", help="what to write"
+    )
+    parser.add_argument(
+        "--params", metavar="PATH", help="of the params (default: looked for)"
+    )
+    parser.add_argument(
+        "--shadow",
+        type=parsing.place,
+        default="auto",
+        metavar="PATH",
+        help="of their average, or none (default: looked for)",
+    )
+    parser.add_argument(
+        "--like", metavar="LAYOUT", help="look for this layout alone, see above"
+    )
+    parser.add_argument(
+        "--step",
+        type=parsing.at_least(0),
+        metavar="N",
+        help="to read and write (default: the newest, by the name of its folder)",
+    )
+    parser.add_argument(
+        "--count",
+        type=_count,
+        metavar="N|PATH",
+        help="updates that the average has seen (default: as recorded, or the step)",
+    )
+    parser.add_argument(
+        "--decay",
+        type=decay_text.parse,
+        metavar="DECAY",
+        help="what it was averaged with (default: not recorded)",
+    )
+    parser.add_argument(
+        "--zero-started",
+        action=argparse.BooleanOptionalAction,
+        help="it began at zero: divide by 1−β^count; needs --decay and a count",
+    )
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="floating params without an average are raw in both trees",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tell what would be adopted"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the same as JSON; needs no rich"
+    )
+
+
+def _count(text: str) -> int | str:
+    """Returns a number of updates, or the path of one."""
+    if text.strip().lstrip("-").isdecimal():
+        return parsing.at_least(0)(text)
+    return parsing.place(text)
+
+
+def _explained(error: Exception) -> str:
+    """Returns an error on one line, with options for arguments."""
+    line = parsing.explained(error)
+    for argument, option in {
+        "shadow=None": "--shadow none",
+        "partial=True": "--partial",
+        "like='axlearn'": "--like axlearn",
+        "zero_started=True": "--zero-started",
+        "zero_started=False": "--no-zero-started",
+        "Leave zero_started out": "Leave --zero-started out",
+    }.items():
+        line = line.replace(argument, option)
+    line = re.sub(r"decay=constant\(([^)]*)\)", r"--decay constant:\1", line)
+    return re.sub(r"\b(params|shadow|count)=(?='|…|\d)", r"--\1 ", line)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not args.json:
+        import rich  # noqa: F401 missed before the work, not after it
+
+    from ema_optax import checkpoint
+
+    done = checkpoint.adopt(
+        args.source,
+        args.out,
+        params=args.params,
+        shadow=None if args.shadow == "none" else args.shadow,
+        like=args.like,
+        step=args.step,
+        count=args.count,
+        decay=args.decay[1] if args.decay else None,
+        zero_started=args.zero_started,
+        partial=args.partial,
+        dry_run=args.dry_run,
+        progress=None,
+    )
+    if args.json:
+        parsing.print_json(_as_json(done))
+    else:
+        _print(done, dry_run=args.dry_run)
+    return 0
+
+
+def _as_json(done: "Adopted") -> dict[str, Any]:
+    decay = None if done.decay is None else json.loads(done.decay.to_json())
+    fields = dataclasses.fields(done)
+    return {each.name: getattr(done, each.name) for each in fields} | {"decay": decay}
+
+
+def _print(done: "Adopted", *, dry_run: bool) -> None:
+    from rich.filesize import decimal
+
+    from ema_optax._cli import tables
+
+    beside = [f"{path} = {value:.6g}" for path, value in done.beside.items()]
+    parsing.print_lines(
+        {
+            "From": f"{done.source}, {done.kind}",
+            "Layout": done.layout,
+            "To": f"{done.path}, step {done.step}",
+            "Count": f"{done.count:,}, {_origin(done.count_from)}",
+            "Decay": "not recorded" if done.decay is None else done.decay,
+            "Lies beside": ", ".join(beside) or None,
+            "Divided": "by 1−β^count: it began at zero" if done.zero_started else None,
+            "Distance": _distance(done),
+        }
+    )
+    table = tables.table(("tree", "from", "leaves", "size"), right=("leaves", "size"))
+    params = len(done.averaged) + len(done.raw) + done.others
+    rows = {
+        "params": (done.params or "all", f"{params:,}", done.bytes["params"]),
+        "shadow": (
+            done.shadow or "none: a copy of the params",
+            f"{len(done.averaged):,}",
+            done.bytes["shadow"],
+        ),
+    }
+    for tree, (path, leaves, size) in rows.items():
+        table.add_row(tree, parsing.printable(path), leaves, decimal(size))
+    for path, size in done.left_out.items():
+        table.add_row("left out", parsing.printable(path), "", decimal(size))
+    tables.console().print(table)
+    for paths, what in (
+        (done.raw, "have no average and are raw in both trees"),
+        (
+            done.narrow,
+            "have an average narrower than float32, which rounds away what"
+            " moves slowly",
+        ),
+    ):
+        if paths:
+            print(parsing.printable(f"{len(paths):,} params {what}: {some(paths)}"))
+    if dry_run:
+        print("Nothing was written: a dry run.")
+
+
+def _origin(count_from: str) -> str:
+    if count_from == "the step's number":
+        return "the step's number: it is not recorded"
+    return (
+        count_from
+        if count_from.startswith(("as told", "none"))
+        else f"from {count_from}"
+    )
+
+
+def _distance(done: "Adopted") -> str | None:
+    """Returns how far the average is from the params, where it was read."""
+    if done.distance is None or done.shadow is None:
+        return None
+    far = (
+        "; an average of params is nearer, look what it is"
+        if done.distance > 0.9
+        else ""
+    )
+    return f"{done.distance:.3g} of the params' norm{far}"

@@ -1,0 +1,148 @@
+"""The figures of averages that snapshots give, planned and printed."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from ema_optax import reconstruction
+from ema_optax._cli import parsing
+from ema_optax._decays.power_profiles import exponent_from_width, width_from_exponent
+from ema_optax._reconstruction.projection import DOUBTFUL, WRONG, fit
+from ema_optax.reconstruction import Snapshot
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An average that is asked for; where it goes, or None in a dry run without DIR."""
+
+    width: float
+    profile_error: float
+    noise_gain: float
+    directory: str | None
+
+
+@dataclasses.dataclass
+class Plan:
+    """What snapshots give at a step.
+
+    Attributes:
+        step: The last of the averages.
+        snapshots: Those used: none later than the step.
+        rows: One for each width.
+        whole: Whether the results are whole models.
+    """
+
+    step: int
+    snapshots: Sequence[Snapshot]
+    rows: list[Row]
+    whole: bool = False
+
+    @property
+    def tracked(self) -> list[float]:
+        """The widths of the snapshots."""
+        exponents = {snapshot.exponent for snapshot in self.snapshots}
+        return sorted(round(width_from_exponent(g), 6) for g in exponents)
+
+    @property
+    def dtypes(self) -> list[str]:
+        """What the snapshots were rounded to."""
+        return sorted({jnp.dtype(s.dtype).name for s in self.snapshots})
+
+    def reachable(self) -> tuple[float, float] | None:
+        """Returns the narrowest and widest average without a warning."""
+        steps, exponents, ridge = _numbers(self.snapshots)
+        return reconstruction.reachable(steps, exponents, self.step, ridge=ridge)
+
+    def check(self) -> None:
+        """Raises ValueError for a width that `reconstruct` would refuse, as it does."""
+        bad = [row.width for row in self.rows if row.profile_error > WRONG]
+        if bad:
+            reconstruction.reconstruct(self.snapshots, width=bad, step=self.step)
+
+
+def plan(
+    snapshots: Sequence[Snapshot],
+    step: int,
+    widths: Sequence[float],
+    out: str | None,
+) -> Plan:
+    """Returns the figures that `reconstruct` will have, without reading an array.
+
+    Raises:
+        ValueError: If the step is outside what the snapshots give.
+    """
+    used = [s for s in snapshots if s.step <= step]
+    if not used or step > snapshots[-1].step:
+        reconstruction.reconstruct(snapshots, width=widths, step=step)  # raises why
+    steps, exponents, ridge = _numbers(used)
+    wanted = [exponent_from_width(width) for width in widths]
+    x, errors = fit(steps, exponents, wanted, step, ridge=ridge)
+    folders = [out and f"{out.rstrip('/') or '/'}/width-{width}" for width in widths]
+    gains = np.linalg.norm(x, axis=0).tolist()
+    rows = list(map(Row, widths, errors.tolist(), gains, folders))
+    return Plan(step, used, rows)
+
+
+def show(plan: Plan, *, as_json: bool, reach: bool = False) -> None:
+    """Prints the figures as a table or as JSON.
+
+    Args:
+        plan: What was written, or could be.
+        as_json: For programs.
+        reach: Whether to tell the widths that could be had too.
+    """
+    widths = plan.reachable() if reach else None
+    steps = sorted({snapshot.step for snapshot in plan.snapshots})
+    if as_json:
+        figures = {
+            "step": plan.step,
+            "snapshots": len(plan.snapshots),
+            "snapshot_steps": steps,
+            "snapshot_dtypes": plan.dtypes,
+            "tracked": plan.tracked,
+            "whole_model": plan.whole,
+            "averages": [dataclasses.asdict(row) for row in plan.rows],
+        }
+        if reach:
+            figures["reachable"] = widths
+        parsing.print_json(figures)
+        return
+    tracked = ", ".join(f"{width:g}" for width in plan.tracked)
+    print(
+        f"Averages at step {plan.step:,}, from {len(plan.snapshots):,} snapshots\n"
+        f"  of width {tracked} in {', '.join(plan.dtypes)}, "
+        f"at {len(steps):,} steps from {steps[0]:,} to {steps[-1]:,}"
+    )
+    if reach:
+        have = (
+            "No width has"
+            if widths is None
+            else "Widths from {:.3g} to {:.3g} have".format(*widths)
+        )
+        print(f"{have} a profile error of at most {DOUBTFUL:.0%}.")
+    print()
+    head = f"{'width':>8}{'profile error':>15}{'noise gain':>12}"
+    print(head + "  folder" if plan.rows[0].directory else head)
+    for row in plan.rows:
+        error = "< 0.01%" if row.profile_error < 5e-5 else f"{row.profile_error:.2%}"
+        line = f"{row.width:>8g}{error:>15}{row.noise_gain:>12.2f}"
+        if row.directory is not None:
+            line += f"  {parsing.printable(row.directory)}/{plan.step}"
+        print(line)
+    what = (
+        "Each is the whole model, with the params of that step."
+        if plan.whole
+        else "Each has the averaged leaves alone: no RUN has params of that step."
+    )
+    print(f"\n{what}", flush=True)
+
+
+def _numbers(
+    snapshots: Sequence[Snapshot],
+) -> tuple[list[float], list[float], float]:
+    """Returns steps, exponents and ridge, as `coefficients` takes them."""
+    steps = [s.step for s in snapshots]
+    ridge = max(reconstruction.rounding_variance(s.dtype) for s in snapshots)
+    return steps, [s.exponent for s in snapshots], ridge

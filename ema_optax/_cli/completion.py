@@ -1,0 +1,44 @@
+"""`ema-optax completion`: its arguments, and what it does with them."""
+
+import argparse
+
+from ema_optax._cli import parsing
+
+_SHELLS = ("bash", "zsh", "tcsh")
+_FOLDERS, _FILES = ("DIR", "RUN"), ("FILE", "CKPT")  # what arguments are called
+
+
+def add(commands: parsing.Commands, root: parsing.Parser) -> None:
+    """Adds the command, which completes those of `root`."""
+    parser = parsing.add_command(
+        commands,
+        "completion",
+        command=lambda args: _run(args, root, commands),
+        extra="cli",
+        summary="Print a script by which a shell completes these commands.",
+        details=(
+            "Commands, options, their values, files and folders. Completing runs\n"
+            "nothing of this library. Print it anew after an upgrade."
+        ),
+        examples=(
+            '  eval "$(ema-optax completion bash)"   # in ~/.bashrc\n'
+            "  ema-optax completion bash \\\n"
+            "      > ~/.local/share/bash-completion/completions/ema-optax\n"
+            "  ema-optax completion zsh > ~/.zfunc/_ema-optax"
+        ),
+    )
+    parser.add_argument("shell", choices=_SHELLS)
+
+
+def _run(
+    args: argparse.Namespace, root: parsing.Parser, commands: parsing.Commands
+) -> int:
+    import shtab
+
+    kinds = dict.fromkeys(_FOLDERS, shtab.DIRECTORY) | dict.fromkeys(_FILES, shtab.FILE)
+    for parser in commands.choices.values():
+        for argument in parser.arguments:
+            if argument.metavar in kinds:
+                vars(argument)["complete"] = kinds[argument.metavar]
+    print(shtab.complete(root, shell=args.shell))
+    return 0

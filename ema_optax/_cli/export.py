@@ -1,0 +1,230 @@
+"""`ema-optax export`: its arguments, and what it does with them."""
+
+import argparse
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ema_optax._cli import parsing
+from ema_optax._decays.decay import Decay
+from ema_optax._messages.text import some
+
+if TYPE_CHECKING:
+    from ema_optax.interop import Exported, Rules
+
+
+def add(commands: parsing.Commands) -> None:
+    """Adds the command."""
+    parser = parsing.add_command(
+        commands,
+        "export",
+        command=_run,
+        extra="safetensors",
+        explain=parsing.explained,
+        on_cpu=True,
+        summary="Write trees of a checkpoint as safetensors files.",
+        details=(
+            "DIR is the folder of a CheckpointManager or of checkpoint.save, or one\n"
+            "step in it. All that is read is compared with its checksums. A shadow is\n"
+            "the whole model: leaves that are not averaged are those of the params.\n"
+            "Memory holds one file, and the leaves of one tensor more.\n"
+            "\n"
+            "--out is a file. With --max-shard-size it is a folder, as transformers\n"
+            "and diffusers load it: model.safetensors, or shards with an index. With\n"
+            "--tree more than once it is a folder with one for each, params/ and\n"
+            "shadow/. It appears whole or not at all.\n"
+            "\n"
+            "Names are the paths with dots, encoder.kernel. --rename takes a JSON\n"
+            "object from paths, or beginnings of them, to names; the longest that\n"
+            'fits counts, null leaves out, and the path "" stands for all:\n'
+            "\n"
+            '  {"": "model", "encoder": "model.enc", "dropout/key": null}\n'
+            "\n"
+            "In a pattern * stands for characters of one key, ** for any number of\n"
+            "keys, and the first pattern that fits counts, after the beginnings:\n"
+            "\n"
+            '  {"**/kernel": "**/weight", "layers_*": "h/*"}\n'
+            "\n"
+            "What each fitted is listed.\n"
+            "\n"
+            "--rules takes names and layouts instead, a JSON list; the first that\n"
+            "fits a path counts, and each path needs one. Patterns as above; # is a\n"
+            "number, and where it is in the name alone, a leaf is taken apart on its\n"
+            "first axis:\n"
+            "\n"
+            '  [{"name": "h.#.fc.weight", "path": "h/fc/kernel",\n'
+            '    "rearrange": "l o i -> l i o"},\n'
+            '   {"name": null, "path": "rng/key"}, {"name": "**", "path": "**"}]\n'
+            "\n"
+            "rearrange is that of einops from the file's axes to the tree's, turned\n"
+            "round here. Several names, with axis and lengths, take parts of a leaf;\n"
+            "several paths are joined. --dry-run lists what becomes of each leaf.\n"
+            "\n"
+            "The file's metadata tell tree, step, decay, every and count."
+        ),
+        examples=(
+            "  ema-optax export run/checkpoints --out model.safetensors\n"
+            "  ema-optax export run/checkpoints --tree params --step 300 \\\n"
+            "      --dtype bfloat16 --out params.safetensors\n"
+            "  ema-optax export run/checkpoints --rename names.json --out m\n"
+            "  ema-optax export run/checkpoints --rules rules.json --dry-run --out m\n"
+            "  ema-optax export run/checkpoints --tree params --tree shadow \\\n"
+            "      --rules rules.json --max-shard-size 5GB --out exported"
+        ),
+    )
+    parsing.add_checkpoint(parser)
+    parser.add_argument(
+        "--tree",
+        type=parsing.place,
+        action="append",
+        metavar="TREE",
+        help="params, shadow, or shadow/NAME; also several times (default: shadow)",
+    )
+    parser.add_argument(
+        "--out",
+        type=parsing.path,
+        required=True,
+        metavar="PATH",
+        help="the file, or the folder, to write",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of floating leaves; others stay (default: those stored)",
+    )
+    parser.add_argument(
+        "--rename", type=_renames, metavar="FILE", help="JSON, see above"
+    )
+    parser.add_argument("--rules", type=_rules, metavar="FILE", help="JSON, see above")
+    parser.add_argument(
+        "--max-shard-size",
+        type=parsing.place,
+        metavar="SIZE",
+        help="that a file has at most, such as 5GB or 500MB (default: one file)",
+    )
+    parser.add_argument(
+        "--name",
+        dest="start",  # `name` is the command's own
+        type=parsing.place,
+        metavar="NAME",
+        help="of files in a folder, such as diffusion_pytorch_model (default: model)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace what is there and was exported"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list names, leaves and layouts, and write nothing",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print what was written as JSON"
+    )
+
+
+def _renames(text: str) -> Any:
+    """Returns what a file holds; whether it fits is for the export to say."""
+    try:
+        return parsing.json_file(text, _without_repeats)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"needs a JSON object of paths and names, {error}"
+        ) from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(key for key, _ in pairs)
+        twice = counts.most_common(1)[0][0]
+        raise ValueError(f"it has the path '{twice[:200]}' twice")
+    return found
+
+
+def _rules(text: str) -> "Rules":
+    from ema_optax import interop
+
+    try:
+        return interop.read_rules(parsing.path(text))
+    except (OSError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"{text}: {reason}") from None
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.dry_run and not args.json:
+        args.extra = "cli,safetensors"
+        import rich  # noqa: F401 missed before the work, not after it
+
+    from ema_optax import interop
+
+    trees = args.tree or ["shadow"]
+    done = interop.export_safetensors(
+        args.directory,
+        args.out,
+        tree=trees[0] if len(trees) == 1 else trees,
+        step=args.step,
+        item=args.item,
+        dtype=args.dtype,
+        rename=args.rename,
+        rules=args.rules,
+        max_shard_size=args.max_shard_size,
+        name=args.start,
+        overwrite=args.force,
+        dry_run=args.dry_run,
+    )
+    exported = [done] if isinstance(done, interop.Exported) else done
+    if args.json:
+        told = [dataclasses.asdict(done) for done in exported]
+        parsing.print_json(told[0] if len(told) == 1 else {"trees": told})
+        return 0
+    for done in exported:
+        _print(done, args.rename, args.dry_run)
+    return 0
+
+
+def _print(
+    done: "Exported", rename: Mapping[str, str | None] | None, dry_run: bool
+) -> None:
+    decay = done.metadata.get("decay")
+    if decay is not None:
+        decay = "not recorded" if decay == "null" else Decay.from_json(decay)
+    files = dict.fromkeys(tensor.file for tensor in done.tensors)
+    parsing.print_lines(
+        {
+            "Tree": done.tree,
+            "Step": done.step,
+            "Tensors": f"{len(done.tensors):,}",
+            "Size": f"{done.bytes:,} bytes",
+            "Decay": decay,
+            "Files": f"{len(files):,}" if len(files) > 1 else None,
+            "Would be" if dry_run else "File": done.path
+            if len(files) > 1 or done.path.name in files
+            else done.path / next(iter(files)),
+        }
+    )
+    for key, paths in done.renamed.items():
+        target = rename[key] if rename else None
+        what = f"{key} -> {'left out' if target is None else target}"
+        pairs = [f"{path} -> {done.names.get(path, 'left out')}" for path in paths]
+        print(parsing.printable(f"{what}: {len(paths):,} leaves, {some(pairs)}"))
+    if dry_run:
+        _print_table(done)
+
+
+def _print_table(done: "Exported") -> None:
+    from ema_optax._cli import tables
+
+    table = tables.table(("name", "of", "made by", "dtype", "shape", "file"))
+    for tensor in done.tensors:
+        cells = (
+            tensor.name,
+            " ".join(tensor.paths),
+            tensor.made,
+            tensor.dtype,
+            "×".join(map(str, tensor.shape)),
+            tensor.file,
+        )
+        table.add_row(*map(parsing.printable, cells))
+    tables.console().print(table)

@@ -1,0 +1,212 @@
+"""`ema-optax import-torch`: its arguments, and what it prints of the import."""
+
+import argparse
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING
+
+from ema_optax._cli import decay_text, parsing
+from ema_optax._messages.text import some
+
+if TYPE_CHECKING:
+    from ema_optax.interop import ImportedTorch
+
+_ROWS = 40  # leaves that are listed without --dry-run
+
+
+def add(commands: parsing.Commands) -> None:
+    """Adds the command."""
+    parser = parsing.add_command(
+        commands,
+        "import-torch",
+        command=_run,
+        extra="cli,torch",
+        explain=_explained,
+        on_cpu=True,
+        summary="Turn weights of PyTorch or Hugging Face into a checkpoint of ours.",
+        details=(
+            "SOURCE is a safetensors file, an index of shards, a file of torch.save\n"
+            "(.pt, .pth, .ckpt, .bin, .pth.tar), or the folder of a model. Nothing of\n"
+            "a file is run: one that needs it is refused, with how to convert it.\n"
+            "\n"
+            "Raw weights and average lie side by side where SOURCE has both. Of raw\n"
+            "weights alone the average starts as a copy, with count 0. What a file is\n"
+            "read as is found where its names tell it, or said by --like:\n"
+            "\n"
+            "  timm                 state_dict, state_dict_ema\n"
+            "  lightning            current_model_state, and state_dict: the average\n"
+            "  averaged-model       module.…, n_averaged: an average alone\n"
+            "  torchvision          model, model_ema of an AveragedModel\n"
+            "  model-ema            model, ema\n"
+            "  ema-pytorch          online_model.…, ema_model.…\n"
+            "  ema-pytorch-alone    ema_model.… without the online model\n"
+            "  ema-pytorch-trainer  model, ema.ema_model.…\n"
+            "  torchtitan           the top, ema.state.….ema_params; converted\n"
+            "  litema, litema-flat  latent-diffusion's model_ema.…\n"
+            "  diffusers            a folder with EMAModel's settings; also unet and\n"
+            "                       unet_ema in one folder\n"
+            "  weights              raw weights alone\n"
+            "\n"
+            "Of others --params and --shadow say where they are: a key, model, or\n"
+            "names with ** for what the model calls them, 'net.**'; '**' is all at\n"
+            "the top. One of them alone says that the other is not there.\n"
+            "\n"
+            "Names become paths, . for /, and arrays stay as they lie. --rules has a\n"
+            "JSON list of what else becomes of them:\n"
+            "\n"
+            '  [{"name": "**.fc.weight", "path": "**/fc/kernel",\n'
+            '    "rearrange": "o i -> i o"}, {"name": "**", "path": "**"}]\n'
+            "\n"
+            "Files are mapped into memory; params, average and a few leaves more are\n"
+            "held. Nothing is overwritten."
+        ),
+        examples=(
+            "  ema-optax import-torch last.pth.tar --step 90000 --out imported\n"
+            "  ema-optax import-torch last.ckpt --dry-run --out imported\n"
+            "  ema-optax import-torch checkpoint-500 --out imported\n"
+            "  ema-optax import-torch model.safetensors --rules rules.json \\\n"
+            "      --shadow-from ema.safetensors --count 500 --out imported"
+        ),
+    )
+    parser.add_argument("source", type=parsing.place, metavar="SOURCE")
+    parser.add_argument(
+        "--out", type=parsing.place, required=True, metavar="DIR", help="what to write"
+    )
+    parser.add_argument(
+        "--params", type=parsing.place, metavar="KEY", help="where the raw weights are"
+    )
+    parser.add_argument(
+        "--shadow", type=parsing.place, metavar="KEY", help="where the average is"
+    )
+    parser.add_argument(
+        "--shadow-from",
+        type=parsing.path,
+        metavar="FILE",
+        help="file or folder of the average, where it has its own",
+    )
+    parser.add_argument(
+        "--like",
+        type=parsing.place,
+        metavar="LAYOUT",
+        help="see above (default: the one that fits)",
+    )
+    parser.add_argument(
+        "--rules", type=parsing.path, metavar="FILE", help="JSON, see above"
+    )
+    parser.add_argument(
+        "--step",
+        type=parsing.at_least(0),
+        metavar="N",
+        help="number of the step (default: that recorded, else the count)",
+    )
+    parser.add_argument(
+        "--count",
+        type=parsing.at_least(0),
+        metavar="N",
+        help="updates that the average has seen (default: recorded, else the step)",
+    )
+    parser.add_argument(
+        "--decay",
+        type=decay_text.parse,
+        metavar="DECAY",
+        help="what it was averaged with (default: that recorded)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the mapping, and write nothing"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print what was brought as JSON; needs no rich",
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    if not args.json:
+        import rich  # noqa: F401 missed before the work, not after it
+    from ema_optax import interop
+
+    done = interop.import_torch(
+        args.source,
+        args.out,
+        params=args.params,
+        shadow=args.shadow,
+        shadow_from=args.shadow_from,
+        layout=args.like,
+        rules=interop.read_rules(args.rules) if args.rules else None,
+        step=args.step,
+        decay=args.decay[1] if args.decay else None,
+        count=args.count,
+        dry_run=args.dry_run,
+    )
+    if args.json:
+        decay = json.loads(done.decay.to_json()) if done.decay else None
+        fields = dataclasses.asdict(dataclasses.replace(done, decay=None))
+        parsing.print_json(fields | {"raw": done.raw, "decay": decay})
+    else:
+        _print(done, args.dry_run)
+    return 0
+
+
+def _explained(error: Exception) -> str:
+    """Returns an error with options of this command where it names arguments."""
+    line = parsing.explained(error)
+    for argument in ("params", "shadow", "layout", "count"):
+        option = "like" if argument == "layout" else argument
+        for quote in ('"', "'"):
+            line = line.replace(f"{argument}={quote}", f"--{option} {quote}")
+    line = line.replace("count=", "--count ").replace("shadow_from=", "--shadow-from ")
+    rule = r'Rule\("([^"]*)", (?:None|"([^"]*)")\)'
+    line = re.sub(rule, _as_json, line).replace("rules=[", "--rules with [")
+    return line.replace("shadow_from", "--shadow-from")
+
+
+def _as_json(rule: re.Match[str]) -> str:
+    return json.dumps({"name": rule[1], "path": rule[2]})
+
+
+def _print(done: "ImportedTorch", dry_run: bool) -> None:
+    from ema_optax._cli import tables
+
+    told = done.told_by
+    decay = f"{done.decay} ({told['decay']})" if done.decay else told["decay"]
+    copies = "none: it starts as a copy of the params"
+    parsing.print_lines(
+        {
+            "From": done.source,
+            "Layout": done.layout,
+            "Params": done.params or "none: they are the average",
+            "Shadow": done.shadow or copies,
+            "Unwrapped": ", ".join(sorted({*done.unwrapped.values()})) or None,
+            "Step": f"{done.step:,} ({told['step']})",
+            "Count": f"{done.count:,} ({told['count']})",
+            "Decay": decay,
+            "Leaves": f"{len(done.leaves):,}",
+            "To": f"{done.path}, step {done.step}" if done.path else "not written",
+        }
+    )
+    if dry_run or any(leaf.change for leaf in done.leaves.values()):
+        table = tables.table(("tensor", "leaf", "change", "dtype", "shape"))
+        rows = list(done.leaves.items())
+        for path, leaf in rows if dry_run else rows[:_ROWS]:
+            dtypes = dict.fromkeys((leaf.dtype, leaf.shadow_dtype or leaf.dtype))
+            shape = "×".join(map(str, leaf.shape)) or "scalar"
+            cells = (
+                some(leaf.names),
+                path,
+                leaf.change,
+                " and ".join(dtypes),
+                shape,
+            )
+            table.add_row(*map(parsing.printable, cells))
+        tables.console().print(table)
+        if not dry_run and len(rows) > _ROWS:
+            print(f"and {len(rows) - _ROWS:,} more; --dry-run lists all")
+    if done.left_out or done.raw:
+        table = tables.table(("not averaged or left out", "what became of it"))
+        for path in done.raw:
+            table.add_row(parsing.printable(path), "raw in both trees")
+        for name, what in done.left_out.items():
+            table.add_row(*map(parsing.printable, (name, f"left out, {what}")))
+        tables.console().print(table)

@@ -1,0 +1,123 @@
+"""`ema-optax inspect`: its arguments, and what it does with them."""
+
+import argparse
+import json
+from typing import Any
+
+from ema_optax._cli import parsing
+from ema_optax._messages.text import one_line
+
+
+def add(commands: parsing.Commands) -> None:
+    """Adds the command."""
+    parser = parsing.add_command(
+        commands,
+        "inspect",
+        command=_run,
+        extra="cli",
+        summary="Tell what a checkpoint holds, and whether it is whole.",
+        details=(
+            "Prints the step, who wrote it, its trees with their decays and sizes,\n"
+            "and the optimizer state, from the manifest alone. DIR is the folder of\n"
+            "a CheckpointManager or of checkpoint.save, one step in it, or the folder\n"
+            "above. Of a step with several items all are told, or --item NAME. Ends\n"
+            "with code 1 where there is no such checkpoint or it is damaged.\n"
+            "--explain reads shadow and params, and says why the average may be worse\n"
+            "than the params: in a sentence each, with what to do."
+        ),
+        examples=(
+            "  ema-optax inspect run/checkpoints\n"
+            "  ema-optax inspect run/checkpoints --step 300 --verify\n"
+            "  ema-optax inspect run/checkpoints --explain\n"
+            "  ema-optax inspect run/checkpoints --json | jq .trees.shadow.count"
+        ),
+    )
+    parsing.add_checkpoint(parser)
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read everything and compare it with its checksums",
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="say why an average may be worse than the params",
+    )
+    parser.add_argument(
+        "--leaves", action="store_true", help="list path, shape and dtype of all leaves"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON with all leaves; needs no optional package",
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ema_optax import checkpoint
+    from ema_optax._cli import description, explain
+
+    def fail(error: Exception) -> int:
+        text = one_line(error, limit=None)
+        if not isinstance(error, (OSError, ValueError)):
+            # A manifest is anybody's JSON, and its seal is no signature.
+            text = (
+                f"the manifest in {args.directory} is not one that this version can "
+                f"read: {type(error).__name__} {text}"
+            )
+        return parsing.fail(f"ema-optax inspect: error: {text}")
+
+    try:
+        run, items = _chosen(args)
+        found = [checkpoint.describe(run, step=args.step, item=name) for name in items]
+        told = [
+            explain.explained(each, run, args.step, name) if args.explain else None
+            for each, name in zip(found, items, strict=True)
+        ]
+        for each, diagnosis in [] if args.json else zip(found, told, strict=True):
+            description.print_tables(each, leaves=args.leaves)
+            for line in str(diagnosis).splitlines() if diagnosis else []:
+                print(parsing.printable(line))
+    except (BrokenPipeError, ImportError):
+        raise
+    except Exception as error:
+        return fail(error)
+    damage = None
+    if args.verify:
+        try:
+            checkpoint.verify(run, step=args.step, item=args.item)
+        except Exception as error:
+            damage = error
+    if args.json:
+        whole = damage is None if args.verify else None
+        texts = [
+            description.as_json(
+                each,
+                whole=whole,
+                explained=json.loads(diagnosis.to_json()) if diagnosis else None,
+            )
+            for each, diagnosis in zip(found, told, strict=True)
+        ]
+        text = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+        print(text, flush=True)
+    elif args.verify and damage is None:
+        print("whole: all of it is what was saved", flush=True)
+    return 0 if damage is None else fail(damage)
+
+
+def _chosen(args: argparse.Namespace) -> tuple[Any, list[str]]:
+    """Returns the run, which may be one folder deeper, and the names of the items."""
+    from ema_optax._checkpoint.paths import absolute
+    from ema_optax._checkpoint.steps import find, named, runs_in
+
+    run = absolute(args.directory)
+    try:
+        found = find(run, args.step)
+    except FileNotFoundError:
+        deeper = runs_in(run)
+        if len(deeper) != 1:
+            raise
+        run = deeper[0]
+        found = find(run, args.step)
+    items = [named(found.items, args.item)] if args.item else found.items
+    return run, [item.name for item in items]

@@ -1,0 +1,318 @@
+"""`ema-optax merge`: its arguments, the steps it takes, and what it prints."""
+
+import argparse
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ema_optax import reconstruction
+from ema_optax._cli import merge_schedules, merge_sources, output_folders, parsing, wide
+from ema_optax._cli.merge_schedules import Schedule
+from ema_optax._cli.merge_sources import Opened
+from ema_optax._messages.text import some
+from ema_optax._trees import trees
+
+_RANGE = re.compile(r"(\d*):(\d*)(?::(\d+))?")
+
+
+def add(commands: parsing.Commands) -> None:
+    """Adds the command."""
+    parser = parsing.add_command(
+        commands,
+        "merge",
+        command=_run,
+        extra="cli",
+        explain=parsing.explained,
+        on_cpu=True,
+        summary="Write the weighted mean of a run's checkpoints.",
+        details=(
+            "RUN is a folder of steps that this library or plain Orbax saved, also\n"
+            "gs://…, or of safetensors: files step-100.safetensors, or folders\n"
+            "checkpoint-100 of a model each. Several RUNs are the checkpoints\n"
+            "themselves, in their order. Merging checkpoints of a constant learning\n"
+            "rate stands for a decay of it (WSM, arXiv:2507.17634). The steps are\n"
+            "read once for all schedules, and summed in float64. Those of this\n"
+            "library are compared with their checksums; others have none, and the\n"
+            "result says so. Memory holds the results and one step, and of those of\n"
+            "plain Orbax up to 32 MB of each.\n"
+            "\n"
+            f"{merge_schedules.HELP}"
+            "\n"
+            "One merge becomes the checkpoint DIR/N, where N is the last step, or the\n"
+            "number of RUNs; several become DIR/SCHEDULE/N. checkpoint.restore reads\n"
+            "it like any other, and 'ema-optax inspect' shows steps and coefficients.\n"
+            "Nothing is overwritten."
+        ),
+        examples=(
+            "  ema-optax merge run --last 10 --dry-run\n"
+            "  ema-optax merge run --last 10 --schedule 1-sqrt --out merged\n"
+            "  ema-optax merge orbax_run --tree state/params --last 10 --out merged\n"
+            "  ema-optax merge a.safetensors b.safetensors --out merged\n"
+            "  ema-optax merge run --steps 20000:40000:1000 --tree shadow \\\n"
+            "      --schedule linear cosine ema:0.8 --out merged"
+        ),
+    )
+    parser.usage = (  # argparse would put RUN last, where --schedule takes it
+        "ema-optax merge RUN [RUN ...] [--last N] [--steps A:B[:K]]\n"
+        "                       [--every-steps K] [--schedule S [S ...]] --out DIR\n"
+        "                       [options]"
+    )
+    parser.set_defaults(wrong=parser.error)
+    parser.add_argument("runs", type=parsing.place, nargs="+", metavar="RUN")
+    parser.add_argument(
+        "--last", type=parsing.at_least(1), metavar="N", help="the last N of the steps"
+    )
+    parser.add_argument(
+        "--steps",
+        type=_range,
+        metavar="A:B[:K]",
+        help="those from A to B, both included, at distances of K",
+    )
+    parser.add_argument(
+        "--every-steps",
+        type=parsing.at_least(1),
+        metavar="K",
+        help="those that K divides",
+    )
+    parser.add_argument(
+        "--schedule",
+        type=merge_schedules.parse,
+        nargs="+",
+        default=[merge_schedules.parse("uniform")],
+        metavar="S",
+        help="see above (default: uniform)",
+    )
+    parser.add_argument(
+        "--extrapolate",
+        type=_alpha,
+        nargs="+",
+        default=[0.0],
+        metavar="A",
+        help="m + A(m - m') for each merge m; m' is the plain mean of the first half\n"
+        "of the steps, and 0 is m itself (default: 0)",
+    )
+    parser.add_argument(
+        "--tree",
+        type=parsing.place,
+        metavar="TREE",
+        help="params, shadow, or shadow/NAME; of other programs the path of a tree in\n"
+        "their steps, state/params (default: params)",
+    )
+    parser.add_argument(
+        "--item", metavar="NAME", help="of the steps' items, where they have several"
+    )
+    parser.add_argument(
+        "--out", type=parsing.place, metavar="DIR", help="folder for the results"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the merged leaves (default: that of the tree)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the steps and their coefficients, and write nothing",
+    )
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+
+
+def _alpha(text: str) -> float:
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not 0 <= alpha < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"needs a number ≥ 0 such as 0.3, got {text!r}"
+        )
+    return alpha
+
+
+def _range(text: str) -> tuple[int, int, int]:
+    match = _RANGE.fullmatch(text)
+    if not match or match[3] == "0":
+        raise argparse.ArgumentTypeError(
+            f"needs A:B or A:B:K, whole numbers of steps such as 1000:9000, got "
+            f"{text!r}"
+        )
+    return int(match[1] or 0), int(match[2] or 2**63), int(match[3] or 1)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.out is None and not args.dry_run:
+        args.wrong("needs --out, or --dry-run")
+    with wide.in_64_bits():
+        return _do(args)
+
+
+def _do(args: argparse.Namespace) -> int:
+    there = merge_sources.found(args.runs, args.item)
+    steps = _chosen(args, list(there.places))
+    chosen = merge_sources.opened(
+        {step: there.places[step] for step in steps},
+        args.tree,
+        args.item,
+        mixed=args.dtype is not None,
+    )
+    schedules: dict[str, Schedule] = dict(args.schedule)
+    weights = {
+        f"{name}+{alpha:g}" if alpha else name: _extrapolated(make(steps), alpha)
+        for name, make in schedules.items()
+        for alpha in args.extrapolate
+    }
+    folders = _folders(args.out, list(weights))
+    if args.out is not None:
+        paths = [f"{folder}/{steps[-1]}" for folder in folders.values()]
+        output_folders.check_free(args.out, paths)
+        _check_room(args, chosen.sources[-1], len(weights))
+    if there.left_out:
+        beside = some(there.left_out, 4)
+        parsing.tell(f"ema-optax merge: beside the checkpoints, not merged: {beside}")
+    if not args.dry_run:
+        with warnings.catch_warnings():
+            # Of NumPy's threads, on what is not finite: the check after it names it.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            results = reconstruction.merge(
+                chosen.sources,
+                np.array(list(weights.values())),
+                params=_model(chosen),
+                dtype=args.dtype,
+                progress=None,
+            )
+        for result in results:
+            merge_sources.check_finite(result, chosen)
+        for name, result in zip(weights, results, strict=True):
+            origin = _origin(args, chosen, name, weights[name])
+            output_folders.write(folders[name], result, steps[-1], None, origin)
+    _show(args, chosen, weights, folders)
+    return 0
+
+
+def _extrapolated(weights: np.ndarray, alpha: float) -> np.ndarray:
+    """Returns coefficients that go on from the plain mean of the first half."""
+    half = len(weights) // 2
+    if not alpha:
+        return weights
+    if not half:
+        raise ValueError("--extrapolate needs at least 2 steps, and 1 is merged.")
+    origin = np.where(np.arange(len(weights)) < half, 1 / half, 0.0)
+    return reconstruction.extrapolated(weights, origin, alpha)
+
+
+def _chosen(args: argparse.Namespace, have: Sequence[int]) -> list[int]:
+    """Returns the steps that are merged, ascending.
+
+    Raises:
+        ValueError: If there are none, or fewer than the last ones asked for.
+    """
+    low, high, distance = args.steps or (0, 2**63, 1)
+    every = args.every_steps or 1
+    steps = [
+        step
+        for step in have
+        if low <= step <= high and (step - low) % distance == 0 and step % every == 0
+    ]
+    if len(steps) < (args.last or 1):
+        raise ValueError(
+            f"{len(steps)} of the steps in {', '.join(args.runs)} are as asked for, "
+            f"and {args.last or 1} are needed: it has {some(map(str, have), 8)}."
+        )
+    return steps[-args.last :] if args.last else steps
+
+
+def _folders(out: str | None, names: Sequence[str]) -> dict[str, str]:
+    if out is None or len(names) == 1:
+        return dict.fromkeys(names, out or "")
+    root = out.rstrip("/") or "/"
+    return {name: f"{root}/{re.sub('[^-0-9A-Za-z_.]+', '-', name)}" for name in names}
+
+
+def _check_room(
+    args: argparse.Namespace, source: reconstruction.Source, results: int
+) -> None:
+    size = sum(
+        math.prod(leaf.shape) * jnp.dtype(args.dtype or leaf.dtype).itemsize
+        for leaf in source.leaves.values()
+    )
+    advice = "Ask for fewer schedules at a time, or pass another --out."
+    output_folders.check_room(args.out, size * results, advice)
+
+
+def _model(chosen: Opened) -> dict[str, Any]:
+    """Returns what a result is like: its other leaves are those of the last step."""
+    merged = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in chosen.sources[-1].leaves.items()
+    }
+    return trees.nested({**chosen.others(), **merged})
+
+
+def _origin(
+    args: argparse.Namespace, chosen: Opened, name: str, weights: np.ndarray
+) -> dict[str, Any]:
+    runs = [run.rstrip("/").rpartition("/")[2] for run in args.runs]
+    return {
+        "merged": {
+            "run": runs[0] if len(runs) == 1 else runs,
+            "tree": chosen.tree,
+            "schedule": name,
+            "steps": list(chosen.steps),
+            "coefficients": weights.tolist(),
+            "verified": chosen.is_verified,
+        }
+    }
+
+
+def _show(
+    args: argparse.Namespace,
+    chosen: Opened,
+    weights: dict[str, np.ndarray],
+    folders: dict[str, str],
+) -> None:
+    steps = chosen.steps
+    if args.json:
+        merges = [
+            {
+                "schedule": name,
+                "coefficients": each.tolist(),
+                "noise_gain": reconstruction.noise_gain(each),
+                "directory": folders[name] or None,
+            }
+            for name, each in weights.items()
+        ]
+        parsing.print_json(
+            {
+                "tree": chosen.tree,
+                "steps": list(steps),
+                "merges": merges,
+                "verified": chosen.is_verified,
+                "written": not args.dry_run,
+            }
+        )
+        return
+    names = {name: parsing.printable(name) for name in weights}
+    columns = {name: max(len(shown), 8) + 2 for name, shown in names.items()}
+    tree = "all" if chosen.tree == "/" else parsing.printable(chosen.tree)
+    print(f"{tree} of {len(steps):,} steps, with the coefficients\n")
+    print(f"{'step':>12}" + "".join(f"{names[n]:>{w}}" for n, w in columns.items()))
+    for i, step in enumerate(steps):
+        row = "".join(f"{weights[n][i]:>{w}.5f}" for n, w in columns.items())
+        print(f"{step:>12}{row}")
+    gains = "".join(
+        f"{reconstruction.noise_gain(weights[n]):>{w}.3f}" for n, w in columns.items()
+    )
+    print(f"{'noise gain':>12}{gains}\n")
+    if not chosen.is_verified:
+        print(f"Not verified: saved by {chosen.kind}, without checksums to compare.")
+    if args.dry_run:
+        print("Nothing was written.", flush=True)
+        return
+    for folder in folders.values():
+        print(f"Written: {parsing.printable(folder)}/{steps[-1]}", flush=True)

@@ -1,0 +1,87 @@
+"""Schedules of a merge in one word of a command line, or in a file."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from ema_optax import reconstruction
+from ema_optax._cli import decay_text, parsing
+from ema_optax._decays.decays import constant
+from ema_optax._reconstruction.schedules import SCHEDULES, UNIFORM
+
+# From the steps that are merged to a coefficient for each.
+Schedule: TypeAlias = Callable[[Sequence[int]], np.ndarray]
+
+HELP = (
+    "  uniform        the plain mean\n"
+    "  linear         the learning rate falls like 1 - x; 1-sqrt like 1 - sqrt(x);\n"
+    "                 cosine like (1 + cos(pi x))/2; x is the share of the window\n"
+    "                 that is over\n"
+    "  ema:B          each step keeps the share B of those before it\n"
+    "  power:W, ...   a decay, which folds these steps alone; 'ema-optax profile\n"
+    "                 --help' has all\n"
+    "  FILE.json      coefficients, oldest first, with sum 1; or\n"
+    '                 {"multipliers": [...]} of the learning rate between the steps\n'
+)
+
+
+def parse(text: str) -> tuple[str, Schedule]:
+    """Returns the name to show for a schedule, and the schedule; for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none, or its file cannot be read.
+
+    >>> name, schedule = parse("linear")
+    >>> schedule([100, 200])
+    array([0.5, 0.5])
+    """
+    if text in (*SCHEDULES, UNIFORM):
+        return text, lambda steps: reconstruction.schedule_coefficients(text, steps)
+    if text.endswith(".json"):
+        return text, _from_file(text)
+    kind, _, value = text.partition(":")
+    if kind == "ema":
+        try:
+            decay = constant(float(value))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+        return text, lambda steps: reconstruction.decay_coefficients(
+            decay, range(1, len(steps) + 1)
+        )
+    try:
+        name, chosen = decay_text.parse(text)
+    except argparse.ArgumentTypeError as error:
+        names = [UNIFORM, *SCHEDULES, "ema:B", "FILE.json"]
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no schedule, which are {', '.join(names)} and decays; {error}"
+        ) from None
+    return name, lambda steps: reconstruction.decay_coefficients(chosen, steps)
+
+
+def _from_file(text: str) -> Schedule:
+    given = parsing.json_file(text)
+    multipliers = given.get("multipliers") if isinstance(given, dict) else None
+    numbers = given if multipliers is None else multipliers
+    if not isinstance(numbers, list) or not all(map(_is_number, numbers)):
+        raise argparse.ArgumentTypeError(
+            f'{text} holds no list of numbers, nor {{"multipliers": [...]}} with one'
+        )
+
+    def coefficients(steps: Sequence[int]) -> np.ndarray:
+        found = np.array(numbers, np.float64)
+        if multipliers is not None:
+            found = reconstruction.lr_decay_coefficients(numbers)
+        if len(found) != len(steps):
+            raise ValueError(
+                f"{text} has coefficients for {len(found)} checkpoints, and "
+                f"{len(steps)} are merged: {min(steps)} to {max(steps)}."
+            )
+        return found
+
+    return coefficients
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

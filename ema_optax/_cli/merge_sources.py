@@ -1,0 +1,229 @@
+"""The checkpoints that are merged: found, opened as sources, and compared."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ema_optax import checkpoint, interop
+from ema_optax._checkpoint import foreign_steps, storage
+from ema_optax._checkpoint.paths import absolute
+from ema_optax._checkpoint.steps import items_in
+from ema_optax._interop import safetensors_sources
+from ema_optax._trees import trees
+from ema_optax.reconstruction import Source
+
+OURS, THEIRS, TENSORS = "ema_optax", "another program", "a program as safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What checkpoints there are.
+
+    Attributes:
+        places: Where each is, by its step: its number, or its position where the
+            checkpoints were given one by one.
+        left_out: What lies beside them, and is no checkpoint of the run.
+    """
+
+    places: Mapping[int, str]
+    left_out: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The checkpoints that are merged, of one model.
+
+    Attributes:
+        steps: Ascending.
+        places: Where each is.
+        sources: Of each.
+        kind: Who saved them.
+        tree: Which tree of them it is.
+        others: Reads the leaves of the last that are not averaged.
+    """
+
+    steps: Sequence[int]
+    places: Sequence[str]
+    sources: Sequence[Source]
+    kind: str
+    tree: str
+    others: Callable[[], Mapping[str, Any]]
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether what is read is compared with checksums."""
+        return self.kind == OURS
+
+
+def found(runs: Sequence[str], item: str | None) -> Found:
+    """Returns the checkpoints of a run, or those that were given one by one.
+
+    Raises:
+        FileNotFoundError: If there are none.
+        ValueError: If there are those of several runs.
+    """
+    if len(runs) > 1:
+        return Found(dict(enumerate(runs, 1)), ())
+    (run,) = runs
+    left_out: Sequence[str] = ()
+    if "://" not in run:
+        path = Path(run)
+        if path.is_dir():
+            numbered, beside = safetensors_sources.checkpoints_in(path)
+            left_out = [each.name for each in beside]
+            if numbered:
+                return Found({n: str(each) for n, each in numbered.items()}, left_out)
+        if safetensors_sources.has_safetensors(path):
+            return Found({0: run}, left_out)
+    folders = foreign_steps.folders_of(run)
+    if not folders and _kind(run) != THEIRS:
+        checkpoint.describe(run, item=item)  # says what is there instead
+    return Found({n: str(path) for n, path in folders.items()} or {0: run}, left_out)
+
+
+def opened(
+    places: Mapping[int, str], tree: str | None, item: str | None, *, mixed: bool
+) -> Opened:
+    """Opens checkpoints, and compares their leaves.
+
+    Args:
+        places: Of the checkpoints, by step, ascending.
+        tree: To read of each; None is the params.
+        item: Name of the item, where steps of ours have several.
+        mixed: Whether dtypes may differ.
+
+    Raises:
+        ValueError: If different programs wrote them, or they are not of one model.
+    """
+    kinds = [_kind(place) for place in places.values()]
+    if len(set(kinds)) > 1:
+        first, other = kinds[0], next(kind for kind in kinds if kind != kinds[0])
+        at = list(places.values())
+        raise ValueError(
+            f"{at[0]} was saved by {first} and {at[kinds.index(other)]} by {other}: "
+            "they are of two runs. Merge those of one."
+        )
+    (kind,) = set(kinds)
+    sources: list[Any] = []
+    others: Callable[[], Mapping[str, Any]]
+    for place in places.values():
+        if kind == OURS:
+            sources.append(checkpoint.stored(place, tree or "params", item=item))
+        elif item is not None:
+            raise ValueError(
+                f"{place} was saved by {kind}. Its items are the beginnings of paths: "
+                f"pass --tree {item}/params, or what is in it, instead of --item."
+            )
+        elif kind == TENSORS:
+            sources.append(interop.stored_safetensors(place, tree))
+        else:
+            # As was found in the first, so that all are of the same path.
+            tree = (tree or sources[0].tree) if sources else tree
+            sources.append(checkpoint.stored_by_others(place, tree))
+    last, names = sources[-1], list(places.values())
+    if kind == OURS:
+        used = tree or "params"
+        others = functools.partial(_others_of_ours, last, names[-1], used, item)
+    else:
+        used = (last.tree if kind == THEIRS else tree) or "/"
+        others = last.read_others
+    _check_alike(names, sources, mixed=mixed)
+    return Opened(list(places), names, sources, kind, used, others)
+
+
+def check_finite(result: Any, chosen: Opened) -> None:
+    """Refuses a merge with values that are not finite, and names where they are from.
+
+    Infinities that are alike in all checkpoints are constants, such as masks.
+
+    Raises:
+        ValueError: If there are such values.
+    """
+    paths, leaves, _ = trees.flatten(result)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if path not in chosen.sources[0].leaves:
+            continue
+        array = np.asarray(leaf).astype(trees.wide(leaf.dtype), copy=False)
+        bad = ~np.isfinite(array)
+        if not bad.any():
+            continue
+        whole = (slice(None),) * array.ndim
+        held = np.stack(
+            [
+                source.read(path, whole)[bad].astype(array.dtype)
+                for source in chosen.sources
+            ]
+        )
+        constant = np.all(held == array[bad], axis=0)
+        for place, values in zip(chosen.places, held, strict=True):
+            wrong = int((~np.isfinite(values) & ~constant).sum())
+            if wrong:
+                raise ValueError(
+                    f"'{path}' of {place} has {wrong:,} of {array.size:,} elements "
+                    "that are not finite. Leave this checkpoint out, and those after "
+                    "it where the run diverged."
+                )
+        large = int((~constant).sum())
+        if large:
+            raise ValueError(
+                f"'{path}' of the merge has {large:,} of {array.size:,} elements that "
+                f"do not fit {leaf.dtype}. Pass --dtype float32."
+            )
+
+
+def _kind(place: str) -> str:
+    if "://" not in place and safetensors_sources.has_safetensors(Path(place)):
+        return TENSORS
+    root = absolute(place)
+    if storage.listed(root) is None and not storage.is_file(root):
+        raise FileNotFoundError(f"There is no checkpoint at {place}.")
+    return OURS if items_in(root) else THEIRS
+
+
+def _others_of_ours(
+    source: checkpoint.StoredTree, place: str, tree: str, item: str | None
+) -> Mapping[str, Any]:
+    if set(source.entries) == set(source.leaves):
+        return {}
+    whole = checkpoint.restore(place, tree, item=item)
+    paths, leaves, _ = trees.flatten(whole)
+    pairs = zip(paths, leaves, strict=True)
+    return {path: leaf for path, leaf in pairs if path not in source.leaves}
+
+
+def _check_alike(
+    places: Sequence[str], sources: Sequence[Source], *, mixed: bool
+) -> None:
+    """Refuses checkpoints whose leaves differ in name, shape or dtype."""
+    first = sources[0].leaves
+    for place, source in zip(places, sources, strict=True):
+        odd = sorted(set(first) ^ set(source.leaves))
+        if odd:
+            both = (places[0], place) if odd[0] in first else (place, places[0])
+            more = f" and {len(odd) - 1:,} more" if len(odd) > 1 else ""
+            raise ValueError(
+                f"The checkpoints are not of one model: '{odd[0]}'{more} is only in "
+                f"{both[0]}, not in {both[1]}."
+            )
+        for path, leaf in source.leaves.items():
+            if _is_same(first[path], leaf, mixed=mixed):
+                continue
+            advice = "The checkpoints are not of one model"
+            if leaf.shape == first[path].shape and not mixed:
+                advice = "Say by --dtype float32 which dtype the merge has"
+            raise ValueError(
+                f"'{path}' is {trees.describe(first[path])} in {places[0]} and "
+                f"{trees.describe(leaf)} in {place}. {advice}."
+            )
+
+
+def _is_same(a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct, *, mixed: bool) -> bool:
+    complex_ = [jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (a, b)]
+    same = a.dtype == b.dtype or (mixed and complex_[0] == complex_[1])
+    return a.shape == b.shape and same

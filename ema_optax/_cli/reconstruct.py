@@ -1,0 +1,159 @@
+"""`ema-optax reconstruct`: its arguments, its warnings, and the order of its work."""
+
+import argparse
+
+from ema_optax._cli import averages, parsing, warning_lines, wide
+from ema_optax._decays.power_profiles import exponent_from_width
+from ema_optax._messages.text import one_line
+from ema_optax._reconstruction.projection import DOUBTFUL, WRONG
+from ema_optax.reconstruction import ReconstructionWarning, reconstruct
+
+_TO_SHOW = (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
+
+
+def add(commands: parsing.Commands) -> None:
+    """Adds the command."""
+    parser = parsing.add_command(
+        commands,
+        "reconstruct",
+        command=_run,
+        extra="cli",
+        explain=_explained,
+        on_cpu=True,
+        summary="Write averages of other widths than those tracked in a run.",
+        details=(
+            "RUN is a folder of steps with shadows of a power profile, written by\n"
+            "SnapshotSave or EmaSave; steps of one run may lie in several folders.\n"
+            "They are read once for all widths. Memory holds the results and one\n"
+            "snapshot.\n"
+            "\n"
+            "Each average becomes a checkpoint DIR/width-W/N, for checkpoint.restore\n"
+            "of DIR/width-W. It is the whole model where a RUN has params of step N,\n"
+            "from EmaSave; else the averaged leaves alone. Nothing is overwritten.\n"
+            "\n"
+            "  width          standard deviation of the weights over the run\n"
+            "                 (sigma_rel)\n"
+            "  profile error  distance of the weights from those wanted: above "
+            f"{DOUBTFUL:.0%} is\n"
+            f"                 warned of, above {WRONG:.0%} is refused\n"
+            "  noise gain     what multiplies the rounding error of the snapshots:\n"
+            "                 3e-4 of each param in float16, 2e-3 in bfloat16"
+        ),
+        examples=(
+            "  ema-optax reconstruct run/snapshots --dry-run\n"
+            "  ema-optax reconstruct run/snapshots --width 0.03 0.07 --out averages\n"
+            "  ema-optax reconstruct run/snapshots run/checkpoints --width 0.1 \\\n"
+            "      --step 20000 --dtype bfloat16 --out averages"
+        ),
+    )
+    parser.usage = (  # argparse would put RUN last, where --width takes it
+        "ema-optax reconstruct RUN [RUN ...] --width W [W ...] --out DIR [options]"
+    )
+    parser.set_defaults(wrong=parser.error)
+    parser.add_argument(
+        "runs", type=parsing.place, nargs="+", metavar="RUN", help="folder of steps"
+    )
+    parser.add_argument(
+        "--width",
+        type=_width,
+        nargs="+",
+        action="extend",
+        metavar="W",
+        help="of an average, in (0, 0.2886]",
+    )
+    parser.add_argument(
+        "--out", type=parsing.place, metavar="DIR", help="folder for the averages"
+    )
+    parser.add_argument(
+        "--step",
+        type=parsing.at_least(1),
+        metavar="N",
+        help="last step of the average, in optimizer updates (default: the newest)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the averaged leaves (default: the params', else float32)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell what the snapshots give, for W or for usual widths; write nothing",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _explained(error: Exception) -> str:
+    """Returns one line that says what is wrong, and what to do about it here."""
+    from ema_optax.checkpoint import CorruptCheckpointError
+
+    if isinstance(error, CorruptCheckpointError):
+        # Other commands can take an older step instead; here the others suffice.
+        cause = one_line(error.__cause__ or error, limit=None)
+        step, _, _ = one_line(error, limit=None).partition(cause)
+        return (
+            f"{step}{cause} Remove that step: the averages are then made from the "
+            "others."
+        )
+    return parsing.explained(error)
+
+
+def _width(text: str) -> float:
+    try:
+        width = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"needs a number in (0, 0.2886], got {text!r}; write RUN before it"
+        ) from None
+    try:
+        exponent_from_width(width)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"needs a number in (0, 0.2886], got {text!r}; the widest average is the "
+            "plain mean of the run"
+        ) from None
+    return width
+
+
+def _run(args: argparse.Namespace) -> int:
+    given = {"--width": args.width, "--out": args.out}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and not args.dry_run:
+        args.wrong(f"needs {' and '.join(missing)}, or --dry-run")
+    with (
+        wide.in_64_bits(),
+        warning_lines.of("reconstruct", ReconstructionWarning),
+    ):
+        return _do(args)
+
+
+def _do(args: argparse.Namespace) -> int:
+    from ema_optax._cli import average_files
+
+    snapshots = average_files.snapshots(args.runs)
+    last = int(snapshots[-1].step) if args.step is None else args.step
+    widths = list(dict.fromkeys(args.width or _TO_SHOW))
+    plan = averages.plan(snapshots, last, widths, args.out)
+    if args.out is not None:
+        average_files.check_free(plan, args.out)
+    if args.width and not args.dry_run:
+        plan.check()
+    like, plan.whole = average_files.model(args.runs, snapshots, last)
+    if args.out is not None:
+        average_files.check_room(plan, args.out, like, args.dtype)
+    if args.dry_run:
+        averages.show(plan, as_json=args.json, reach=True)
+        if args.width:
+            plan.check()
+        return 0
+    found = reconstruct(
+        snapshots,
+        width=[row.width for row in plan.rows],
+        step=args.step,
+        params=like,
+        dtype=args.dtype,
+        progress=None,
+    )
+    average_files.write(plan, found)
+    averages.show(plan, as_json=args.json)
+    return 0

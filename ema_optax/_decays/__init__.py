@@ -1,0 +1,1 @@
+"""Decays by their exact logarithms, and what they average over."""

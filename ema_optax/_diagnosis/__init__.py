@@ -1,0 +1,6 @@
+"""Why an average is worse than the raw weights: what is seen, and the remedy."""
+
+from ema_optax._diagnosis.diagnosing import diagnose
+from ema_optax._diagnosis.findings import Diagnosis, Finding
+
+__all__ = ["Diagnosis", "Finding", "diagnose"]

@@ -1,0 +1,1 @@
+"""Bridges to model libraries and to the formats of others."""

@@ -1,0 +1,172 @@
+"""Rules between tensors of a file and leaves of a tree, read in both directions."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from ema_optax._interop import rule_fits
+from ema_optax._interop.moves import Move, Shape
+from ema_optax._interop.rule import Rule
+from ema_optax._messages import arguments
+from ema_optax._messages.text import brief, nearest
+
+__all__ = ["Move", "Rule", "Rules", "Shape", "read_rules"]
+
+_LONGEST = 2**24  # bytes of a file of rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Rules in order: the first that fits a name, or a path, counts.
+
+    Attributes:
+        rules: Them.
+        given: Whether they were; if not, names become paths, and arrays stay.
+
+    >>> rules = Rules.of([Rule("h.#.q.weight", "h/query/kernel", "l o i -> l i o")])
+    >>> moves = rules.to_tree({"h.0.q.weight": (8, 4), "h.1.q.weight": (8, 4)})
+    >>> moves["h/query/kernel"].shape, moves["h/query/kernel"].sources
+    ((2, 4, 8), ('h.0.q.weight', 'h.1.q.weight'))
+    """
+
+    rules: tuple[Rule, ...]
+    given: bool = True
+
+    @classmethod
+    def of(cls, given: "Sequence[Rule | Mapping[str, Any]] | Rules | None") -> "Rules":
+        """Returns rules from rules, or from mappings with their fields.
+
+        Args:
+            given: None for none: names become paths, `.` for `/`, arrays as they lie.
+
+        Raises:
+            TypeError, ValueError: If they are no rules.
+
+        >>> Rules.of([{"name": "fc.weight", "path": "fc/kernel"}]).rules[0].path
+        'fc/kernel'
+        """
+        if isinstance(given, Rules):
+            return given
+        if given is None:
+            return cls((Rule("**", "**"),), given=False)
+        if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
+            raise TypeError(
+                f"rules is a list of rules, got {brief(given)}. Pass "
+                '[interop.Rule("**.weight", "**/kernel", "o i -> i o"), …], or '
+                'interop.read_rules("rules.json").'
+            )
+        return cls(tuple(_rule(value, at) for at, value in enumerate(given)))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Rules":
+        """Returns rules from the text that `to_json` returns.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        try:
+            given = json.loads(text, object_pairs_hook=_without_repeats)
+        except RecursionError:
+            raise ValueError("It is nested too deeply.") from None
+        if not isinstance(given, list):
+            raise ValueError(
+                f"It holds {brief(given)}, and not a list of rules such as "
+                '[{"name": "w", "path": "kernel", "rearrange": "o i -> i o"}].'
+            )
+        return cls.of(given)
+
+    def to_json(self) -> str:
+        """Returns the rules as a list of objects with the fields of each.
+
+        >>> Rules.of([Rule("w", "kernel", "o i -> i o")]).to_json()
+        '[{"name": "w", "path": "kernel", "rearrange": "o i -> i o"}]'
+        """
+        return json.dumps([rule.fields() for rule in self.rules])
+
+    def to_tree(self, names: Mapping[str, Shape]) -> dict[str, Move]:
+        """Returns how each leaf of a tree is made of the tensors of a file.
+
+        Args:
+            names: Shapes of all tensors, by name.
+
+        Raises:
+            ModuleNotFoundError: If a rule rearranges, and einops is not installed.
+            ValueError: If a rule fits nothing, no rule takes a tensor, shapes do not
+                fit a rule, numbers of a stack are missing, or two become one leaf.
+        """
+        return rule_fits.to_tree(self.rules, names, must_fit=self.given)
+
+    def to_names(self, paths: Mapping[str, Shape]) -> dict[str, Move]:
+        """Returns how each tensor of a file is made of the leaves of a tree.
+
+        Args:
+            paths: Shapes of all leaves, by path.
+
+        Raises:
+            ModuleNotFoundError, ValueError: As `to_tree` does.
+        """
+        return rule_fits.to_names(self.rules, paths, must_fit=self.given)
+
+
+def read_rules(file: str | os.PathLike[str]) -> Rules:
+    """Reads rules from a JSON file: a list of objects with the fields of `Rule`.
+
+    Args:
+        file: Of this machine.
+
+    Raises:
+        OSError: If it cannot be read.
+        TypeError, ValueError: If it holds no rules.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with open(f"{folder}/rules.json", "w") as out:
+    ...         _ = out.write('[{"name": "w", "path": "kernel"}]')
+    ...     read_rules(f"{folder}/rules.json").rules[0].path
+    'kernel'
+    """
+    path = arguments.local_file(file, "file", "rules.json")
+    with path.open("rb") as opened:
+        read = opened.read(_LONGEST + 1)
+    try:
+        if len(read) > _LONGEST:
+            raise ValueError(f"It has more than {_LONGEST:,} bytes.")
+        return Rules.from_json(read.decode())
+    except ValueError as error:
+        raise ValueError(f"Cannot read rules from {path}: {error}") from None
+
+
+def _rule(value: object, at: int) -> Rule:
+    if isinstance(value, Rule):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"rules[{at}] is a Rule or a mapping with its fields, got {brief(value)}. "
+            'Pass {"name": "fc.weight", "path": "fc/kernel"}.'
+        )
+    given = cast("Mapping[str, Any]", value)
+    known = [field.name for field in dataclasses.fields(Rule)]
+    for key in given:
+        if key not in known:
+            raise ValueError(
+                f"rules[{at}] has the field {brief(key)}, which rules do not have. "
+                f"{nearest(str(key), known)}"
+            )
+    if not {"name", "path"} <= set(given):
+        raise ValueError(
+            f"rules[{at}] needs both name and path, and has {brief(list(given))}. "
+            'None, null in JSON, leaves out: {"name": "mask", "path": null}.'
+        )
+    try:
+        return Rule(**given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"rules[{at}]: {error}") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"A rule has a field twice: {brief([k for k, _ in pairs])}.")
+    return found

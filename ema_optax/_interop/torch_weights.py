@@ -1,0 +1,162 @@
+"""Which tensors of a source are the raw weights, and which are their average."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+
+from ema_optax._interop import torch_finding, torch_layouts
+from ema_optax._interop.torch_files import Entry, Tensors
+from ema_optax._interop.torch_layouts import Layout
+from ema_optax._trees import trees
+
+_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The tensors of one model in a file.
+
+    Attributes:
+        tensors: The file.
+        names: Of the model's tensors → in the file.
+        where: In words.
+        wrapper: What was taken off the beginning of all names.
+    """
+
+    tensors: Tensors
+    names: Mapping[str, str]
+    where: str
+    wrapper: str
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The tensors, by the model's names."""
+        return {name: self.tensors.entries[full] for name, full in self.names.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Raw weights and average; one of them may be missing.
+
+    Attributes:
+        raw: The raw weights.
+        average: The average.
+        layout: Of the source.
+        average_layout: Of what has the average.
+    """
+
+    raw: Weights | None
+    average: Weights | None
+    layout: Layout
+    average_layout: Layout
+
+    def __iter__(self) -> Iterator[Weights]:
+        """Yields those that are there."""
+        yield from (x for x in (self.raw, self.average) if x is not None)
+
+    @property
+    def main(self) -> Weights:
+        """The raw weights, or the average where that is alone."""
+        found = self.raw or self.average
+        assert found is not None  # a layout has one of them
+        return found
+
+
+def chosen(
+    own: Tensors,
+    beside: Tensors | None,
+    *,
+    params: str | None,
+    shadow: str | None,
+    layout: str | None,
+) -> Pair:
+    """Returns raw weights and average of a source.
+
+    Args:
+        own: What the source holds.
+        beside: What holds the average, where that is another file.
+        params: Where the raw weights are, as `import_torch` takes it.
+        shadow: Where the average is.
+        layout: Name of the source's layout.
+
+    Raises:
+        ValueError: If it cannot be told, or the two differ in names or shapes.
+    """
+    if layout is not None and (params is not None or shadow is not None):
+        raise ValueError(
+            f"layout={layout!r} says where raw weights and average are, and so do "
+            "params and shadow. Pass one or the other."
+        )
+    if beside is None:
+        used = _layout(own, params, shadow, layout)
+        raw, average = _both(own, used)
+        pair = Pair(raw, average, used, used)
+    else:
+        used = _layout(own, params, None, layout)
+        raw, average = _both(own, used)
+        if raw is None or average is not None:
+            raise ValueError(
+                f"{own.origin} has an average of its own, {used.what}, and so has "
+                f"{beside.origin}. Say which are the raw weights, params="
+                f'"{used.params or "**"}", or import {own.origin} alone.'
+            )
+        other = _layout(beside, None, shadow, None)
+        # A file beside raw weights that has one set of tensors has the average.
+        unnamed, average = _both(beside, other)
+        pair = Pair(raw, average or unnamed, used, other)
+    _check_alike(pair)
+    return pair
+
+
+def _layout(
+    tensors: Tensors, params: str | None, shadow: str | None, name: str | None
+) -> Layout:
+    if params is None and shadow is None:
+        return torch_finding.found(tensors, name)
+    return torch_finding.given(tensors, params, shadow)
+
+
+def _both(tensors: Tensors, layout: Layout) -> tuple[Weights | None, Weights | None]:
+    raw = average = None
+    if layout.params is not None:
+        names = torch_layouts.names_of(tensors, layout.params)
+        if layout.split is None:
+            raw = _weights(tensors, names, layout.params)
+        else:
+            names, others = layout.split(tensors, names)
+            raw = _weights(tensors, names, layout.params)
+            return raw, _weights(tensors, others, str(layout.shadow))
+    if layout.shadow is not None:
+        names = torch_layouts.names_of(tensors, layout.shadow)
+        average = _weights(tensors, names, layout.shadow)
+    return raw, average
+
+
+def _weights(tensors: Tensors, names: Mapping[str, str], pattern: str) -> Weights:
+    wrapper = ""
+    while True:
+        for prefix in _WRAPPERS:
+            if all(name.startswith(prefix) and name != prefix for name in names):
+                wrapper += prefix
+                names = {name.removeprefix(prefix): x for name, x in names.items()}
+                break
+        else:
+            break
+    file = PurePath(tensors.origin).name
+    where = file if pattern == "**" else f"{pattern} of {file}"
+    return Weights(tensors, names, where, wrapper)
+
+
+def _check_alike(pair: Pair) -> None:
+    """Refuses raw weights and average of different names or shapes."""
+    if pair.raw is None or pair.average is None:
+        return
+    average, raw = pair.average.entries, pair.raw.entries
+    if pair.average_layout.is_partial:
+        raw = {name: x for name, x in raw.items() if name in average}
+    different = trees.difference(average, raw, ("average", "raw weights"))
+    if different:
+        raise ValueError(
+            f"The average, {pair.average.where}, and the raw weights, {pair.raw.where},"
+            f" are not of one model: {different}."
+        )

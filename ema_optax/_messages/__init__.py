@@ -1,0 +1,1 @@
+"""What the library says: wrong arguments, missing extras, sentences, progress."""

@@ -1,0 +1,1 @@
+"""Where a shadow lives: shardings, kinds of memory, and transfers between them."""

@@ -1,0 +1,1 @@
+"""Averages put together after training, and chosen by their scores."""

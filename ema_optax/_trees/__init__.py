@@ -1,0 +1,1 @@
+"""Pytrees: names of leaves, which are averaged, pairs that match, renaming."""

@@ -1,0 +1,121 @@
+"""What was passed in place of an optimizer state or params, and the call to make."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ema_optax._trees import trees
+from ema_optax._trees.locating import outline_of, places_of
+
+_OBJECTS = {"Module", "Object", "Pytree", "Optimizer"}
+
+
+def check_opt_state(opt_state: object, call: str) -> None:
+    """Refuses what is no optimizer state at all.
+
+    Args:
+        opt_state: What was passed as one.
+        call: What the user calls with it.
+
+    Raises:
+        TypeError: If it is an optimizer, or an object of Flax NNX.
+    """
+    if isinstance(opt_state, (optax.GradientTransformation, optax.MultiSteps)):
+        raise TypeError(
+            f"This is an optimizer (a {type(opt_state).__name__}), not its state. Call "
+            f"{call} with the state that optimizer.init(params) and optimizer.update "
+            "return."
+        )
+    check_no_nnx(opt_state, "an optimizer state", call)
+    if isinstance(opt_state, (str, bytes)) or callable(opt_state):
+        raise TypeError(
+            f"This is a {type(opt_state).__name__}, not an optimizer state: {call}."
+        )
+
+
+def check_no_nnx(given: object, wanted: str, call: str) -> None:
+    """Refuses modules and optimizers of Flax NNX, which hold params and are none.
+
+    Raises:
+        TypeError: If it is one.
+    """
+    if not _nnx_names(given) & _OBJECTS:
+        return
+    saving = any(word in call.lower() for word in ("save", "resume"))
+    instead = (
+        "pass *interop.nnx_split(model, optimizer) for both"
+        if saving
+        else "pass optimizer.opt_state and nnx.state(model, nnx.Param), or call "
+        "interop.shadow_copy(model, optimizer)"
+    )
+    raise TypeError(
+        f"This is an object of Flax NNX (a {type(given).__name__}), not {wanted}. In "
+        f"{call} {instead}."
+    )
+
+
+def without_average(
+    opt_state: object, other: object, call: str, holds_average: Callable[[Any], bool]
+) -> str:
+    """Returns what to say where an optimizer state has no average.
+
+    Args:
+        opt_state: What was passed as one.
+        other: What was passed as params.
+        call: What the user calls.
+        holds_average: Whether a tree holds one.
+    """
+    kind = type(opt_state).__name__
+    if other is not None and holds_average(other):
+        return f"The arguments are swapped, no shadow is in the {kind}: call {call}."
+    if "State" in _nnx_names(opt_state):
+        return (
+            "There is no shadow in this State of Flax NNX, in which an optimizer state "
+            "has lost its types. Pass optimizer.opt_state itself; to save and resume, "
+            "*interop.nnx_split(model, optimizer)."
+        )
+    return (
+        f"There is no shadow in this {kind}. Chain the average last: "
+        "optax.chain(optimizer, ema_optax.ema_params(0.9999)), and pass the whole "
+        "optimizer state."
+    )
+
+
+def misfit(shadow: object, params: object, difference: str) -> str:
+    """Returns what to say of params that a shadow does not fit.
+
+    Where they hold a tree that it does fit, as variables with statistics hold the
+    params, that is named.
+
+    Args:
+        shadow: The averaged tree.
+        params: What was passed as the params.
+        difference: Where they first differ.
+    """
+    outline = outline_of(shadow)
+    inside = {
+        trees.path_name(path): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+        if hasattr(leaf, "shape") or isinstance(leaf, (bool, int, float, complex))
+    }
+    places = [place for place in places_of(outline, inside) if place]
+    if len(places) == 1 and outline.shapes:
+        return (
+            f"The shadow is of what these params hold at '{places[0]}': pass that part "
+            f"alone, such as variables['{places[0]}']. ({difference}.)"
+        )
+    return (
+        f"The shadow does not fit these params: {difference}. Pass the params that the "
+        "optimizer state belongs to."
+    )
+
+
+def _nnx_names(given: object) -> set[str]:
+    return {
+        kind.__name__
+        for kind in type(given).__mro__
+        if kind.__module__.startswith("flax.nnx")
+    }

@@ -1,6 +1,0 @@
-"""Why an average is worse than the raw weights: what is seen, and the remedy."""
-
-from ema_optax.diagnosis.diagnosing import diagnose
-from ema_optax.diagnosis.findings import Diagnosis, Finding
-
-__all__ = ["Diagnosis", "Finding", "diagnose"]
