@@ -185,7 +185,7 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
-    """The wheel with the newest versions, every day's tests and some long: 7 minutes."""
+    """The wheel with the newest versions, and some long tests: 7 minutes."""
     install(session, ".[dev]")
     run = (*PYTEST, "-p", "no:cacheprovider", *WORKERS)
     with beside_the_wheel(session):

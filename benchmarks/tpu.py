@@ -10,8 +10,8 @@ its traffic, its memory, its kernels and its collectives are exact. Each row is 
 with an average over Adam alone, on GPT-2 small, with params and state donated.
 
 `--check` compiles a few rows for one topology, and fails where a figure is not within
-the bounds below. It does so on a model of the same bytes in 40 leaves instead of 148, and
-so a fourth of the kernels: what XLA fetches into VMEM is a number of bytes.
+the bounds below. Its model has the same bytes in 40 leaves instead of 148, and so fewer
+kernels to compile: what XLA fetches into VMEM is a number of bytes.
 """
 
 import argparse

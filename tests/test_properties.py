@@ -511,6 +511,7 @@ def test_every_family_is_among_them():
     assert set(FAMILIES) == set(ema_optax.Decay._kinds)
 
 
+@pytest.mark.long
 def test_enough_was_tried():
     """So many cases in all, where the whole file runs."""
     if len(RAN) == 8:
