@@ -8,6 +8,7 @@ goes to pytest: `nox -s tests -- tests/test_fold.py`.
 import ast
 import contextlib
 import functools
+import os
 import pathlib
 import re
 import shutil
@@ -18,8 +19,9 @@ import tempfile
 import nox
 from nox.command import CommandFailed
 
-nox.needs_version = ">=2024.4.15"
+nox.needs_version = ">=2026.10"
 nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.download_python = "never"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests"]
 
@@ -40,6 +42,18 @@ LONG_ON_NEWEST = (
     *("placement", "properties", "reconstruction", "ring", "snapshots", "window"),
 )
 MEASURED_IN = ("lowest", "tensorflow", "torch", "keras", "buckets")
+
+
+def find_pyenvs() -> None:
+    """Lets pyenv's `python3.13` and the like start, not that of one version alone."""
+    if pyenv := shutil.which("pyenv"):
+        command = f"{pyenv} version-name; {pyenv} versions --bare"
+        listed = subprocess.run(command, shell=True, capture_output=True, text=True)
+        versions = dict.fromkeys(listed.stdout.split())
+        os.environ.setdefault("PYENV_VERSION", ":".join(versions))
+
+
+find_pyenvs()
 
 
 def tools(*names: str) -> list[str]:
