@@ -253,7 +253,7 @@ def torch(session: nox.Session) -> None:
 def keras(session: nox.Session) -> None:
     """Keras on JAX, whatever else it could run on: half a minute."""
     install(session, ".[keras]", *MEASURING)
-    session.env |= {"KERAS_BACKEND": "jax", "KERAS_HOME": session.create_tmp()}
+    session.env.update(KERAS_BACKEND="jax", KERAS_HOME=session.create_tmp())
     measured(session, "tests/test_keras.py")
 
 
