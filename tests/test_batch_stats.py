@@ -96,6 +96,7 @@ def test_the_mean_of_each_batchs_statistics(momentum):
     assert found["params"] is variables["params"]
 
 
+@pytest.mark.long
 @older.needs_nnx
 def test_nnx_modules():
     """The same in the module itself; its modes, params and PRNG counts stay."""
@@ -340,6 +341,7 @@ def test_the_bar_ends_with_an_error(capsys):
     assert "0/1" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_without_rich_a_bar_that_was_asked_for_is_an_error():
     """And one that was not asked for is not drawn."""
     code = (
@@ -410,6 +412,7 @@ def test_nnx_batch_norm_over_an_axis():
         assert plain.any()
 
 
+@pytest.mark.long
 @older.needs_nnx
 def test_nnx_spectral_norm_is_told_what_nnx_has():
     """And with what is told it works."""

@@ -90,6 +90,7 @@ def test_powers_of_zero(path):
     np.testing.assert_allclose(read, held[8] + held[10] - path[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 def test_bfloat16_params(path):
     """The average is float32 and exact; what is read is rounded once, to bfloat16."""
     start = jnp.asarray(path[:2001], jnp.bfloat16)
@@ -256,6 +257,7 @@ def test_multi_steps_counts_real_updates():
     np.testing.assert_allclose(shadow_params(state, params)["w"], expected, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_reading_under_jit_vmap_and_eval_shape():
     """Found in any state; stacked states are read with a count each."""
     params = {"w": jnp.arange(6.0).reshape(3, 2)}

@@ -370,6 +370,7 @@ def tilings(draw):
     return shape, draw(st.permutations(pieces))
 
 
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(tilings(), st.data())
 def test_cover_is_the_closure_of_what_a_part_touches(tiling, data):

@@ -393,6 +393,7 @@ def test_several_at_once(run: Path):
     assert scores["last", 5] not in [v for k, v in scores.items() if k[0] != "last"]
 
 
+@pytest.mark.long
 def test_widths_and_windows_of_one_run(tmp_path: Path):
     """The snapshots give the one, the params of the same steps the other."""
     optimizer = ema_optax.ema_params(
@@ -503,6 +504,7 @@ def table(found: reconstruction.Choice) -> list[str]:
     return sorted(str(found).splitlines())
 
 
+@pytest.mark.long
 def test_a_choice_goes_on_wherever_it_was_stopped(run: Path, tmp_path: Path):
     """Ctrl-C at any evaluation: that alone is made again, with the same result."""
     settings = {"over": ("last", "alpha"), "budget": 10}
@@ -572,6 +574,7 @@ def test_a_log_that_was_cut_off(run: Path, tmp_path: Path):
         assert log.read_bytes() == content
 
 
+@pytest.mark.long
 def test_a_log_of_something_else(run: Path, tmp_path: Path):
     """Another source, other things chosen, another file: refused, and left alone."""
     log = tmp_path / "log"

@@ -430,6 +430,7 @@ def test_without_safetensors(
     )
 
 
+@pytest.mark.long
 def test_interrupted(saved: Path, tmp_path: Path):
     """Ctrl-C in the middle of the write: code 130, and nothing is left."""
     code = (

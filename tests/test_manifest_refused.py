@@ -260,6 +260,7 @@ def _renamed(mutant, node, value):
             del node[name]
 
 
+@pytest.mark.long
 def test_every_mutant_is_read_or_refused():
     """Any single value of a real manifest: no KeyError, TypeError or RecursionError."""
     read = refused = 0

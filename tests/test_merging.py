@@ -281,6 +281,7 @@ def test_multipliers_are_between_0_and_1(multipliers):
         reconstruction.lr_decay_coefficients(multipliers)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "multipliers",
     [[1, 0.75, 0.5, 0.25, 0.125], [0.9, 0.5, 0.5, 0.1, 0.0], [1, 1, 1, 1, 1]],

@@ -132,6 +132,7 @@ def test_params_of_another_container():
     assert float(metrics(state, other)["distance"]) == 0
 
 
+@pytest.mark.long
 @older.needs_nnx
 def test_objects_of_nnx(nnx_pair, run, tmp_path):
     """What each function takes of a module and its optimizer."""

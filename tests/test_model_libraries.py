@@ -81,6 +81,7 @@ class Linen(nn.Module):
         return nn.Dense(2)(nn.tanh(nn.Dense(4)(x)))
 
 
+@pytest.mark.long
 def test_linen(tmp_path):
     """Params are a dict of dicts; TrainState swaps its own with with_shadow."""
     model = Linen()
@@ -136,6 +137,7 @@ class Equinox(eqx.Module):
         return self.second(self.activation(self.first(x)))
 
 
+@pytest.mark.long
 def test_equinox(tmp_path):
     """The part that is arrays is averaged; what was filtered out stays None."""
 
@@ -166,6 +168,7 @@ def test_equinox_slots_may_be_a_filtered_model(tmp_path):
     assert_same(checkpoint.restore(tmp_path, "shadow", like=slots), params)
 
 
+@pytest.mark.long
 def test_haiku(tmp_path):
     """Params are keyed by module paths with slashes in them."""
 

@@ -68,6 +68,7 @@ def _assert_round_trip(folder, optimizer, gradient, path, states):
     assert_same(goes_on[1], goes_on[0])
 
 
+@pytest.mark.long
 def test_lora_adapters_alone_are_averaged_and_the_whole_model_is_read(tmp_path):
     """multi_transform: the base is in no shadow, in no state, and once on disk."""
     params = {
@@ -208,6 +209,7 @@ def test_schedule_free_outside_averages_y(tmp_path):
     _assert_round_trip(tmp_path, optimizer, _quadratic, path, states)
 
 
+@pytest.mark.long
 def test_schedule_free_x_is_the_better_average():
     """After 3,000 noisy steps x has the lowest loss, and y alone the highest."""
     base = optax.contrib.schedule_free(optax.sgd(0.3), learning_rate=0.3, b1=B1)

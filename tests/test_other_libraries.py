@@ -197,6 +197,7 @@ def test_the_readme_has_these_rows():
     assert found == {theirs: text for theirs, (text, _) in EQUAL.items()}
 
 
+@pytest.mark.long
 def test_keras_overwrites_its_variables_with_the_average():
     """ema_overwrite_frequency=N is overwrite_every=N: weights and average are the same.
 

@@ -106,6 +106,7 @@ def test_the_same_as_leaf_by_leaf(decay, every):
         assert_same(packing.unpacked(found.shadow), first, ULPS)
 
 
+@pytest.mark.long
 def test_bfloat16_shadows_follow_too():
     """The rounding noise is another, its size the same."""
     params = make_params()
@@ -122,6 +123,7 @@ def test_bfloat16_shadows_follow_too():
         np.testing.assert_allclose(a, b, rtol=0.03, atol=0.01)
 
 
+@pytest.mark.long
 def test_overwriting_reads_what_is_packed():
     params = make_params()
     plain, packed = pair(overwrite_every=2)
@@ -130,6 +132,7 @@ def test_overwriting_reads_what_is_packed():
     assert_same(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decay", [0.9, DECAYS])
 def test_states_go_through_everything(decay):
     """Copies, pickles, jit, eval_shape, _replace, repr: one structure, the record."""
@@ -351,6 +354,7 @@ def test_what_needs_each_leaf_is_refused_by_name():
             nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [None, "float64"])
 def test_mixed_float64(dtype):
     """Leaves of two widths in one tree."""

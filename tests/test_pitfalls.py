@@ -361,6 +361,7 @@ def test_scan_over_steps_is_the_loop():
     assert int(scanned.count) == 9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("every", [1, 2])
 def test_vmap_over_seeds_is_each_seed_alone(every):
     """A batch of models is averaged like each one."""

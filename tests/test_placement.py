@@ -229,6 +229,7 @@ def make_step(transform):
     return jax.jit(step, donate_argnums=(0, 1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("mesh", [None, "mesh"])
 def test_one_device_and_its_host(mesh, every):

@@ -507,6 +507,7 @@ def test_the_memory_is_really_bounded():
     assert "MemoryError" in done.stderr
 
 
+@pytest.mark.long
 def test_as_many_leaves_as_are_written_are_read(tmp_path):
     """Where the bounds are is no matter of taste: what we write is within them."""
     content = {"trees": {"params": _leaves(50_000)}}
@@ -734,6 +735,7 @@ def test_a_tree_as_deep_as_is_read(tmp_path):
     np.testing.assert_array_equal(*map(jax.tree.leaves, (got, params)))
 
 
+@pytest.mark.long
 def test_small_leaves_that_compress_are_not_too_many(tmp_path):
     """OCDBT keeps zeros of less than 1 kB in next to nothing: no bomb of ours."""
     params = {str(n): jnp.zeros(250) for n in range(300)}
@@ -766,6 +768,7 @@ def _sources():
     return [(path, ast.parse(path.read_text())) for path in PACKAGE.rglob("*.py")]
 
 
+@pytest.mark.long
 def test_nothing_that_runs_code_is_imported_or_called():
     """No pickle and its kin, no eval, exec, compile, __import__ or os.system."""
     for path, tree in _sources():
@@ -786,6 +789,7 @@ def test_nothing_that_runs_code_is_imported_or_called():
                         assert ast.unparse(keyword.value) == "False", path
 
 
+@pytest.mark.long
 def test_modules_are_imported_by_names_that_are_ours():
     """`importlib.import_module` takes names of ours, but for a user's own evaluation.
 

@@ -26,7 +26,7 @@ def lowest() -> dict[str, str]:
     users = [  # TensorFlow and Google's client bring libraries, and are tested apart
         requirement
         for extra, requirements in extras.items()
-        if extra not in ("dev", "gcs", "tensorflow")
+        if extra not in ("dev", "docs", "gcs", "tensorflow")
         for requirement in requirements
     ]
     return dict(
