@@ -15,7 +15,7 @@ def on_page_content(content, page, config, files):
     if not page.file.src_uri.endswith(".ipynb"):
         return content
     parts = CODE.split(content)
-    # Of three neighbours the first is text, the second a block, the third its tag's name.
+    # Of three neighbours the first is text, the second a block, the third its tag.
     return "".join(
         FORMULA.sub(_mathml, part) if place % 3 == 0 else part
         for place, part in enumerate(parts)

@@ -42,8 +42,8 @@ def _file(name, config):
 def on_page_markdown(markdown, page, config, files):
     """Rewrites links from where a page lies in the repository to its place here.
 
-    Blocks of other libraries' code are marked by a second word, which this Markdown does
-    not know.
+    Blocks of other libraries' code are marked by a second word, which this Markdown
+    does not know.
     """
     markdown = markdown.replace("```python theirs\n", "```python\n")
     uri = page.file.src_uri
