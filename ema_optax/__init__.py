@@ -22,6 +22,7 @@ from ema_optax._averages.states import (
 )
 from ema_optax._decays.decay import Decay
 from ema_optax._decays.decays import (
+    DecayLike,
     constant,
     cosine,
     debiased,
@@ -39,16 +40,23 @@ from ema_optax._decays.profiles import Profile, profile
 from ema_optax._decays.windows import window
 from ema_optax._diagnosis import Diagnosis, Finding, diagnose
 from ema_optax._messages import extras
+from ema_optax._trees.selection import Mask
 from ema_optax._version import __version__ as __version__
 
-# Loaded when first used: they import Orbax and matplotlib, or are seldom needed.
+# Loaded when first used: they import Orbax or matplotlib, or are seldom needed.
 _ON_FIRST_USE = (
     "checkpoint",
     "digits",
     "interop",
+    "keras",
+    "linen",
+    "nnx",
     "placement",
     "plots",
     "reconstruction",
+    "safetensors",
+    "tensorflow",
+    "torch",
 )
 
 
@@ -62,9 +70,11 @@ def __getattr__(name: str) -> types.ModuleType:
 __all__ = [
     "BemaParamsState",
     "Decay",
+    "DecayLike",
     "Diagnosis",
     "EmaParamsState",
     "Finding",
+    "Mask",
     "NamedShadowsState",
     "OrderWarning",
     "Profile",

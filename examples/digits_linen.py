@@ -20,7 +20,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.training import train_state
 
-from ema_optax import checkpoint, digits, ema_params, interop, shadow_params
+import ema_optax
+from ema_optax import checkpoint, digits, ema_params, shadow_params
 
 BATCH, SAVE_EVERY, WIDTH = 32, 100, 64
 
@@ -91,7 +92,7 @@ def refreshed(variables: Any, data: digits.Digits) -> Any:
     """Returns variables with the statistics that belong to their params."""
     images = [images for images, _ in batches(data, range(16))]
     apply = functools.partial(MODEL.apply, train=True)
-    return interop.refresh_batch_stats(apply, variables, images)
+    return ema_optax.linen.refresh_batch_stats(apply, variables, images)
 
 
 def train(folder: str, steps: int) -> dict[str, float]:

@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
-from ema_optax import checkpoint, digits, ema_params, interop
+import ema_optax
+from ema_optax import checkpoint, digits, ema_params
 
 BATCH, SAVE_EVERY, WIDTH = 32, 100, 64
 
@@ -68,18 +69,18 @@ def train(folder: str, steps: int) -> dict[str, float]:
     with ocp.CheckpointManager(epath.Path(folder).absolute()) as manager:
         start = manager.latest_step() or 0
         if start:
-            args = checkpoint.EmaResume(*interop.nnx_split(model, optimizer))
+            args = checkpoint.EmaResume(*ema_optax.nnx.split(model, optimizer))
             found = manager.restore(start, args=args)
-            interop.nnx_update(model, optimizer, *found)
+            ema_optax.nnx.update(model, optimizer, *found)
         model.train()
         for step, batch in enumerate(batches(data, range(start, start + steps)), start):
             train_step(model, optimizer, *batch)
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == start + steps:
-                args = checkpoint.EmaSave(*interop.nnx_split(model, optimizer))
+                args = checkpoint.EmaSave(*ema_optax.nnx.split(model, optimizer))
                 manager.save(step + 1, args=args)  # goes on in the background
-        averaged = interop.shadow_copy(model, optimizer)
+        averaged = ema_optax.nnx.shadow_copy(model, optimizer)
         images = [images for images, _ in batches(data, range(16))]
-        interop.refresh_nnx_batch_stats(averaged, images)
+        ema_optax.nnx.refresh_batch_stats(averaged, images)
     return {
         name: accuracy(one, data)
         for name, one in (("raw", model), ("averaged", averaged))
@@ -93,7 +94,7 @@ def infer(folder: str) -> float:
     like = nnx.as_pure(nnx.state(model))
     nnx.update(model, checkpoint.restore(folder, "shadow", like=like))
     images = [images for images, _ in batches(data, range(16))]
-    interop.refresh_nnx_batch_stats(model, images)
+    ema_optax.nnx.refresh_batch_stats(model, images)
     return accuracy(model, data)
 
 

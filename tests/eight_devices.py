@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import checkpoint, shadow_params, with_shadow
 from ema_optax._averages import packing
+from ema_optax._placement import memories
 from ema_optax._placement.placement import in_host_memory, over_axis
 from tests import older, same
 
@@ -367,6 +368,15 @@ def assert_placed(shadow, place):
         if not isinstance(leaf, optax.MaskedNode):
             assert leaf.sharding.memory_kind == kind
             assert leaf.addressable_shards[0].data.shape == shapes[name]
+
+
+def test_a_memory_is_asked_for_under_a_mesh_that_is_set():
+    """What is compiled to ask is of one device, and the mesh is of eight."""
+    memories.is_kept.cache_clear()
+    with jax.set_mesh(MESHES["Auto-8"]):
+        inside = memories.is_kept("pinned_host", "cpu")
+    memories.is_kept.cache_clear()
+    assert inside == memories.is_kept("pinned_host", "cpu")
 
 
 @pytest.mark.parametrize("mesh", ["Auto-8", "Explicit-8"])

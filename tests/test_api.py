@@ -1,4 +1,4 @@
-"""The public names and signatures, frozen in a table; their examples; README's shell.
+"""The public names and signatures, frozen in a table; their examples.
 
 After a change that is meant, `python -m tests.test_api > tests/public_api.txt`, and
 read the diff as the users of the last release will.
@@ -8,38 +8,67 @@ import ast
 import difflib
 import importlib
 import inspect
-import json
 import pathlib
 import re
-import shlex
 import textwrap
 
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
 import pytest
 
-import ema_optax
-from ema_optax import _cli as cli
-from ema_optax import checkpoint
+from ema_optax import interop
+from ema_optax._decays import decays
+from ema_optax._trees import selection
 
 HERE = pathlib.Path(__file__).parent
 TABLE = HERE / "public_api.txt"
-README = HERE.parent / "README.md"
 MODULES = (
     "ema_optax",
     "ema_optax.checkpoint",
     "ema_optax.digits",
     "ema_optax.interop",
+    "ema_optax.keras",
+    "ema_optax.linen",
+    "ema_optax.nnx",
     "ema_optax.placement",
     "ema_optax.plots",
     "ema_optax.reconstruction",
+    "ema_optax.safetensors",
+    "ema_optax.tensorflow",
+    "ema_optax.torch",
 )
+
+# Names of `interop` as they were, and what they are now.
+OLD = {
+    f"ema_optax.interop.{old}": f"ema_optax.{new}"
+    for old, new in {
+        "Exported": "safetensors.Exported",
+        "Imported": "tensorflow.Imported",
+        "ImportedLeaf": "torch.ImportedLeaf",
+        "ImportedTorch": "torch.ImportedTorch",
+        "KerasAverage": "keras.KerasAverage",
+        "Tensor": "safetensors.Tensor",
+        "TensorTree": "safetensors.TensorTree",
+        "export_safetensors": "safetensors.export",
+        "import_tensorflow": "tensorflow.import_checkpoint",
+        "import_torch": "torch.import_checkpoint",
+        "keras_average": "keras.average",
+        "keras_split": "keras.split",
+        "keras_swapped": "keras.swapped",
+        "keras_update": "keras.update",
+        "nnx_split": "nnx.split",
+        "nnx_update": "nnx.update",
+        "refresh_batch_stats": "linen.refresh_batch_stats",
+        "refresh_nnx_batch_stats": "nnx.refresh_batch_stats",
+        "shadow_copy": "nnx.shadow_copy",
+        "stored_safetensors": "safetensors.stored",
+        "swapped": "nnx.swapped",
+    }.items()
+}
 
 # Public names without an example of their own, and why.
 WITHOUT_EXAMPLE = {
     "ema_optax.reconstruction.Soup": "returned by soup, whose example reads it",
     "ema_optax.checkpoint.ForeignTree": "made by stored_by_others",
-    "ema_optax.interop.TensorTree": "made by stored_safetensors",
+    "ema_optax.safetensors.TensorTree": "made by stored",
     "ema_optax.BemaParamsState": "made by bema_params, whose example reads it",
     "ema_optax.Diagnosis": "returned by diagnose, whose example prints it",
     "ema_optax.EmaParamsState": "made by ema_params, whose example reads it",
@@ -57,18 +86,18 @@ WITHOUT_EXAMPLE = {
     "ema_optax.checkpoint.Resumed": "returned by resume, whose example unpacks it",
     "ema_optax.checkpoint.StoredTree": "returned by stored",
     "ema_optax.checkpoint.Tree": "part of what describe returns",
-    "ema_optax.interop.Tensor": "returned by export_safetensors, as `tensors`",
-    "ema_optax.interop.Exported": "returned by export_safetensors",
-    "ema_optax.interop.Imported": "returned by import_tensorflow",
-    "ema_optax.interop.ImportedLeaf": "part of what import_torch returns",
-    "ema_optax.interop.ImportedTorch": "returned by import_torch",
+    "ema_optax.safetensors.Tensor": "returned by export, as `tensors`",
+    "ema_optax.safetensors.Exported": "returned by export",
+    "ema_optax.tensorflow.Imported": "returned by import_checkpoint",
+    "ema_optax.torch.ImportedLeaf": "part of what import_checkpoint returns",
+    "ema_optax.torch.ImportedTorch": "returned by import_checkpoint",
     "ema_optax.interop.Move": "made by Rules, whose example reads it",
-    "ema_optax.interop.import_tensorflow": "needs TensorFlow, which few have installed",
-    "ema_optax.interop.KerasAverage": "returned by keras_average",
-    "ema_optax.interop.keras_average": "needs Keras, as the next three do",
-    "ema_optax.interop.keras_split": "its example is no doctest: it needs Keras",
-    "ema_optax.interop.keras_swapped": "its example is no doctest: it needs Keras",
-    "ema_optax.interop.keras_update": "its example is no doctest: it needs Keras",
+    "ema_optax.tensorflow.import_checkpoint": "needs TensorFlow, which few have",
+    "ema_optax.keras.KerasAverage": "returned by average",
+    "ema_optax.keras.average": "needs Keras, as the next three do",
+    "ema_optax.keras.split": "its example is no doctest: it needs Keras",
+    "ema_optax.keras.swapped": "its example is no doctest: it needs Keras",
+    "ema_optax.keras.update": "its example is no doctest: it needs Keras",
     "ema_optax.reconstruction.Choice": "returned by choose, whose example reads it",
     "ema_optax.reconstruction.EvaluationWarning": "a warning",
     "ema_optax.reconstruction.Plan": "returned by plan, whose example prints it",
@@ -77,6 +106,9 @@ WITHOUT_EXAMPLE = {
     "ema_optax.reconstruction.ReconstructionWarning": "a warning",
     "ema_optax.reconstruction.Source": "abstract; StoredTree is the one that reads",
 }
+
+# Types of arguments, and the modules that say what they are.
+ALIASES = {"ema_optax.DecayLike": decays, "ema_optax.Mask": selection}
 
 
 def public():
@@ -93,6 +125,15 @@ def signature(name, thing):
     From the source, because the annotations that `inspect` gives name whichever module
     of JAX defines a class today. Of a class: its bases, fields and public methods.
     """
+    if name in ALIASES:
+        of = ast.parse(inspect.getsource(ALIASES[name])).body
+        [value] = [
+            node.value
+            for node in of
+            if isinstance(node, ast.AnnAssign)
+            and _name(node) == name.removeprefix("ema_optax.")
+        ]
+        return [f"{name}: {ast.unparse(value)}"]
     [node] = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
     _put_in_constants(node, inspect.getmodule(thing))
     if isinstance(node, ast.FunctionDef):
@@ -162,105 +203,32 @@ def test_all_is_sorted_and_holds_what_is_there(module):
 def test_every_public_name_is_documented_with_an_example(name):
     """One line first; and an example that the doctests run, or a reason above."""
     thing = dict(public())[name]
+    if name in ALIASES:  # a type: no example, a sentence below it
+        source = inspect.getsource(ALIASES[name])
+        alias = name.removeprefix("ema_optax.")
+        assert re.search(rf'^{alias}: TypeAlias = .*\n"""[A-Z].*\."""$', source, re.M)
+        return
     text = inspect.cleandoc(thing.__doc__)
     assert text.splitlines()[0].endswith((".", ":"))
-    assert (">>>" in text) != (name in WITHOUT_EXAMPLE)
+    assert (">>>" in text) != (OLD.get(name, name) in WITHOUT_EXAMPLE)
+
+
+@pytest.mark.parametrize(("old", "new"), OLD.items())
+def test_old_names_are_the_new_ones(old, new):
+    """A program written with them goes on as it did."""
+    names = dict(public())
+    assert names[old] is names[new]
+    assert new.removeprefix("ema_optax.").rpartition(".")[0] in interop.__doc__
+
+
+def test_interop_has_old_names_and_what_is_common_to_formats():
+    common = {"Move", "Rule", "Rules", "read_rules"}
+    old = {name.rpartition(".")[2] for name in OLD}
+    assert set(interop.__all__) == common | old
 
 
 def test_the_reasons_are_for_names_that_are_there():
     assert set(WITHOUT_EXAMPLE) <= {name for name, _ in public()}
-
-
-needs_readme = pytest.mark.skipif(
-    not README.exists(), reason="the README travels with the source"
-)
-
-
-def _commands():
-    """Returns every `ema-optax …` line of the README, in blocks and in sentences."""
-    return re.findall(r"ema-optax ([a-z][a-z-]*[^`\n]*)", README.read_text())
-
-
-# What is not run here, and why.
-NOT_RUN = {
-    "demo": "takes 15 seconds, and has tests of its own",
-    "import-tf": "needs TensorFlow, and has tests of its own",
-    "import-torch": "needs PyTorch, and has tests of its own",
-}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The folders and the file that the README's commands name."""
-    root = tmp_path_factory.mktemp("shell")
-    params = {"w": jnp.zeros(3)}
-    transform = ema_optax.ema_params(0.9)
-    for step in range(1, 11):
-        checkpoint.save(root / "run", params, transform.init(params), step=step)
-    with ocp.CheckpointManager(root / "old_run") as manager:
-        theirs = {"params": params, "ema_params": params}
-        manager.save(9, args=ocp.args.StandardSave(theirs))
-    (root / "rules.json").write_text('[{"name": "fc.weight", "path": "w"}]')
-    checkpoint.save(root / "imported", params, transform.init(params), step=1)
-    (root / "evaluation.py").write_text("def loss(params): return params['w'].sum()")
-    (root / "names.json").write_text(json.dumps({"w": "fc.weight"}))
-    power = ema_optax.ema_params(
-        {"short": ema_optax.power(0.05), "long": ema_optax.power(0.10)}
-    )
-    state = power.init(params)
-    with ocp.CheckpointManager(root / "FOLDER") as manager:
-        for step in range(1, 17):
-            _, state = power.update({"w": jnp.ones(3)}, state, params)
-            manager.save(step, args=checkpoint.SnapshotSave(state))
-    return root
-
-
-@needs_readme
-def test_the_readme_shows_all_commands():
-    shown = {command.split()[0] for command in _commands()}
-    assert shown == {
-        "adopt",
-        "choose",
-        "completion",
-        "demo",
-        "export",
-        "import-tf",
-        "import-torch",
-        "inspect",
-        "merge",
-        "profile",
-        "reconstruct",
-    }
-
-
-@needs_readme
-@pytest.mark.parametrize("command", _commands() if README.exists() else [])
-def test_readme_commands_run(command, folders, monkeypatch, capsys):
-    """As written, where the folders that they name exist; all of them parse."""
-    monkeypatch.chdir(folders)
-    arguments = shlex.split(command)
-    args = cli._parser().parse_args(arguments)
-    assert args.name == arguments[0]
-    if arguments[0] in NOT_RUN:
-        return
-    assert cli.main(arguments) == 0
-    assert capsys.readouterr().out
-    if "--out" in arguments and "--dry-run" not in arguments:
-        assert (folders / arguments[arguments.index("--out") + 1]).exists()
-
-
-@needs_readme
-def test_scripts_in_the_readme_are_there_and_know_their_options():
-    calls = re.findall(r"python ((?:examples|benchmarks)/\S+\.py)([^`'\n]*)", _text())
-    assert len(calls) >= 5
-    for script, rest in calls:
-        source = (README.parent / script).read_text()
-        for option in re.findall(r"--[a-z-]+", rest):
-            assert f'"{option}"' in source, f"{script} has no {option}"
-
-
-def _text():
-    return README.read_text()
 
 
 if __name__ == "__main__":

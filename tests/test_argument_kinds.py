@@ -167,7 +167,7 @@ CALLS = {
     checkpoint.EmaRestore: {"tree": "shadow", "rename": None, "verify": True},
     checkpoint.SnapshotSave: {"opt_state": STATE, "dtype": None},
     checkpoint.KeepSnapshots: {"at_most": 8},
-    interop.export_safetensors: {
+    ema_optax.safetensors.export: {
         "directory": FOLDER,
         "out": OUT,
         "tree": "shadow",
@@ -179,7 +179,7 @@ CALLS = {
         "overwrite": True,
         "dry_run": True,
     },
-    interop.import_torch: {
+    ema_optax.torch.import_checkpoint: {
         "source": WEIGHTS,
         "out": FOLDER,
         "params": "w",
@@ -193,7 +193,7 @@ CALLS = {
         "dry_run": True,
         "progress": None,
     },
-    interop.stored_safetensors: {"source": WEIGHTS, "tree": "w"},
+    ema_optax.safetensors.stored: {"source": WEIGHTS, "tree": "w"},
     interop.Rule: {
         "name": ("q.weight", "k.weight"),
         "path": "qk/kernel",
@@ -205,8 +205,12 @@ CALLS = {
     interop.Rules.of: {"given": None},
     interop.Rules.from_json: {"text": '[{"name": "w", "path": "kernel"}]'},
     interop.read_rules: {"file": RULES},
-    interop.nnx_split: {"model": MODEL, "optimizer": NNX_OPTIMIZER},
-    interop.shadow_copy: {"model": MODEL, "optimizer": NNX_OPTIMIZER, "name": None},
+    ema_optax.nnx.split: {"model": MODEL, "optimizer": NNX_OPTIMIZER},
+    ema_optax.nnx.shadow_copy: {
+        "model": MODEL,
+        "optimizer": NNX_OPTIMIZER,
+        "name": None,
+    },
     placement.over_axis: {"axis": "data"},
     reconstruction.choose: {
         "source": SNAPSHOTS,

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 import ema_optax
-from ema_optax import digits, interop, update_shadow
+from ema_optax import digits, update_shadow
 
 STEPS, BATCH, DECAY = 300, 32, 0.995
 
@@ -67,10 +67,10 @@ def _accuracies(seed):
         stats = nnx.as_pure(nnx.state(model, nnx.BatchStat))
         averaged = update_shadow(averaged, stats, DECAY)
 
-    shadow = interop.shadow_copy(model, optimizer)
+    shadow = ema_optax.nnx.shadow_copy(model, optimizer)
     found = {"raw": accuracy(model), "stale": accuracy(shadow)}
     batches = [batch()[0] for _ in range(50)]
-    interop.refresh_nnx_batch_stats(shadow, batches)
+    ema_optax.nnx.refresh_batch_stats(shadow, batches)
     found["refreshed"] = accuracy(shadow)
     nnx.update(shadow, averaged)
     found["averaged"] = accuracy(shadow)

@@ -15,7 +15,6 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 
 import ema_optax
-from ema_optax import interop
 from tests import older
 
 BATCHES = [
@@ -87,7 +86,7 @@ def test_the_mean_of_each_batchs_statistics(momentum):
     variables = model.init(jax.random.key(0), BATCHES[0])
     stats = jax.tree.map(lambda x: 1000 * x + 77, variables["batch_stats"])
     variables = {**variables, "batch_stats": stats}
-    found = interop.refresh_batch_stats(_run(model), variables, iter(BATCHES))
+    found = ema_optax.linen.refresh_batch_stats(_run(model), variables, iter(BATCHES))
     dense = variables["params"]["Dense_0"]
     first, second = _reference(dense["kernel"], dense["bias"])
     # A momentum of few digits is known exactly, another one to float32: 1−m to 1e-5.
@@ -103,7 +102,7 @@ def test_nnx_modules():
     model = Module()
     model.second.use_running_average = True  # evaluation mode
     before = jax.tree.map(np.asarray, nnx.state(model, nnx.Not(nnx.RngKey)))
-    interop.refresh_nnx_batch_stats(model, iter(BATCHES))
+    ema_optax.nnx.refresh_batch_stats(model, iter(BATCHES))
     first, second = _reference(model.dense.kernel[...], model.dense.bias[...])
     stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
     _assert_close(stats, {"first": first, "second": second})
@@ -128,7 +127,7 @@ def test_nnx_modules_that_are_called_otherwise():
             )
 
     model = Called()
-    interop.refresh_nnx_batch_stats(
+    ema_optax.nnx.refresh_batch_stats(
         model,
         [{"image": batch} for batch in BATCHES],
         call=lambda model, batch: model(batch["image"], train=True),
@@ -148,10 +147,10 @@ def test_inside_swapped_they_are_of_the_shadow_and_go_with_it():
     loss = nnx.grad(lambda model: jnp.mean((model(BATCHES[0]) - 1) ** 2))
     optimizer.update(model, loss(model))
     before = nnx.to_pure_dict(nnx.as_pure(nnx.state(model, nnx.BatchStat)))
-    copy = interop.shadow_copy(model, optimizer)
-    interop.refresh_nnx_batch_stats(copy, BATCHES)
-    with interop.swapped(model, optimizer):
-        interop.refresh_nnx_batch_stats(model, BATCHES)
+    copy = ema_optax.nnx.shadow_copy(model, optimizer)
+    ema_optax.nnx.refresh_batch_stats(copy, BATCHES)
+    with ema_optax.nnx.swapped(model, optimizer):
+        ema_optax.nnx.refresh_batch_stats(model, BATCHES)
         layers = (model.dense.kernel, model.dense.bias, model.first.scale)
         first, second = _reference(*(x[...] for x in (*layers, model.first.bias)))
         inside = nnx.to_pure_dict(nnx.as_pure(nnx.state(model, nnx.BatchStat)))
@@ -170,7 +169,9 @@ def test_frozen_layers_keep_their_statistics_and_use_them():
     old = {"mean": jnp.full(5, 3.0), "var": jnp.full(5, 4.0)}
     stats = {**variables["batch_stats"], "BatchNorm_0": old}
     variables = {**variables, "batch_stats": stats}
-    found = interop.refresh_batch_stats(_run(model), variables, BATCHES)["batch_stats"]
+    found = ema_optax.linen.refresh_batch_stats(_run(model), variables, BATCHES)[
+        "batch_stats"
+    ]
     jax.tree.map(np.testing.assert_array_equal, found["BatchNorm_0"], old)
     dense = jax.tree.map(np.float64, variables["params"]["Dense_0"])
     hidden = (np.asarray(BATCHES, np.float64) - 3) / np.sqrt(4 + 1e-5)
@@ -186,7 +187,7 @@ def test_large_and_narrow_statistics():
     variables = model.init(jax.random.key(0), batches[0])
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["batch_stats"])
     for stats, error in ((variables["batch_stats"], 1e-6), (narrow, 4e-3)):
-        found = interop.refresh_batch_stats(
+        found = ema_optax.linen.refresh_batch_stats(
             model.apply, {**variables, "batch_stats": stats}, batches
         )["batch_stats"]
         assert found["mean"].dtype == stats["mean"].dtype
@@ -198,10 +199,10 @@ def test_the_result_is_like_the_variables():
     """Frozen dicts stay frozen; statistics of NaN are replaced as any others."""
     model = Linen()
     variables = model.init(jax.random.key(0), BATCHES[0])
-    expected = interop.refresh_batch_stats(_run(model), variables, BATCHES)
+    expected = ema_optax.linen.refresh_batch_stats(_run(model), variables, BATCHES)
     lost = jax.tree.map(lambda x: x * jnp.nan, variables["batch_stats"])
     frozen = freeze({**variables, "batch_stats": lost})
-    found = interop.refresh_batch_stats(_run(model), frozen, BATCHES)
+    found = ema_optax.linen.refresh_batch_stats(_run(model), frozen, BATCHES)
     assert isinstance(found, FrozenDict)
     assert jax.tree.structure(found) == jax.tree.structure(frozen)
     jax.tree.map(np.testing.assert_array_equal, found.unfreeze(), expected)
@@ -289,23 +290,23 @@ def test_what_cannot_be_refreshed_is_said(model, run, change, batches, error, wr
     """What is wrong, where, and the call that works."""
     variables = {**_variables(model), **change}
     with pytest.raises(error, match=wrong):
-        interop.refresh_batch_stats(run(model), variables, batches)
+        ema_optax.linen.refresh_batch_stats(run(model), variables, batches)
 
 
 @older.needs_nnx
 def test_modules_that_cannot_be_refreshed():
     """Not of NNX, or without statistics."""
-    with pytest.raises(TypeError, match=r"got Linen. For Linen, call refresh_batch"):
-        interop.refresh_nnx_batch_stats(Linen(), BATCHES)
+    with pytest.raises(TypeError, match=r"got Linen\. For Linen.*linen\.refresh"):
+        ema_optax.nnx.refresh_batch_stats(Linen(), BATCHES)
     with pytest.raises(ValueError, match="This Linear has no batch statistics"):
-        interop.refresh_nnx_batch_stats(nnx.Linear(5, 2, rngs=nnx.Rngs(0)), BATCHES)
+        ema_optax.nnx.refresh_batch_stats(nnx.Linear(5, 2, rngs=nnx.Rngs(0)), BATCHES)
 
 
 @pytest.mark.parametrize("progress", [True, False, None])
 def test_the_bar_is_drawn_where_it_is_asked_for(progress, capsys):
     """On stderr; by itself never into a pipe."""
     model = Linen()
-    interop.refresh_batch_stats(
+    ema_optax.linen.refresh_batch_stats(
         _run(model), _variables(model), BATCHES, progress=progress
     )
     out, err = capsys.readouterr()
@@ -317,7 +318,9 @@ def test_the_bar_is_drawn_where_it_is_asked_for(progress, capsys):
 def test_the_bar_ends_with_an_error(capsys):
     """Although the traceback still holds its frame."""
     with pytest.raises(ValueError, match="Batch 1 gave") as caught:
-        interop.refresh_batch_stats(_run(Linen()), _variables(), [BAD], progress=True)
+        ema_optax.linen.refresh_batch_stats(
+            _run(Linen()), _variables(), [BAD], progress=True
+        )
     assert caught.tb is not None
     for thread in threading.enumerate():
         if "_RefreshThread" in str(thread):
@@ -363,8 +366,12 @@ def test_batch_norm_over_an_axis(names):
 
     batches = [jnp.arange(12.0).reshape(6, 2) * k for k in (1, 2, 5)]
     variables = Model(over=False).init(jax.random.key(0), batches[0])
-    expected = interop.refresh_batch_stats(Model(over=False).apply, variables, batches)
-    found = interop.refresh_batch_stats(Model(over=True).apply, variables, batches)
+    expected = ema_optax.linen.refresh_batch_stats(
+        Model(over=False).apply, variables, batches
+    )
+    found = ema_optax.linen.refresh_batch_stats(
+        Model(over=True).apply, variables, batches
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, 1e-6, 1e-6), found, expected
     )
@@ -373,7 +380,7 @@ def test_batch_norm_over_an_axis(names):
         raise NameError("of_the_user is not defined")
 
     with pytest.raises(NameError, match="of_the_user"):
-        interop.refresh_batch_stats(wrong, variables, batches)
+        ema_optax.linen.refresh_batch_stats(wrong, variables, batches)
 
 
 @older.needs_nnx
@@ -385,7 +392,7 @@ def test_nnx_batch_norm_over_an_axis():
         for axis in (None, "batch")
     ]
     for model in models:
-        interop.refresh_nnx_batch_stats(model, batches)
+        ema_optax.nnx.refresh_batch_stats(model, batches)
     for name in ("mean", "var"):
         plain, over = (np.asarray(getattr(m, name)[...]) for m in models)
         np.testing.assert_allclose(over, plain, rtol=1e-6)
@@ -408,9 +415,9 @@ def test_nnx_spectral_norm_is_told_what_nnx_has():
     model = Model(nnx.Rngs(0))
     batches = [jnp.arange(4.0).reshape(2, 2), jnp.ones((2, 2))]
     with pytest.raises(ValueError, match=r"in NNX call it with update_stats=False"):
-        interop.refresh_nnx_batch_stats(model, batches)
+        ema_optax.nnx.refresh_batch_stats(model, batches)
     before = np.asarray(model.norm.mean[...])
-    interop.refresh_nnx_batch_stats(
+    ema_optax.nnx.refresh_batch_stats(
         model, batches, call=lambda m, x: m(x, update_stats=False)
     )
     assert (np.asarray(model.norm.mean[...]) != before).any()

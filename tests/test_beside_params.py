@@ -15,7 +15,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import ema_optax
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 from ema_optax._checkpoint import manifest
 from ema_optax._checkpoint.sealed import write_sealed
 from ema_optax._trees import locating, trees
@@ -78,7 +78,7 @@ def test_the_average_lies_where_the_params_are(tmp_path, whole, average):
     zeros = jax.tree.map(jnp.zeros_like, (saved, state))
     assert_same(checkpoint.resume(tmp_path, *zeros), (saved, state))
     close(checkpoint.restore(tmp_path, tree, like=params), shadow)  # the model's alone
-    done = interop.export_safetensors(tmp_path, tmp_path / "m.safetensors", tree=tree)
+    done = ema_optax.safetensors.export(tmp_path, tmp_path / "m.safetensors", tree=tree)
     assert len(done.names) == len(jax.tree.leaves(saved))
     source = checkpoint.stored(tmp_path, tree)
     for path, leaf in by_path(expected).items():

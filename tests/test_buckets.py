@@ -21,7 +21,7 @@ from orbax.checkpoint import v1
 
 import ema_optax
 from ema_optax import _cli as cli
-from ema_optax import checkpoint, interop, reconstruction
+from ema_optax import checkpoint, reconstruction
 from ema_optax._checkpoint import storage
 from tests import bucket as buckets
 
@@ -140,10 +140,10 @@ def test_export_reads_a_bucket(runs, bucket, tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for at, out in zip(runs, files, strict=True):
-        interop.export_safetensors(at, out, tree="shadow/a")
+        ema_optax.safetensors.export(at, out, tree="shadow/a")
     same(*map(numpy.load_file, files))
     with pytest.raises(ValueError, match=r"local file.*gs://bucket/m\.safetens"):
-        interop.export_safetensors(runs[0], f"{bucket.url}/m.safetensors")
+        ema_optax.safetensors.export(runs[0], f"{bucket.url}/m.safetensors")
     assert not pathlib.Path("gs:").exists()
 
 

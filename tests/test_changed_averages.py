@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import ema_optax
-from ema_optax import checkpoint, interop, placement
+from ema_optax import checkpoint, placement
 from tests import older
 from tests.same import assert_same
 
@@ -345,20 +345,20 @@ def test_nnx(tmp_path):
 
     model, optimizer = build("a", "b")
     optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
-    state, opt_state = interop.nnx_split(model, optimizer)
+    state, opt_state = ema_optax.nnx.split(model, optimizer)
     checkpoint.save(tmp_path, state, opt_state)
     new, its_optimizer = build("a", "b", "c")
-    c = interop.nnx_split(new, its_optimizer)[0]["c"]
+    c = ema_optax.nnx.split(new, its_optimizer)[0]["c"]
     found = checkpoint.resume(
-        tmp_path, *interop.nnx_split(new, its_optimizer), missing="start"
+        tmp_path, *ema_optax.nnx.split(new, its_optimizer), missing="start"
     )
-    interop.nnx_update(new, its_optimizer, *found)
-    resumed, resumed_state = interop.nnx_split(new, its_optimizer)
+    ema_optax.nnx.update(new, its_optimizer, *found)
+    resumed, resumed_state = ema_optax.nnx.split(new, its_optimizer)
     assert_same(resumed["a"], state["a"])
     assert int(resumed_state["step"]) == 1
     ema = its_optimizer.opt_state[1]
     assert int(ema.count[...]) == 1
-    shadow = interop.shadow_copy(new, its_optimizer)
+    shadow = ema_optax.nnx.shadow_copy(new, its_optimizer)
     assert_same(nnx.as_pure(nnx.state(shadow, nnx.Param))["c"], c)
     assert all("/c/" in name or ": c/" in name for name in found.changes.started)
 

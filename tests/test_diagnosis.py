@@ -713,7 +713,7 @@ def test_each_shadow_or_one():
     assert "problem of shadow 'slow'" in str(found)
     assert not diagnose(state, params, name="fast").findings
     assert keys(diagnose(state, params, name="slow")) == ["initial_weight"]
-    with pytest.raises(ValueError, match=r"'none' is none of them"):
+    with pytest.raises(ValueError, match="no tree 'none'"):
         diagnose(state, params, name="none")
 
 

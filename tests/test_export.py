@@ -21,7 +21,7 @@ import safetensors.numpy
 
 import ema_optax
 from ema_optax import _cli as cli
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 from ema_optax._interop.flat_names import flat_names
 from tests.older import enable_x64
 
@@ -95,7 +95,7 @@ def metadata(path: Path) -> dict[str, str]:
 def test_what_is_in_the_file(saved: Path, tmp_path: Path, tree: str):
     """Names, shapes, dtypes and bits are those that restore gives."""
     out = tmp_path / "model.safetensors"
-    done = interop.export_safetensors(saved, out, tree=tree)
+    done = ema_optax.safetensors.export(saved, out, tree=tree)
     like = jax.tree.map(np.asarray, PARAMS)
     expected = flat(checkpoint.restore(saved, tree, like=like))
     found = safetensors.numpy.load_file(out)
@@ -118,7 +118,7 @@ def test_what_is_in_the_file(saved: Path, tmp_path: Path, tree: str):
 def test_flax_loads_bfloat16(saved: Path, tmp_path: Path):
     """`dtype` rounds to nearest even what is floating, and nothing else."""
     out = tmp_path / "model.safetensors"
-    interop.export_safetensors(saved, out, tree="params", dtype=jnp.bfloat16)
+    ema_optax.safetensors.export(saved, out, tree="params", dtype=jnp.bfloat16)
     with enable_x64(True):
         found = safetensors.flax.load_file(out)
     for name, raw in flat(jax.tree.map(np.asarray, PARAMS)).items():
@@ -130,7 +130,7 @@ def test_flax_loads_bfloat16(saved: Path, tmp_path: Path):
 def test_metadata(saved: Path, tmp_path: Path):
     """All of it text; the decay goes back into Python."""
     out = tmp_path / "model.safetensors"
-    done = interop.export_safetensors(saved, out)
+    done = ema_optax.safetensors.export(saved, out)
     found = metadata(out)
     assert found == done.metadata
     assert ema_optax.Decay.from_json(found.pop("decay")) == ema_optax.warmup(0.9)
@@ -142,7 +142,7 @@ def test_metadata(saved: Path, tmp_path: Path):
         "every": "1",
         "count": "1",
     }
-    interop.export_safetensors(saved, out, tree="params", overwrite=True)
+    ema_optax.safetensors.export(saved, out, tree="params", overwrite=True)
     assert set(metadata(out)) == {"format", "ema_optax", "tree", "step"}
 
 
@@ -151,7 +151,7 @@ def test_an_unknown_decay_and_the_only_named_shadow(tmp_path: Path):
     params = {"w": jnp.ones(2)}
     state = ema_optax.ema_params({"own": lambda step: 0.5}).init(params)
     checkpoint.save(tmp_path / "run", params, state, step=2)
-    done = interop.export_safetensors(tmp_path / "run", tmp_path / "m.safetensors")
+    done = ema_optax.safetensors.export(tmp_path / "run", tmp_path / "m.safetensors")
     assert done.tree == done.metadata["tree"] == "shadow/own"
     assert json.loads(done.metadata["decay"]) is None
 
@@ -166,7 +166,7 @@ def test_shadows_of_bema_and_of_a_single_average(tmp_path: Path):
     checkpoint.save_average(tmp_path / "average", params, step=9)
     for folder in ("bema", "average"):
         out = tmp_path / f"{folder}.safetensors"
-        interop.export_safetensors(tmp_path / folder, out)
+        ema_optax.safetensors.export(tmp_path / folder, out)
         restored = checkpoint.restore(tmp_path / folder, "shadow")
         assert bits(safetensors.numpy.load_file(out)["w"]) == bits(restored["w"])
 
@@ -217,12 +217,12 @@ def test_what_safetensors_cannot_hold(saved: Path, tmp_path: Path):
     """PRNG keys and complex128 are named, all in one call that works."""
     out = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match="cannot hold") as caught:
-        interop.export_safetensors(saved, out, tree="shadow/a", step=3)
+        ema_optax.safetensors.export(saved, out, tree="shadow/a", step=3)
     text = str(caught.value)
     assert "'c' is complex128 (and 1 more such leaves)" in text
     assert 'rename={"c": None, "key": None}' in text
     assert not any(tmp_path.iterdir())
-    interop.export_safetensors(
+    ema_optax.safetensors.export(
         saved, out, tree="shadow/a", step=3, rename={"c": None, "key": None}
     )
     assert set(safetensors.numpy.load_file(out)) == {"w"}
@@ -235,15 +235,15 @@ def test_a_value_beyond_float16(tmp_path: Path):
     checkpoint.save(tmp_path / "run", params, state)
     out = tmp_path / "model.safetensors"
     with pytest.raises(OverflowError, match="'w' does not fit float16"):
-        interop.export_safetensors(tmp_path / "run", out, dtype="float16")
+        ema_optax.safetensors.export(tmp_path / "run", out, dtype="float16")
     assert not out.exists()
-    interop.export_safetensors(
+    ema_optax.safetensors.export(
         tmp_path / "run", out, dtype="float16", rename={"w": None}
     )
     expected = np.array([np.inf, np.nan, 65504], np.float16)
     assert bits(safetensors.numpy.load_file(out)["a"]) == bits(expected)
     with pytest.raises(ValueError, match="float32, bfloat16, float16, or None"):
-        interop.export_safetensors(tmp_path / "run", tmp_path / "m", dtype="int8")
+        ema_optax.safetensors.export(tmp_path / "run", tmp_path / "m", dtype="int8")
 
 
 def test_a_damaged_leaf(saved: Path, tmp_path: Path):
@@ -259,7 +259,7 @@ def test_a_damaged_leaf(saved: Path, tmp_path: Path):
             file.write_bytes(data)
         out = tmp_path / "model.safetensors"
         with pytest.raises(checkpoint.CorruptCheckpointError, match="Step 7 of") as e:
-            interop.export_safetensors(run, out)
+            ema_optax.safetensors.export(run, out)
         assert "pass step=3" in str(e.value)
         assert not out.exists()
         assert not list(tmp_path.glob(".*"))
@@ -270,16 +270,16 @@ def test_a_file_that_is_there(saved: Path, tmp_path: Path):
     out = tmp_path / "model.safetensors"
     out.write_text("mine")
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        interop.export_safetensors(saved, out)
+        ema_optax.safetensors.export(saved, out)
     assert out.read_text() == "mine"
-    interop.export_safetensors(saved, out, overwrite=True)
+    ema_optax.safetensors.export(saved, out, overwrite=True)
     assert set(safetensors.numpy.load_file(out)) == NAMES
     with pytest.raises(IsADirectoryError, match=r"is a folder.*model\.safetensors"):
-        interop.export_safetensors(saved, tmp_path)
+        ema_optax.safetensors.export(saved, tmp_path)
     with pytest.raises(FileNotFoundError, match="none does not exist"):
-        interop.export_safetensors(saved, tmp_path / "none" / "m.safetensors")
+        ema_optax.safetensors.export(saved, tmp_path / "none" / "m.safetensors")
     with pytest.raises(FileNotFoundError, match="is a file"):
-        interop.export_safetensors(saved, out / "m.safetensors")
+        ema_optax.safetensors.export(saved, out / "m.safetensors")
 
 
 def test_a_write_that_fails(
@@ -295,7 +295,7 @@ def test_a_write_that_fails(
 
     monkeypatch.setattr(safetensors.numpy, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        interop.export_safetensors(saved, out, overwrite=True)
+        ema_optax.safetensors.export(saved, out, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert out.read_text() == "mine"
 
@@ -304,7 +304,7 @@ def test_others_may_read_the_file(saved: Path, tmp_path: Path):
     """Its mode is that of any file; safetensors would keep it from all others."""
     other, out = tmp_path / "other", tmp_path / "model.safetensors"
     other.touch()
-    interop.export_safetensors(saved, out)
+    ema_optax.safetensors.export(saved, out)
     assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
 
 
@@ -402,7 +402,7 @@ def test_a_rename_file_writes_nowhere_else(saved: Path, tmp_path: Path):
     """Names are text inside the file, whatever they look like."""
     (tmp_path / "deep").mkdir()
     out = tmp_path / "deep" / "model.safetensors"
-    interop.export_safetensors(saved, out, rename={"scale": "../../stolen"})
+    ema_optax.safetensors.export(saved, out, rename={"scale": "../../stolen"})
     assert "../../stolen" in safetensors.numpy.load_file(out)
     assert [p.name for p in tmp_path.rglob("*")] == ["deep", "model.safetensors"]
 
@@ -418,7 +418,7 @@ def test_without_safetensors(
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     out = tmp_path / "model.safetensors"
     with pytest.raises(ModuleNotFoundError, match=r"'ema-optax\[safetensors\]'"):
-        interop.export_safetensors(saved, out)
+        ema_optax.safetensors.export(saved, out)
     assert cli.main(["export", str(saved), "--out", str(out)]) == 1
     assert capsys.readouterr().err == (
         "'ema-optax export' needs safetensors, which is not installed. "

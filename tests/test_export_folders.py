@@ -16,7 +16,7 @@ import safetensors.numpy
 
 import ema_optax
 from ema_optax import _cli as cli
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 from ema_optax.interop import Rule, Rules
 
 RNG = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def test_the_rules_backwards_and_forth(run, tmp_path, most):
     """Whatever the shards, the file has each tensor once, and gives the tree again."""
     rules = Rules.of(RULES)
     out = tmp_path / "out"
-    done = interop.export_safetensors(
+    done = ema_optax.safetensors.export(
         run, out, tree="params", rules=RULES, max_shard_size=most
     )
     names = safetensors.numpy.load_file(out) if most is None else loaded(out)
@@ -97,7 +97,7 @@ def test_an_index_of_shards(run, tmp_path):
     """As transformers and diffusers read it; a file is as large as it may be."""
     out = tmp_path / "out"
     name = "diffusion_pytorch_model"
-    done = interop.export_safetensors(
+    done = ema_optax.safetensors.export(
         run, out, rules=RULES, max_shard_size=250, name=name
     )
     index = json.loads((out / f"{name}.safetensors.index.json").read_text())
@@ -121,7 +121,7 @@ def test_an_index_of_shards(run, tmp_path):
 def test_what_fits_one_file_is_one(run, tmp_path):
     """Without an index, by the name that libraries look for."""
     out = tmp_path / "out"
-    done = interop.export_safetensors(run, out, max_shard_size="1MB")
+    done = ema_optax.safetensors.export(run, out, max_shard_size="1MB")
     assert files(out) == ["model.safetensors"]
     assert {t.file for t in done.tensors} == {"model.safetensors"}
     assert metadata(out / "model.safetensors")["format"] == "flax"
@@ -130,7 +130,7 @@ def test_what_fits_one_file_is_one(run, tmp_path):
 def test_raw_and_average_side_by_side(run, tmp_path):
     """A folder each; metadata say which is which, and so do the numbers."""
     out = tmp_path / "out"
-    raw, average = interop.export_safetensors(
+    raw, average = ema_optax.safetensors.export(
         run, out, tree=("params", "shadow"), rules=RULES
     )
     assert files(out) == ["params/model.safetensors", "shadow/model.safetensors"]
@@ -146,7 +146,9 @@ def test_raw_and_average_side_by_side(run, tmp_path):
 def test_a_dtype_and_rules(run, tmp_path):
     """Rounded before it is taken apart; integers stay."""
     out = tmp_path / "out.safetensors"
-    interop.export_safetensors(run, out, tree="params", rules=RULES, dtype=jnp.bfloat16)
+    ema_optax.safetensors.export(
+        run, out, tree="params", rules=RULES, dtype=jnp.bfloat16
+    )
     names = safetensors.numpy.load_file(out)
     expected = np.asarray(PARAMS["h"]["kernel"]).astype(ml_dtypes.bfloat16)
     for at in range(3):
@@ -159,11 +161,13 @@ def test_a_dry_run(run, tmp_path, capsys):
     rules = tmp_path / "rules.json"
     rules.write_text(Rules.of(RULES).to_json())
     out = tmp_path / "out"
-    dry = interop.export_safetensors(
+    dry = ema_optax.safetensors.export(
         run, out, rules=RULES, max_shard_size=250, dry_run=True
     )
     assert files(tmp_path) == ["rules.json"]
-    assert dry == interop.export_safetensors(run, out, rules=RULES, max_shard_size=250)
+    assert dry == ema_optax.safetensors.export(
+        run, out, rules=RULES, max_shard_size=250
+    )
     command = ["export", str(run), "--out", str(tmp_path / "b"), "--dry-run"]
     command += ["--rules", str(rules), "--max-shard-size", "250", "--tree", "params"]
     assert cli.main([*command, "--tree", "shadow"]) == 0
@@ -187,7 +191,7 @@ def test_each_leaf_is_read_once(run, tmp_path, monkeypatch):
         return original(self, path, index)
 
     monkeypatch.setattr(checkpoint.StoredTree, "read", counted)
-    interop.export_safetensors(
+    ema_optax.safetensors.export(
         run, tmp_path / "out", rules=RULES, progress=lambda *at: told.append(at)
     )
     assert sorted(read) == ["h/bias", "h/kernel", "table"]
@@ -231,7 +235,7 @@ def test_each_leaf_is_read_once(run, tmp_path, monkeypatch):
 def test_what_is_refused(run, tmp_path, options, words):
     """Before anything is written."""
     with pytest.raises((TypeError, ValueError), match=words):
-        interop.export_safetensors(run, tmp_path / "out", **options)
+        ema_optax.safetensors.export(run, tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -244,8 +248,8 @@ def test_arrays_of_several_dtypes_are_not_joined(tmp_path):
     options = {"tree": "params", "rules": rules}
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="'q' is float32, 'k' is bfloat16"):
-        interop.export_safetensors(tmp_path / "run", out, **options)
-    interop.export_safetensors(tmp_path / "run", out, dtype="float32", **options)
+        ema_optax.safetensors.export(tmp_path / "run", out, **options)
+    ema_optax.safetensors.export(tmp_path / "run", out, dtype="float32", **options)
     np.testing.assert_array_equal(safetensors.numpy.load_file(out)["qk"], np.ones(5))
 
 
@@ -258,30 +262,30 @@ def test_a_key_is_left_out_by_a_rule(tmp_path):
     checkpoint.save(tmp_path / "run", params, state)
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r'Rule\(None, "key"\)'):
-        interop.export_safetensors(tmp_path / "run", out, rules=[Rule("**", "**")])
+        ema_optax.safetensors.export(tmp_path / "run", out, rules=[Rule("**", "**")])
     rules = [Rule(None, "key"), Rule("**", "**")]
-    interop.export_safetensors(tmp_path / "run", out, rules=rules)
+    ema_optax.safetensors.export(tmp_path / "run", out, rules=rules)
     assert set(safetensors.numpy.load_file(out)) == {"w"}
 
 
 def test_a_folder_that_is_there(run, tmp_path):
     """It stays unless asked, and for sure where it holds what is not an export's."""
     out = tmp_path / "out"
-    interop.export_safetensors(run, out, max_shard_size=250)
+    ema_optax.safetensors.export(run, out, max_shard_size=250)
     before = files(out)
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        interop.export_safetensors(run, out, max_shard_size="1MB")
+        ema_optax.safetensors.export(run, out, max_shard_size="1MB")
     assert files(out) == before
-    interop.export_safetensors(run, out, max_shard_size="1MB", overwrite=True)
+    ema_optax.safetensors.export(run, out, max_shard_size="1MB", overwrite=True)
     assert files(out) == ["model.safetensors"]
     (out / "config.json").write_text("{}")
     with pytest.raises(FileExistsError, match=r"also holds config\.json"):
-        interop.export_safetensors(run, out, max_shard_size=250, overwrite=True)
+        ema_optax.safetensors.export(run, out, max_shard_size=250, overwrite=True)
     assert files(out) == ["config.json", "model.safetensors"]
     with pytest.raises(NotADirectoryError, match="is a file"):
-        interop.export_safetensors(run, out / "config.json", max_shard_size=1)
+        ema_optax.safetensors.export(run, out / "config.json", max_shard_size=1)
     with pytest.raises(IsADirectoryError, match="max_shard_size"):
-        interop.export_safetensors(run, out, overwrite=True)
+        ema_optax.safetensors.export(run, out, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -294,7 +298,7 @@ def test_a_disk_that_is_full(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: tiny)
         with pytest.raises(OSError, match=r"has 0\.001 MB left"):
-            interop.export_safetensors(run, out, max_shard_size=250)
+            ema_optax.safetensors.export(run, out, max_shard_size=250)
     original = safetensors.numpy.save_file
     written = []
 
@@ -306,7 +310,7 @@ def test_a_disk_that_is_full(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.numpy, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        interop.export_safetensors(run, out, max_shard_size=250)
+        ema_optax.safetensors.export(run, out, max_shard_size=250)
     assert written
     assert not list(tmp_path.iterdir())
 
@@ -317,7 +321,7 @@ def test_a_value_that_is_too_large(tmp_path):
     state = ema_optax.ema_params(0.5).init(params)
     checkpoint.save(tmp_path / "run", params, state)
     with pytest.raises(OverflowError, match="'z' does not fit float16"):
-        interop.export_safetensors(
+        ema_optax.safetensors.export(
             tmp_path / "run", tmp_path / "out", dtype="float16", max_shard_size=100
         )
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
@@ -342,7 +346,7 @@ def test_a_killed_export(run, tmp_path):
     assert done.returncode == -9
     assert not out.exists()
     assert not list(tmp_path.rglob("*.index.json"))
-    interop.export_safetensors(run, out, max_shard_size=250)
+    ema_optax.safetensors.export(run, out, max_shard_size=250)
     assert len(loaded(out)) == 5
 
 

@@ -20,7 +20,7 @@ import pytest
 
 import ema_optax
 from ema_optax import _cli as cli
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 from tests import bucket as buckets
 
 tf = pytest.importorskip(
@@ -116,7 +116,7 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 def test_params_and_shadow(run: Run, tmp_path: Path):
     """Each bit and each dtype, of raw and averaged variables, partitioned or not."""
-    done = interop.import_tensorflow(run.prefix, tmp_path)
+    done = ema_optax.tensorflow.import_checkpoint(run.prefix, tmp_path)
     params = by_path(checkpoint.restore(tmp_path, "params"))
     shadow = by_path(checkpoint.restore(tmp_path, "shadow"))
     assert set(params) == set(shadow) == {*AVERAGED, *RAW}
@@ -139,7 +139,7 @@ def test_params_and_shadow(run: Run, tmp_path: Path):
 
 def test_it_is_what_tensorflow_would_restore(run: Run, tmp_path: Path):
     """`variables_to_restore` puts the same values in the model's variables."""
-    interop.import_tensorflow(run.prefix, tmp_path)
+    ema_optax.tensorflow.import_checkpoint(run.prefix, tmp_path)
     shadow = by_path(checkpoint.restore(tmp_path, "shadow"))
     reader = tf.train.load_checkpoint(run.prefix)
     names = {target: stored for stored, target in run.restored.items()}
@@ -151,7 +151,7 @@ def test_it_is_what_tensorflow_would_restore(run: Run, tmp_path: Path):
 def test_it_is_a_checkpoint_of_ours(run: Run, tmp_path: Path):
     """Described, restored into a slot, exported, and not resumed without optimizer."""
     decay = ema_optax.warmup(0.9)
-    interop.import_tensorflow(run.prefix, tmp_path, decay=decay)
+    ema_optax.tensorflow.import_checkpoint(run.prefix, tmp_path, decay=decay)
     found = checkpoint.describe(tmp_path)
     assert found.step == STEPS
     assert found.extra == {"imported_from": f"TensorFlow checkpoint model.ckpt-{STEPS}"}
@@ -164,7 +164,7 @@ def test_it_is_a_checkpoint_of_ours(run: Run, tmp_path: Path):
     assert bits(kernel["kernel"]) == bits(average.astype(ml_dtypes.bfloat16))
     with pytest.raises(ValueError, match="no optimizer state"):
         checkpoint.resume(tmp_path, like, ema_optax.ema_params(0.9).init(kernel))
-    interop.import_tensorflow(run.prefix, tmp_path / "unknown")
+    ema_optax.tensorflow.import_checkpoint(run.prefix, tmp_path / "unknown")
     assert checkpoint.describe(tmp_path / "unknown").trees["shadow"].decay is None
 
 
@@ -172,15 +172,17 @@ def test_ways_to_name_a_checkpoint(run: Run, tmp_path: Path):
     """The folder means the latest; a prefix any; a file its checkpoint."""
     for number, source in enumerate((run.folder, f"{run.prefix}.index")):
         out = tmp_path / str(number)
-        done = interop.import_tensorflow(source, out)
+        done = ema_optax.tensorflow.import_checkpoint(source, out)
         assert (done.source, done.step) == (run.prefix, STEPS)
-    done = interop.import_tensorflow(run.folder / "model.ckpt-3", tmp_path / "0")
+    done = ema_optax.tensorflow.import_checkpoint(
+        run.folder / "model.ckpt-3", tmp_path / "0"
+    )
     assert done.step == 3
     assert checkpoint.describe(tmp_path / "0").step == STEPS  # beside it
-    done = interop.import_tensorflow(run.prefix, tmp_path / "0", step=8)
+    done = ema_optax.tensorflow.import_checkpoint(run.prefix, tmp_path / "0", step=8)
     assert checkpoint.describe(tmp_path / "0").step == done.step == 8
     with pytest.raises(FileExistsError, match="8 exists, and nothing is overwritten"):
-        interop.import_tensorflow(run.prefix, tmp_path / "0", step=8)
+        ema_optax.tensorflow.import_checkpoint(run.prefix, tmp_path / "0", step=8)
 
 
 def test_a_folder_that_was_moved(run: Run, tmp_path: Path):
@@ -191,7 +193,9 @@ def test_a_folder_that_was_moved(run: Run, tmp_path: Path):
     gone = tmp_path / "gone" / f"model.ckpt-{STEPS}"
     for step, old in enumerate((gone, run.prefix)):
         listed.write_text(f'model_checkpoint_path: "{old}"\n')
-        done = interop.import_tensorflow(moved, tmp_path / "out", step=step)
+        done = ema_optax.tensorflow.import_checkpoint(
+            moved, tmp_path / "out", step=step
+        )
         assert done.source == str(moved / f"model.ckpt-{STEPS}")
 
 
@@ -201,18 +205,18 @@ def test_a_folder_without_its_list(run: Run, tmp_path: Path):
     moved.mkdir()
     for file in run.folder.glob(f"model.ckpt-{STEPS}.*"):
         shutil.copy(file, moved)
-    assert interop.import_tensorflow(moved, tmp_path / "out").step == STEPS
+    assert ema_optax.tensorflow.import_checkpoint(moved, tmp_path / "out").step == STEPS
     for file in run.folder.glob("model.ckpt-3.*"):
         shutil.copy(file, moved)
     with pytest.raises(FileNotFoundError, match=r"model\.ckpt-3, .*: pass one of them"):
-        interop.import_tensorflow(moved, tmp_path / "out")
+        ema_optax.tensorflow.import_checkpoint(moved, tmp_path / "out")
     for missing, says in (
         (tmp_path / "nowhere", "nowhere.index does not exist. Pass a prefix"),
         (moved / "model.ckpt-4", "There are .*model.ckpt-3"),
         (tmp_path, "no file in it ends in .index"),
     ):
         with pytest.raises(FileNotFoundError, match=says):
-            interop.import_tensorflow(missing, tmp_path / "out")
+            ema_optax.tensorflow.import_checkpoint(missing, tmp_path / "out")
 
 
 def test_a_damaged_checkpoint(run: Run, tmp_path: Path):
@@ -225,10 +229,10 @@ def test_a_damaged_checkpoint(run: Run, tmp_path: Path):
     data.write_bytes(content)
     prefix = copied / f"model.ckpt-{STEPS}"
     with pytest.raises(ValueError, match=r"TensorFlow cannot read .* damaged"):
-        interop.import_tensorflow(prefix, tmp_path / "out")
+        ema_optax.tensorflow.import_checkpoint(prefix, tmp_path / "out")
     data.unlink()
     with pytest.raises(ValueError, match="TensorFlow cannot read"):
-        interop.import_tensorflow(prefix, tmp_path / "out")
+        ema_optax.tensorflow.import_checkpoint(prefix, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -243,8 +247,11 @@ def test_without_a_step(tmp_path: Path):
             session.run(apply)
             prefix = saver.save(session, str(tmp_path / "model.ckpt"), global_step=40)
     with pytest.raises(ValueError, match=r"no global_step. Pass step=40"):
-        interop.import_tensorflow(prefix, tmp_path / "out")
-    assert interop.import_tensorflow(prefix, tmp_path / "out", step=40).step == 40
+        ema_optax.tensorflow.import_checkpoint(prefix, tmp_path / "out")
+    assert (
+        ema_optax.tensorflow.import_checkpoint(prefix, tmp_path / "out", step=40).step
+        == 40
+    )
 
 
 def test_averages_made_in_a_scope_and_a_name_that_is_a_scope(tmp_path: Path):
@@ -263,7 +270,7 @@ def test_averages_made_in_a_scope_and_a_name_that_is_a_scope(tmp_path: Path):
             session.run(grow)
             session.run(apply)
             prefix = saver.save(session, str(tmp_path / "model.ckpt"))
-    done = interop.import_tensorflow(prefix, tmp_path / "out", step=2)
+    done = ema_optax.tensorflow.import_checkpoint(prefix, tmp_path / "out", step=2)
     assert done.scopes == ("train",)
     assert done.moved == {"a": "a/value"}
     assert set(done.averaged) == {"a/value", "a/b"}
@@ -302,7 +309,7 @@ def test_a_checkpoint_of_objects(tmp_path: Path):
     """Averages find their variables by the names in the graph of objects."""
     model = Model()
     prefix, averages = save_objects(tmp_path, model)
-    done = interop.import_tensorflow(prefix, tmp_path / "out")
+    done = ema_optax.tensorflow.import_checkpoint(prefix, tmp_path / "out")
     assert (done.step, done.averaged, done.raw) == (30, ("bias", "kernel"), ("c",))
     assert done.left_out == {"save_counter": "TensorFlow's count of saves"}
     shadow = checkpoint.restore(tmp_path / "out", "shadow")
@@ -317,7 +324,7 @@ def test_objects_of_one_name(tmp_path: Path):
     """Two variables of one name are an error that says where both are."""
     prefix, _ = save_objects(tmp_path, Model("w", "w"), count=1)
     with pytest.raises(ValueError, match="two variables called 'w'") as caught:
-        interop.import_tensorflow(prefix, tmp_path / "out")
+        ema_optax.tensorflow.import_checkpoint(prefix, tmp_path / "out")
     assert "model/kernel" in str(caught.value)
     assert "model/layers/0" in str(caught.value)
 
@@ -336,7 +343,7 @@ def test_a_keras_optimizer_is_left_out(tmp_path: Path):
     ]
     objects = tf.train.Checkpoint(layer=layer, optimizer=optimizer, averages=averages)
     prefix = objects.save(tmp_path / "ckpt")
-    done = interop.import_tensorflow(prefix, tmp_path / "out", step=1)
+    done = ema_optax.tensorflow.import_checkpoint(prefix, tmp_path / "out", step=1)
     assert sorted(done.averaged) == sorted(names)
     assert done.raw == ()
     assert set(done.left_out.values()) == {
@@ -394,7 +401,7 @@ def test_a_dry_run(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_the_variables_read_are_reported(run: Run, tmp_path: Path):
     """Params and shadows are counted as they are read."""
     seen: list[tuple[int, int]] = []
-    done = interop.import_tensorflow(
+    done = ema_optax.tensorflow.import_checkpoint(
         run.prefix, tmp_path, progress=lambda *of: seen.append(of)
     )
     total = 2 * len(done.averaged) + len(done.raw)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import ema_optax
 from ema_optax import _cli as cli
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 from ema_optax.interop import Rule
 
 RNG = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def sharded(folder, tensors, edit=None):
 
 def test_raw_and_average(raw, average, tmp_path):
     """Each bit and dtype of both, and where step, count and decay come from."""
-    done = interop.import_torch(
+    done = ema_optax.torch.import_checkpoint(
         raw,
         tmp_path / "out",
         shadow_from=average,
@@ -115,19 +115,21 @@ def test_raw_and_average(raw, average, tmp_path):
 
 def test_raw_alone(raw, tmp_path):
     """The average starts as a copy with count 0, and both are said."""
-    done = interop.import_torch(raw, tmp_path / "out", step=7)
+    done = ema_optax.torch.import_checkpoint(raw, tmp_path / "out", step=7)
     assert stored(tmp_path / "out", "params") == expected(RAW)
     assert stored(tmp_path / "out", "shadow") == expected(RAW)
     assert checkpoint.describe(tmp_path / "out").trees["shadow"].count == 0
     assert (done.step, done.count, done.shadow) == (7, 0, None)
     assert done.told_by["count"] == "the average starts here"
     with pytest.raises(ValueError, match="count=3 is of an average, and model"):
-        interop.import_torch(raw, tmp_path / "other", count=3)
+        ema_optax.torch.import_checkpoint(raw, tmp_path / "other", count=3)
 
 
 def test_average_alone(average, tmp_path):
     """It is the params too, with its own count."""
-    done = interop.import_torch(average, tmp_path / "out", shadow="**", count=9)
+    done = ema_optax.torch.import_checkpoint(
+        average, tmp_path / "out", shadow="**", count=9
+    )
     assert stored(tmp_path / "out", "shadow") == expected(AVERAGE)
     assert stored(tmp_path / "out", "params") == expected(AVERAGE)
     assert checkpoint.describe(tmp_path / "out").trees["shadow"].count == 9
@@ -137,20 +139,24 @@ def test_average_alone(average, tmp_path):
 def test_count_is_never_guessed(average, raw, tmp_path):
     """An average with neither count nor step is refused; decay may be unknown."""
     with pytest.raises(ValueError, match=r"Pass count=300000, or the step"):
-        interop.import_torch(raw, tmp_path / "out", shadow_from=average)
-    done = interop.import_torch(raw, tmp_path / "out", shadow_from=average, step=5)
+        ema_optax.torch.import_checkpoint(raw, tmp_path / "out", shadow_from=average)
+    done = ema_optax.torch.import_checkpoint(
+        raw, tmp_path / "out", shadow_from=average, step=5
+    )
     assert (done.count, done.told_by["count"]) == (5, "the step")
     assert (done.decay, done.told_by["decay"]) == (None, "not recorded")
     for name in ("step", "count"):
         numbers = {"step": 1, "count": 1} | {name: 2**31}
         with pytest.raises(ValueError, match=f"{name} is less than 2,147,483,648"):
-            interop.import_torch(raw, tmp_path / "far", shadow_from=average, **numbers)
+            ema_optax.torch.import_checkpoint(
+                raw, tmp_path / "far", shadow_from=average, **numbers
+            )
     assert not (tmp_path / "far").exists()
 
 
 def test_rules(raw, average, tmp_path):
     """Layers are stacked and turned, in both trees alike."""
-    done = interop.import_torch(
+    done = ema_optax.torch.import_checkpoint(
         raw, tmp_path / "out", shadow_from=average, step=5, rules=RULES
     )
     for tree, tensors in (("params", RAW), ("shadow", AVERAGE)):
@@ -167,14 +173,16 @@ def test_rules(raw, average, tmp_path):
 def test_a_rule_leaves_out(raw, tmp_path):
     """What a rule leaves out is listed, and not read."""
     rules = [Rule("flags", None), Rule("**", "**")]
-    done = interop.import_torch(raw, tmp_path / "out", rules=rules)
+    done = ema_optax.torch.import_checkpoint(raw, tmp_path / "out", rules=rules)
     assert done.left_out == {"flags": "left out by a rule"}
     assert "flags" not in stored(tmp_path / "out", "params")
     with pytest.raises(ValueError, match="emb"):  # no rule takes it
-        interop.import_torch(raw, tmp_path / "b", rules=[Rule("h.**", "h/**")])
+        ema_optax.torch.import_checkpoint(
+            raw, tmp_path / "b", rules=[Rule("h.**", "h/**")]
+        )
     rules = [Rule("hh.**", "h/**"), Rule("**", "**")]
     with pytest.raises(ValueError, match=r"'hh\.\*\*', which fits no name"):
-        interop.import_torch(raw, tmp_path / "b", rules=rules)
+        ema_optax.torch.import_checkpoint(raw, tmp_path / "b", rules=rules)
     assert not (tmp_path / "b").exists()
 
 
@@ -182,7 +190,7 @@ def test_shards(tmp_path):
     """An index, or the folder that has it, is one model."""
     index = sharded(tmp_path / "model", RAW)
     for at, source in enumerate((index, index.parent)):
-        interop.import_torch(source, tmp_path / "out", step=at)
+        ema_optax.torch.import_checkpoint(source, tmp_path / "out", step=at)
         assert stored(tmp_path / "out" / str(at), "params") == expected(RAW)
 
 
@@ -215,7 +223,7 @@ def test_wrong_indices(tmp_path, edit, told):
     """Missing shards, other folders, and tensors that are elsewhere."""
     index = sharded(tmp_path / "model", RAW, edit)
     with pytest.raises((ValueError, FileNotFoundError), match=told) as caught:
-        interop.import_torch(index, tmp_path / "out")
+        ema_optax.torch.import_checkpoint(index, tmp_path / "out")
     assert len(str(caught.value)) < 700
     assert not (tmp_path / "out").exists()
 
@@ -226,11 +234,11 @@ def test_a_tensor_in_two_shards(tmp_path):
     shard = tmp_path / "model" / "model-00002-of-00002.safetensors"
     save_file(load_file(shard) | {"h.0.q.weight": RAW["h.0.q.weight"]}, shard)
     with pytest.raises(ValueError, match=r"'h.0.q.weight' is in both"):
-        interop.import_torch(index, tmp_path / "out")
+        ema_optax.torch.import_checkpoint(index, tmp_path / "out")
     text = index.read_text().replace('"flags":', '"flags": "x", "flags":')
     index.write_text(text)
     with pytest.raises(ValueError, match="it has 'flags' twice"):
-        interop.import_torch(index, tmp_path / "out")
+        ema_optax.torch.import_checkpoint(index, tmp_path / "out")
 
 
 def hostile(header, data=b""):
@@ -267,7 +275,7 @@ def test_hostile_files(tmp_path, content, told):
     file = tmp_path / "bad.safetensors"
     file.write_bytes(content)
     with pytest.raises((ValueError, OSError), match=told) as caught:
-        interop.import_torch(file, tmp_path / "out")
+        ema_optax.torch.import_checkpoint(file, tmp_path / "out")
     assert len(str(caught.value)) < 700
     assert not list(tmp_path.glob("out/*"))
 
@@ -280,7 +288,9 @@ def test_not_finite(raw, average, tmp_path, bad, name):
     array[1, 1] = bad
     save_file(AVERAGE | {name: array}, average)
     with pytest.raises(ValueError, match=rf"'{name}' in .*ema.*1 of \d+ elements"):
-        interop.import_torch(raw, tmp_path / "out", shadow_from=average, step=1)
+        ema_optax.torch.import_checkpoint(
+            raw, tmp_path / "out", shadow_from=average, step=1
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -297,14 +307,18 @@ def test_other_names_and_shapes(raw, average, tmp_path, change, told):
     both = {k: v for k, v in (AVERAGE | change).items() if v is not None}
     save_file(both, average)
     with pytest.raises(ValueError, match=told):
-        interop.import_torch(raw, tmp_path / "out", shadow_from=average, step=1)
+        ema_optax.torch.import_checkpoint(
+            raw, tmp_path / "out", shadow_from=average, step=1
+        )
 
 
 def test_integers_that_differ(raw, average, tmp_path):
     """A counter of the average is its own, where it is another than the params'."""
     count = {"bn.num_batches_tracked": np.array(3)}
     save_file(AVERAGE | count, average)
-    interop.import_torch(raw, tmp_path / "out", shadow_from=average, step=1)
+    ema_optax.torch.import_checkpoint(
+        raw, tmp_path / "out", shadow_from=average, step=1
+    )
     assert stored(tmp_path / "out", "shadow") == expected(AVERAGE | count)
     assert stored(tmp_path / "out", "params") == expected(RAW)
 
@@ -313,11 +327,13 @@ def test_names_that_wrappers_give(raw, average, tmp_path):
     """`module.` and `_orig_mod.` go where all names have them, and that is said."""
     wrapped = {f"module._orig_mod.{name}": x for name, x in RAW.items()}
     save_file(wrapped, raw)
-    done = interop.import_torch(raw, tmp_path / "out", shadow_from=average, step=1)
+    done = ema_optax.torch.import_checkpoint(
+        raw, tmp_path / "out", shadow_from=average, step=1
+    )
     assert stored(tmp_path / "out", "params") == expected(RAW)
     assert done.unwrapped == {"model.safetensors": "module._orig_mod."}
     save_file(wrapped | {"top": np.ones(1)}, raw)
-    done = interop.import_torch(raw, tmp_path / "some")
+    done = ema_optax.torch.import_checkpoint(raw, tmp_path / "some")
     assert not done.unwrapped
     assert "module/_orig_mod/flags" in done.leaves
 
@@ -327,7 +343,7 @@ def test_averaged_model(tmp_path):
     file = tmp_path / "swa.safetensors"
     state = {f"module.{name}": x for name, x in AVERAGE.items()}
     save_file(state | {"n_averaged": np.array(12)}, file)
-    done = interop.import_torch(file, tmp_path / "out")
+    done = ema_optax.torch.import_checkpoint(file, tmp_path / "out")
     assert stored(tmp_path / "out", "shadow") == expected(AVERAGE)
     assert (done.layout, done.count, done.step) == ("averaged-model", 12, 12)
     assert done.told_by["count"] == "n_averaged"
@@ -345,7 +361,7 @@ def test_averages_without_dots(tmp_path):
     }
     file = tmp_path / "sd.safetensors"
     save_file(model | ema | state, file)
-    done = interop.import_torch(file, tmp_path / "out")
+    done = ema_optax.torch.import_checkpoint(file, tmp_path / "out")
     shadow = by_path(checkpoint.restore(tmp_path / "out", "shadow"))
     assert shadow["model/a/b/0/weight"].tolist() == [3.0, 4.0]
     assert bits(shadow["first_stage/w"]) == bits(model["first_stage.w"])
@@ -354,31 +370,36 @@ def test_averages_without_dots(tmp_path):
     assert done.raw == ("first_stage/w",)
     save_file(model | ema | state | {"model_ema.other": np.ones(2)}, file)
     with pytest.raises(ValueError, match=r"'model_ema.other' .* no tensor that is"):
-        interop.import_torch(file, tmp_path / "other")
+        ema_optax.torch.import_checkpoint(file, tmp_path / "other")
 
 
 def test_folders(tmp_path):
     """One model in a folder; several, none, and DCP's are refused with what to do."""
     save_file(RAW, tmp_path / "model.safetensors")
     (tmp_path / "optimizer.bin").write_bytes(b"")  # no weights
-    assert interop.import_torch(tmp_path, tmp_path / "out").layout == "weights"
+    assert (
+        ema_optax.torch.import_checkpoint(tmp_path, tmp_path / "out").layout
+        == "weights"
+    )
     save_file(RAW, tmp_path / "model.fp16.safetensors")
     with pytest.raises(ValueError, match=r"has several files of weights: model.fp16"):
-        interop.import_torch(tmp_path, tmp_path / "b")
+        ema_optax.torch.import_checkpoint(tmp_path, tmp_path / "b")
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(FileNotFoundError, match="There are no weights in"):
-        interop.import_torch(empty, tmp_path / "b")
+        ema_optax.torch.import_checkpoint(empty, tmp_path / "b")
     (empty / ".metadata").write_bytes(b"pickle")
     with pytest.raises(ValueError, match="format_utils dcp_to_torch"):
-        interop.import_torch(empty, tmp_path / "b")
+        ema_optax.torch.import_checkpoint(empty, tmp_path / "b")
     with pytest.raises(FileNotFoundError, match=r"The nearest are 'model.safet"):
-        interop.import_torch(tmp_path / "modle.safetensors", tmp_path / "b")
+        ema_optax.torch.import_checkpoint(
+            tmp_path / "modle.safetensors", tmp_path / "b"
+        )
     (tmp_path / "weights.h5").write_bytes(b"")
     with pytest.raises(ValueError, match=r"those end in .safetensors"):
-        interop.import_torch(tmp_path / "weights.h5", tmp_path / "b")
+        ema_optax.torch.import_checkpoint(tmp_path / "weights.h5", tmp_path / "b")
     with pytest.raises(ValueError, match=r"of this machine, got gs://bucket/m.pt"):
-        interop.import_torch("gs://bucket/m.pt", tmp_path / "b")
+        ema_optax.torch.import_checkpoint("gs://bucket/m.pt", tmp_path / "b")
 
 
 SETTINGS = {
@@ -427,7 +448,7 @@ def reference(t, decay, min_decay, after, warm, gamma, power):
 def test_diffusers_settings(tmp_path, changed):
     """Their decay is ours at every update, and their step the count."""
     settings = SETTINGS | changed
-    done = interop.import_torch(
+    done = ema_optax.torch.import_checkpoint(
         diffusers_run(tmp_path / "checkpoint-300", settings), tmp_path / "out"
     )
     assert stored(tmp_path / "out", "params") == expected(RAW)
@@ -453,7 +474,7 @@ def test_diffusers_settings(tmp_path, changed):
 def test_decays_without_an_equal(tmp_path, changed, told):
     """They are not recorded, with the reason, and nothing is guessed."""
     run = diffusers_run(tmp_path / "run", SETTINGS | changed)
-    done = interop.import_torch(run, tmp_path / "out")
+    done = ema_optax.torch.import_checkpoint(run, tmp_path / "out")
     assert done.decay is None
     assert told in done.told_by["decay"]
 
@@ -462,28 +483,30 @@ def test_several_models_in_a_folder(tmp_path):
     """Which one is for the caller to say."""
     run = diffusers_run(diffusers_run(tmp_path / "run"), name="text_encoder")
     with pytest.raises(ValueError, match=r"several models .*shadow_from="):
-        interop.import_torch(run, tmp_path / "out")
-    done = interop.import_torch(
+        ema_optax.torch.import_checkpoint(run, tmp_path / "out")
+    done = ema_optax.torch.import_checkpoint(
         run / "unet", tmp_path / "out", shadow_from=run / "unet_ema"
     )
     assert (done.layout, done.count) == ("weights and diffusers", 300)
-    alone = interop.import_torch(run / "unet_ema", tmp_path / "alone")
+    alone = ema_optax.torch.import_checkpoint(run / "unet_ema", tmp_path / "alone")
     assert (alone.layout, alone.params, alone.count) == ("diffusers", None, 300)
 
 
 def test_layouts_by_name(raw, tmp_path):
     """A layout that does not fit, or does not exist, is refused with what is there."""
     with pytest.raises(ValueError, match=r"no layout 'tim'. The nearest are 'timm'"):
-        interop.import_torch(raw, tmp_path / "out", layout="tim")
+        ema_optax.torch.import_checkpoint(raw, tmp_path / "out", layout="tim")
     with pytest.raises(ValueError, match=r"not of the layout timm.*10 tensors at the"):
-        interop.import_torch(raw, tmp_path / "out", layout="timm")
+        ema_optax.torch.import_checkpoint(raw, tmp_path / "out", layout="timm")
     with pytest.raises(ValueError, match="Pass one or the other"):
-        interop.import_torch(raw, tmp_path / "out", layout="weights", params="**")
+        ema_optax.torch.import_checkpoint(
+            raw, tmp_path / "out", layout="weights", params="**"
+        )
     with pytest.raises(ValueError, match="a key, or names with one"):
-        interop.import_torch(raw, tmp_path / "out", params="h.*.q")
+        ema_optax.torch.import_checkpoint(raw, tmp_path / "out", params="h.*.q")
     with pytest.raises(ValueError, match="params='g' fits no tensor"):
-        interop.import_torch(raw, tmp_path / "out", params="g")
-    done = interop.import_torch(raw, tmp_path / "out", params="h")
+        ema_optax.torch.import_checkpoint(raw, tmp_path / "out", params="g")
+    done = ema_optax.torch.import_checkpoint(raw, tmp_path / "out", params="h")
     assert "0/q/weight" in done.leaves
     assert done.left_out["flags"] == "1 tensor"
 
@@ -493,19 +516,19 @@ def test_a_leaf_inside_another(tmp_path):
     file = tmp_path / "m.safetensors"
     save_file({"a": np.ones(2), "a.b": np.ones(2)}, file)
     with pytest.raises(ValueError, match=r"'a' would be the leaf 'a', and 'a.b' lies"):
-        interop.import_torch(file, tmp_path / "out")
+        ema_optax.torch.import_checkpoint(file, tmp_path / "out")
     rules = [Rule("a", "a/value"), Rule("**", "**")]
-    done = interop.import_torch(file, tmp_path / "out", rules=rules)
+    done = ema_optax.torch.import_checkpoint(file, tmp_path / "out", rules=rules)
     assert set(done.leaves) == {"a/value", "a/b"}
 
 
 def test_nothing_is_overwritten(raw, tmp_path):
     """The step is refused before anything is read."""
-    interop.import_torch(raw, tmp_path / "out", step=3)
+    ema_optax.torch.import_checkpoint(raw, tmp_path / "out", step=3)
     before = stored(tmp_path / "out", "params")
     seen = []
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        interop.import_torch(
+        ema_optax.torch.import_checkpoint(
             raw, tmp_path / "out", step=3, progress=lambda *x: seen.append(x)
         )
     assert not seen
@@ -515,7 +538,7 @@ def test_nothing_is_overwritten(raw, tmp_path):
 def test_progress(raw, average, tmp_path):
     """Leaves of both trees are counted."""
     seen = []
-    interop.import_torch(
+    ema_optax.torch.import_checkpoint(
         raw,
         tmp_path / "out",
         shadow_from=average,
@@ -571,7 +594,7 @@ def test_without_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     (tmp_path / "m.pt").write_bytes(b"PK")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'ema-optax\[torch\]'"):
-        interop.import_torch(tmp_path / "m.pt", tmp_path / "out")
+        ema_optax.torch.import_checkpoint(tmp_path / "m.pt", tmp_path / "out")
 
 
 def test_averages_are_not_taken_for_raw_weights(tmp_path):
@@ -581,12 +604,12 @@ def test_averages_are_not_taken_for_raw_weights(tmp_path):
     with pytest.raises(
         ValueError, match=r'has \'ema.w\'.*params="model", shadow="ema"'
     ):
-        interop.import_torch(file, tmp_path / "out")
-    interop.import_torch(
+        ema_optax.torch.import_checkpoint(file, tmp_path / "out")
+    ema_optax.torch.import_checkpoint(
         file, tmp_path / "out", params="model", shadow="ema", count=1, step=1
     )
     assert stored(tmp_path / "out", "shadow") == {"w": bits(np.zeros(2))}
-    done = interop.import_torch(file, tmp_path / "all", params="**")
+    done = ema_optax.torch.import_checkpoint(file, tmp_path / "all", params="**")
     assert set(done.leaves) == {"model/w", "ema/w"}
 
 
@@ -605,5 +628,5 @@ def test_files_that_are_not_aligned(tmp_path, padding):
     values = np.array([1.5, -2.25], np.float32)
     data = hostile((header + " " * padding).encode(), values.tobytes())
     (tmp_path / "m.safetensors").write_bytes(data)
-    interop.import_torch(tmp_path / "m.safetensors", tmp_path / "out")
+    ema_optax.torch.import_checkpoint(tmp_path / "m.safetensors", tmp_path / "out")
     assert stored(tmp_path / "out", "params") == {"t": bits(values)}

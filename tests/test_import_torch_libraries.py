@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from ema_optax import checkpoint, interop
+import ema_optax
+from ema_optax import checkpoint
 from ema_optax.interop import Rule
 
 torch = pytest.importorskip(
@@ -109,7 +110,7 @@ def test_timm(tmp_path, warm):
         recovery_dir=str(tmp_path),
     )
     saver.save_checkpoint(0, metric=0.5)
-    done = interop.import_torch(
+    done = ema_optax.torch.import_checkpoint(
         tmp_path / "last.pth.tar", tmp_path / "out", count=STEPS
     )
     check(tmp_path / "out", model.state_dict(), averages[0].module.state_dict())
@@ -134,23 +135,23 @@ def test_averaged_model(tmp_path):
     model, _ = trained(update)
     average = averages[0]
     torch.save(average.state_dict(), tmp_path / "swa.pt")
-    done = interop.import_torch(tmp_path / "swa.pt", tmp_path / "alone")
+    done = ema_optax.torch.import_checkpoint(tmp_path / "swa.pt", tmp_path / "alone")
     assert stored(tmp_path / "alone", "shadow") == expected(average.module.state_dict())
     assert (done.layout, done.count) == ("averaged-model", STEPS)
     torch.save(model.state_dict(), tmp_path / "raw.pt")
-    interop.import_torch(
+    ema_optax.torch.import_checkpoint(
         tmp_path / "raw.pt", tmp_path / "out", shadow_from=tmp_path / "swa.pt"
     )
     check(tmp_path / "out", model.state_dict(), average.module.state_dict())
     assert checkpoint.describe(tmp_path / "out").trees["shadow"].count == STEPS
     both = {"model": model.state_dict(), "model_ema": average.state_dict()}
     torch.save({**both, "epoch": 3}, tmp_path / "both.pth")
-    done = interop.import_torch(tmp_path / "both.pth", tmp_path / "both")
+    done = ema_optax.torch.import_checkpoint(tmp_path / "both.pth", tmp_path / "both")
     check(tmp_path / "both", model.state_dict(), average.module.state_dict())
     assert (done.layout, done.count) == ("torchvision", STEPS)
     named = {"model": model.state_dict(), "ema": average.state_dict()}
     torch.save(named, tmp_path / "named.pth")
-    done = interop.import_torch(tmp_path / "named.pth", tmp_path / "named")
+    done = ema_optax.torch.import_checkpoint(tmp_path / "named.pth", tmp_path / "named")
     check(tmp_path / "named", model.state_dict(), average.module.state_dict())
     assert (done.layout, done.count) == ("model-averaged", STEPS)
 
@@ -164,7 +165,7 @@ def test_a_wrapper_that_is_named(tmp_path):
         model.bias += 1
     both = {"net": model.state_dict(), "polyak": average.state_dict()}
     torch.save(both, tmp_path / "both.pt")
-    done = interop.import_torch(
+    done = ema_optax.torch.import_checkpoint(
         tmp_path / "both.pt", tmp_path / "out", params="net", shadow="polyak", step=9
     )
     check(tmp_path / "out", model.state_dict(), average.module.state_dict())
@@ -188,7 +189,7 @@ def test_ema_pytorch(tmp_path, online):
     model, _ = trained(update)
     ema = averages[0]
     torch.save(ema.state_dict(), tmp_path / "ema.pt")
-    done = interop.import_torch(tmp_path / "ema.pt", tmp_path / "out")
+    done = ema_optax.torch.import_checkpoint(tmp_path / "ema.pt", tmp_path / "out")
     assert done.layout == ("ema-pytorch" if online else "ema-pytorch-alone")
     assert done.count == STEPS
     average = ema.ema_model.state_dict()
@@ -198,7 +199,9 @@ def test_ema_pytorch(tmp_path, online):
         assert stored(tmp_path / "out", "shadow") == expected(average)
     both = {"step": STEPS, "model": model.state_dict(), "ema": ema.state_dict()}
     torch.save(both, tmp_path / "model-1.pt")
-    done = interop.import_torch(tmp_path / "model-1.pt", tmp_path / "trainer")
+    done = ema_optax.torch.import_checkpoint(
+        tmp_path / "model-1.pt", tmp_path / "trainer"
+    )
     check(tmp_path / "trainer", model.state_dict(), average)
     assert done.layout == "ema-pytorch-trainer"
 
@@ -242,7 +245,7 @@ def test_lightning(tmp_path):
     images = torch.randn(2 * STEPS, 3, 6, 6)
     module = Module()
     trainer.fit(module, torch.utils.data.DataLoader(images, batch_size=2))
-    done = interop.import_torch(saved / "last.ckpt", tmp_path / "out")
+    done = ema_optax.torch.import_checkpoint(saved / "last.ckpt", tmp_path / "out")
     # After training the module holds the average.
     check(tmp_path / "out", kept.raw, module.state_dict())
     assert (done.layout, done.step, done.count) == ("lightning", STEPS, STEPS)
@@ -284,7 +287,9 @@ def test_diffusers(tmp_path, warm):
         ema.step(model.parameters())
     ema.save_pretrained(tmp_path / "checkpoint-5" / "unet_ema")
     model.save_pretrained(tmp_path / "checkpoint-5" / "unet", max_shard_size="20KB")
-    done = interop.import_torch(tmp_path / "checkpoint-5", tmp_path / "out")
+    done = ema_optax.torch.import_checkpoint(
+        tmp_path / "checkpoint-5", tmp_path / "out"
+    )
     raw = copied(model.state_dict())
     ema.copy_to(model.parameters())
     check(tmp_path / "out", raw, model.state_dict())
@@ -309,7 +314,7 @@ def test_transformers(tmp_path, size):
         Rule("transformer.h.#.**", "transformer/h/**"),
         Rule("**", "**"),
     ]
-    interop.import_torch(tmp_path / "gpt2", tmp_path / "out", rules=rules)
+    ema_optax.torch.import_checkpoint(tmp_path / "gpt2", tmp_path / "out", rules=rules)
     found = stored(tmp_path / "out", "params")
     state = model.state_dict()
     layers = [state[f"transformer.h.{i}.attn.c_attn.weight"] for i in range(3)]
@@ -318,7 +323,7 @@ def test_transformers(tmp_path, size):
     wte = bits(numpy_of(state["transformer.wte.weight"]))
     assert found["transformer/wte/weight"] == wte
     torch.save(state, tmp_path / "pytorch_model.bin")  # tied: two names, one storage
-    interop.import_torch(tmp_path / "pytorch_model.bin", tmp_path / "bin")
+    ema_optax.torch.import_checkpoint(tmp_path / "pytorch_model.bin", tmp_path / "bin")
     found = stored(tmp_path / "bin", "params")
     assert found == expected(state)
     assert found["lm_head/weight"] == found["transformer/wte/weight"]
@@ -339,9 +344,11 @@ def test_distributed(tmp_path):
     }
     dcp.save({**raw, "ema": average}, checkpoint_id=tmp_path / "step-5", no_dist=True)
     with pytest.raises(ValueError, match=r"format_utils dcp_to_torch .*step-5"):
-        interop.import_torch(tmp_path / "step-5", tmp_path / "out")
+        ema_optax.torch.import_checkpoint(tmp_path / "step-5", tmp_path / "out")
     format_utils.dcp_to_torch_save(tmp_path / "step-5", tmp_path / "step-5.pt")
-    done = interop.import_torch(tmp_path / "step-5.pt", tmp_path / "out", step=5)
+    done = ema_optax.torch.import_checkpoint(
+        tmp_path / "step-5.pt", tmp_path / "out", step=5
+    )
     shadow = raw | {n: 0.5 * x for n, x in model.named_parameters()}
     shadow["tied.weight"] = raw["tied.weight"]  # its parameter has one name
     check(tmp_path / "out", raw, shadow)
@@ -354,14 +361,16 @@ def test_keys_of_averages(tmp_path):
     raw = {"w": torch.ones(2), "buffer": torch.ones(3)}
     ema = {"state.w.ema_params.decay_0p999": torch.zeros(2)}
     torch.save({**raw, "ema": ema}, tmp_path / "m.pt")
-    done = interop.import_torch(tmp_path / "m.pt", tmp_path / "out", step=5)
+    done = ema_optax.torch.import_checkpoint(
+        tmp_path / "m.pt", tmp_path / "out", step=5
+    )
     check(tmp_path / "out", raw, raw | {"w": torch.zeros(2)})
     assert (done.layout, done.raw) == ("torchtitan", ("buffer",))
     ema["state.w.ema_params.half_life_0p05"] = torch.full((2,), 3.0)
     torch.save({**raw, "ema": ema}, tmp_path / "m.pt")
     with pytest.raises(ValueError, match=r"several averages.*half_life_0p05"):
-        interop.import_torch(tmp_path / "m.pt", tmp_path / "other", step=5)
-    interop.import_torch(
+        ema_optax.torch.import_checkpoint(tmp_path / "m.pt", tmp_path / "other", step=5)
+    ema_optax.torch.import_checkpoint(
         tmp_path / "m.pt",
         tmp_path / "other",
         params="**",
@@ -390,7 +399,9 @@ def test_kinds_of_files(tmp_path):
             tmp_path / "m.pth",
             _use_new_zipfile_serialization=zipped,
         )
-        done = interop.import_torch(tmp_path / "m.pth", tmp_path / f"out{at}")
+        done = ema_optax.torch.import_checkpoint(
+            tmp_path / "m.pth", tmp_path / f"out{at}"
+        )
         resolved = {n: x.detach().resolve_conj() for n, x in state.items()}
         assert stored(tmp_path / f"out{at}", "params") == expected(resolved)
         assert (done.step, done.layout) == (12, "state_dict")
@@ -405,15 +416,15 @@ def test_files_of_programs_of_ones_own(tmp_path):
     content = {"net": raw, "avg": average, "optim": optimizer.state_dict(), "step": 9}
     torch.save(content, tmp_path / "mine.pt")
     with pytest.raises(ValueError, match=r"'net' \(\d+ tensors\), 'avg'.*params=\"net"):
-        interop.import_torch(tmp_path / "mine.pt", tmp_path / "out")
-    done = interop.import_torch(
+        ema_optax.torch.import_checkpoint(tmp_path / "mine.pt", tmp_path / "out")
+    done = ema_optax.torch.import_checkpoint(
         tmp_path / "mine.pt", tmp_path / "out", params="net", shadow="avg"
     )
     check(tmp_path / "out", raw, average)
     assert (done.step, done.told_by["step"]) == (9, "step")
     assert list(done.left_out) == ["optim"]
     torch.save({"model": raw, "ema": average, "opt": {}}, tmp_path / "dit.pt")
-    interop.import_torch(tmp_path / "dit.pt", tmp_path / "dit", step=1)
+    ema_optax.torch.import_checkpoint(tmp_path / "dit.pt", tmp_path / "dit", step=1)
     check(tmp_path / "dit", raw, average)
 
 
@@ -434,10 +445,10 @@ def test_tensors_that_cannot_be_held(tmp_path, tensor, told):
     """The error names the leaf, and nothing is written; a rule leaves it out."""
     torch.save({"good": torch.ones(2), "a.bad": tensor()}, tmp_path / "m.pt")
     with pytest.raises(ValueError, match=rf"'a.bad' in .*{told}"):
-        interop.import_torch(tmp_path / "m.pt", tmp_path / "out")
+        ema_optax.torch.import_checkpoint(tmp_path / "m.pt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     rules = [Rule("a.bad", None), Rule("**", "**")]
-    interop.import_torch(tmp_path / "m.pt", tmp_path / "out", rules=rules)
+    ema_optax.torch.import_checkpoint(tmp_path / "m.pt", tmp_path / "out", rules=rules)
 
 
 class Command:
@@ -462,12 +473,12 @@ def test_nothing_is_executed(tmp_path, zipped):
     for name in ("m.pt", "m.ckpt", "m.bin", "m.pth.tar"):
         torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
         with pytest.raises(ValueError, match="holds more than tensors") as caught:
-            interop.import_torch(tmp_path / name, tmp_path / "out")
+            ema_optax.torch.import_checkpoint(tmp_path / name, tmp_path / "out")
         assert "weights_only=False" in str(caught.value)
         assert len(str(caught.value)) < 1000
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Command(f"touch {sentinel}")))
     with pytest.raises(ValueError, match=r"plain.pt"):
-        interop.import_torch(tmp_path / "plain.pt", tmp_path / "out")
+        ema_optax.torch.import_checkpoint(tmp_path / "plain.pt", tmp_path / "out")
     assert not sentinel.exists()
     assert not (tmp_path / "out").exists()
     pickle.loads((tmp_path / "plain.pt").read_bytes())
@@ -478,7 +489,7 @@ def test_objects_are_named(tmp_path):
     """The error names the class that the file needs."""
     torch.save({"model": torch.ones(2), "x": Unknown()}, tmp_path / "m.pt")
     with pytest.raises(ValueError, match=r"numbers and texts: .*\.Unknown"):
-        interop.import_torch(tmp_path / "m.pt", tmp_path / "out")
+        ema_optax.torch.import_checkpoint(tmp_path / "m.pt", tmp_path / "out")
 
 
 def _cyclic():
@@ -512,7 +523,7 @@ def test_strange_files(tmp_path, content, told, monkeypatch):
     monkeypatch.setattr("ema_optax._interop.torch_files._MOST", 10_000)
     torch.save(content(), tmp_path / "m.pt")
     with pytest.raises(ValueError, match=told):
-        interop.import_torch(tmp_path / "m.pt", tmp_path / "out")
+        ema_optax.torch.import_checkpoint(tmp_path / "m.pt", tmp_path / "out")
 
 
 @pytest.mark.parametrize("part", [0, 1, 100, 0.5, 0.99])
@@ -523,7 +534,7 @@ def test_cut_files(tmp_path, part):
     size = part if isinstance(part, int) else int(part * len(data))
     (tmp_path / "m.pt").write_bytes(data[:size])
     with pytest.raises(ValueError, match=r"no whole file of torch.save"):
-        interop.import_torch(tmp_path / "m.pt", tmp_path / "out")
+        ema_optax.torch.import_checkpoint(tmp_path / "m.pt", tmp_path / "out")
 
 
 def test_command(tmp_path):

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import ema_optax
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 
 with pytest.MonkeyPatch.context() as patched, tempfile.TemporaryDirectory() as home:
     if "keras" not in sys.modules:  # its settings are read, and written, once
@@ -63,10 +63,10 @@ class Path(keras.callbacks.Callback):
         self.raw, self.average = [], None
 
     def on_train_batch_end(self, batch, logs=None):
-        self.raw.append(interop.keras_split(self.model)[0])
+        self.raw.append(ema_optax.keras.split(self.model)[0])
 
     def on_epoch_end(self, epoch, logs=None):
-        self.average = interop.keras_average(self.model)
+        self.average = ema_optax.keras.average(self.model)
 
 
 def _fitted(steps=6, **options):
@@ -84,7 +84,7 @@ def _assert_same(tree, other):
 
 def test_the_trees_have_the_variables_paths():
     """What is trained in one, statistics and the seed's state in the other."""
-    params, rest = interop.keras_split(_model())
+    params, rest = ema_optax.keras.split(_model())
     shapes = jax.tree.map(jnp.shape, params["sequential"])
     assert shapes == {
         "dense": {"kernel": (4, 3), "bias": (3,)},
@@ -102,9 +102,9 @@ def test_the_trees_have_the_variables_paths():
 def test_a_round_trip_is_exact_and_shares_nothing():
     """Fit donates the model's arrays: neither tree, in or out, goes with them."""
     model, _ = _fitted()
-    params, rest = interop.keras_split(model)
+    params, rest = ema_optax.keras.split(model)
     other = _model()
-    interop.keras_update(other, params, rest)
+    ema_optax.keras.update(other, params, rest)
     for ours, theirs in zip(model.variables, other.variables, strict=True):
         np.testing.assert_array_equal(ours.value, theirs.value)
     kept = jax.device_get((params, rest))
@@ -140,7 +140,7 @@ def test_the_average_is_that_of_the_decay_that_it_names(steps):
 def test_fit_ends_with_the_average_in_the_model():
     """So a callback has both, and afterwards the raw params are gone."""
     model, path = _fitted()
-    _assert_same(interop.keras_split(model)[0], path.average.tree)
+    _assert_same(ema_optax.keras.split(model)[0], path.average.tree)
     assert not np.array_equal(
         path.raw[-1]["sequential"]["dense"]["kernel"],
         path.average.tree["sequential"]["dense"]["kernel"],
@@ -158,9 +158,9 @@ def test_a_keras_run_is_kept_and_goes_on_with_ours(tmp_path):
     assert found.trees["shadow"].decay == average.decay
     assert "sequential/dense/kernel" in found.trees["params"].leaves
     served = _model()
-    like, _ = interop.keras_split(served)
-    interop.keras_update(served, checkpoint.restore(tmp_path, "shadow", like=like))
-    interop.keras_update(served, rest=interop.keras_split(model)[1])
+    like, _ = ema_optax.keras.split(served)
+    ema_optax.keras.update(served, checkpoint.restore(tmp_path, "shadow", like=like))
+    ema_optax.keras.update(served, rest=ema_optax.keras.split(model)[1])
     np.testing.assert_array_equal(served(X), model(X))  # fit left the average in it
     _assert_same(checkpoint.restore(tmp_path, "params", like=like), raw)
 
@@ -216,9 +216,9 @@ def test_lists_of_a_stateless_loop_are_averaged_saved_and_resumed(tmp_path):
     straight = _loop(model, chain, params, opt_state, 2)[:2]
     _assert_same(_loop(model, chain, *found, 2)[:2], straight)
 
-    interop.keras_update(other, checkpoint.restore(tmp_path, "shadow", like=like))
-    named, _ = interop.keras_split(model, shadow)
-    interop.keras_update(model, named)
+    ema_optax.keras.update(other, checkpoint.restore(tmp_path, "shadow", like=like))
+    named, _ = ema_optax.keras.split(model, shadow)
+    ema_optax.keras.update(model, named)
     np.testing.assert_array_equal(model(X), other(X))
     _assert_same([v.value for v in model.trainable_variables], shadow)
 
@@ -226,27 +226,27 @@ def test_lists_of_a_stateless_loop_are_averaged_saved_and_resumed(tmp_path):
 def test_swapped_always_puts_back():
     """Also after an exception; an evaluation inside is that of the average."""
     model, path = _fitted()
-    interop.keras_update(model, path.raw[-1])
+    ema_optax.keras.update(model, path.raw[-1])
     raw = model.evaluate(X, Y, verbose=0)
-    with interop.keras_swapped(model, path.average.tree):
+    with ema_optax.keras.swapped(model, path.average.tree):
         averaged = model.evaluate(X, Y, verbose=0)
     assert raw != averaged
     assert model.evaluate(X, Y, verbose=0) == raw
     with (
         pytest.raises(ZeroDivisionError),
-        interop.keras_swapped(model, path.average.tree),
+        ema_optax.keras.swapped(model, path.average.tree),
     ):
         1 / 0  # noqa: B018
-    _assert_same(interop.keras_split(model)[0], path.raw[-1])
+    _assert_same(ema_optax.keras.split(model)[0], path.raw[-1])
 
 
 def test_other_names_of_the_same_code_are_said():
     """The second model of a process has other numbers; the error names the way out."""
-    first = interop.keras_split(_model())[0]
+    first = ema_optax.keras.split(_model())[0]
     second = _model(fresh=False)
     with pytest.raises(ValueError, match=r"Only numbers differ.*clear_session\(\)"):
-        interop.keras_update(second, first)
-    interop.keras_update(_model(), first)
+        ema_optax.keras.update(second, first)
+    ema_optax.keras.update(_model(), first)
 
 
 def _without(tree, *keys):
@@ -262,8 +262,8 @@ def _without(tree, *keys):
 def test_what_does_not_fit_changes_nothing():
     """A leaf missing, one too many, another shape, kind or number of values."""
     model = _model()
-    params, rest = interop.keras_split(model)
-    wide, _ = interop.keras_split(_model(width=5))
+    params, rest = ema_optax.keras.split(model)
+    wide, _ = ema_optax.keras.split(_model(width=5))
     values = jax.tree.leaves(params)
     more = {**params, "head": {"kernel": jnp.ones(2)}}
     whole = jax.tree.map(lambda x: jnp.ones(x.shape, int), params)
@@ -279,24 +279,24 @@ def test_what_does_not_fit_changes_nothing():
         ((changed, params), "no value for"),  # the first fits, the second does not
     ]:
         with pytest.raises(ValueError, match=words):
-            interop.keras_update(model, *wrong)
-        _assert_same(interop.keras_split(model), (params, rest))
+            ema_optax.keras.update(model, *wrong)
+        _assert_same(ema_optax.keras.split(model), (params, rest))
 
 
 def test_floats_are_cast_to_the_variables_floats():
     """A bfloat16 or float64 value becomes float32, as a restore does."""
     model = _model()
-    params, _ = interop.keras_split(model)
+    params, _ = ema_optax.keras.split(model)
     half = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params)
-    interop.keras_update(model, half)
+    ema_optax.keras.update(model, half)
     expected = jax.tree.map(lambda x: x.astype(np.float32), half)
-    _assert_same(interop.keras_split(model)[0], expected)
+    _assert_same(ema_optax.keras.split(model)[0], expected)
 
 
 def test_a_failing_assign_puts_all_back(monkeypatch):
     """Halfway through the variables, whatever it is that fails."""
     model = _model()
-    params, _ = interop.keras_split(model)
+    params, _ = ema_optax.keras.split(model)
     last = model.trainable_variables[-1]
     kind, assign = type(last), type(last).assign
     seen = []
@@ -309,14 +309,14 @@ def test_a_failing_assign_puts_all_back(monkeypatch):
 
     monkeypatch.setattr(kind, "assign", failing)
     with pytest.raises(MemoryError):
-        interop.keras_update(model, jax.tree.map(jnp.zeros_like, params))
-    _assert_same(interop.keras_split(model)[0], params)
+        ema_optax.keras.update(model, jax.tree.map(jnp.zeros_like, params))
+    _assert_same(ema_optax.keras.split(model)[0], params)
 
 
 def test_models_that_have_no_tree_are_refused():
     """Not built, two variables of one path, and what is no model."""
     with pytest.raises(ValueError, match="is not built"):
-        interop.keras_split(keras.Sequential([keras.layers.Dense(2)]))
+        ema_optax.keras.split(keras.Sequential([keras.layers.Dense(2)]))
     inputs = keras.Input((4,))
     inner = [
         keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="a")], name="b")
@@ -324,10 +324,10 @@ def test_models_that_have_no_tree_are_refused():
     ]
     twins = keras.Sequential([keras.Input((4,)), *_renamed(inner)])
     with pytest.raises(ValueError, match="Two variables of the model have the path"):
-        interop.keras_split(twins)
+        ema_optax.keras.split(twins)
     for wrong in (inputs, {"w": 1}, keras.layers.Dense(2)):
         with pytest.raises(TypeError, match=r"takes a keras\.Model"):
-            interop.keras_update(wrong, {})
+            ema_optax.keras.update(wrong, {})
 
 
 def _renamed(models):
@@ -341,21 +341,21 @@ def test_optimizers_without_such_an_average_are_refused():
     """Not compiled, without use_ema, of Optax, not stepped, of another model."""
     model = _model()
     with pytest.raises(ValueError, match="was not compiled"):
-        interop.keras_average(model)
+        ema_optax.keras.average(model)
     with pytest.raises(TypeError, match="shadow_params"):
-        interop.keras_average(model, _chain())
+        ema_optax.keras.average(model, _chain())
     with pytest.raises(ValueError, match="without use_ema=True"):
-        interop.keras_average(model, _optimizer(use_ema=False))
+        ema_optax.keras.average(model, _optimizer(use_ema=False))
     unstepped = _optimizer()
     unstepped.build(model.trainable_variables)
     with pytest.raises(ValueError, match="has made no update yet"):
-        interop.keras_average(model, unstepped)
+        ema_optax.keras.average(model, unstepped)
     with pytest.raises(ValueError, match="has no average of"):
-        interop.keras_average(_model(fresh=False), unstepped)
+        ema_optax.keras.average(_model(fresh=False), unstepped)
     fitted, _ = _fitted()
     fitted.layers[0].trainable = False
     with pytest.raises(ValueError, match="averages 2 variables that the model does"):
-        interop.keras_average(fitted)
+        ema_optax.keras.average(fitted)
 
 
 def test_a_momentum_without_a_decay_says_none():
@@ -379,10 +379,10 @@ def test_a_scaled_loss_has_the_average_of_the_optimizer_inside():
 def test_another_backend_is_refused(tmp_path):
     """In words, before any variable is touched."""
     code = (
-        "import keras, ema_optax.interop as interop\n"
+        "import keras, ema_optax\n"
         "model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])\n"
         "try:\n"
-        "    interop.keras_split(model)\n"
+        "    ema_optax.keras.split(model)\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"
     )
@@ -396,3 +396,35 @@ def test_another_backend_is_refused(tmp_path):
     )
     assert "Keras runs on numpy" in done.stdout, done.stderr
     assert "KERAS_BACKEND=jax" in done.stdout
+
+
+def _pointers(tree):
+    return {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
+
+
+def test_without_a_copy_no_tree_of_memory_is_taken():
+    """By default all buffers are new; a model's own are back in it after swapping."""
+    model, path = _fitted()
+    own = _pointers([v.value for v in model.trainable_variables])
+    average = path.average.tree
+    assert not _pointers(ema_optax.keras.split(model)[0]) & own
+    assert _pointers(ema_optax.keras.split(model, copy=False)[0]) == own
+    for copy in (True, False):
+        with ema_optax.keras.swapped(model, average, copy=copy):
+            inside = _pointers([v.value for v in model.trainable_variables])
+            _assert_same(ema_optax.keras.split(model)[0], average)
+        assert bool(inside & _pointers(average)) != copy
+        assert not inside & own
+        assert _pointers([v.value for v in model.trainable_variables]) == own
+    with pytest.raises(TypeError, match="copy must be True or False"):
+        ema_optax.keras.split(model, copy=None)
+
+
+def test_fit_inside_swapped_leaves_the_models_own_params():
+    """It donates what the model holds then: copies of the average."""
+    model, path = _fitted()
+    raw = jax.device_get(ema_optax.keras.split(model)[0])
+    with ema_optax.keras.swapped(model, path.average.tree):
+        model.fit(X, Y, epochs=1, verbose=0)
+    _assert_same(ema_optax.keras.split(model)[0], raw)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(path.average.tree))

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 import ema_optax
 from ema_optax import _cli as cli
-from ema_optax import checkpoint, interop, reconstruction
+from ema_optax import checkpoint, reconstruction
 from tests import foreign
 
 STEPS = (100, 200, 300, 400)
@@ -239,7 +239,7 @@ def test_folders_of_safetensors(files, tmp_path, capsys, kind):
     assert "Not verified: saved by a program as safetensors" in printed.out
     names = [run.name for run in runs]
     check(tmp_path / "out", step, run=names if len(names) > 1 else names[0], tree="/")
-    interop.export_safetensors(
+    ema_optax.safetensors.export(
         tmp_path / "out", tmp_path / "m.safetensors", tree="params"
     )
     written = safetensors.numpy.load_file(tmp_path / "m.safetensors")
@@ -255,7 +255,7 @@ def test_a_tree_in_safetensors(tmp_path):
         safetensors.numpy.save_file(
             {**model, "head.w": np.ones(2)}, tmp_path / f"{i}.safetensors"
         )
-    source = interop.stored_safetensors(tmp_path / "2.safetensors", "model")
+    source = ema_optax.safetensors.stored(tmp_path / "2.safetensors", "model")
     assert sorted([*source.leaves, *source.others]) == ["layers/0/b", "n", "w"]
     options = ("--schedule", "1-sqrt", "--tree", "model", "--out", tmp_path / "out")
     assert merge(*(tmp_path / f"{i}.safetensors" for i in range(4)), *options) == 0
@@ -263,7 +263,7 @@ def test_a_tree_in_safetensors(tmp_path):
     with pytest.raises(
         ValueError, match=r"no tensors at tree='modl'\. The nearest are"
     ):
-        interop.stored_safetensors(tmp_path / "2.safetensors", "modl")
+        ema_optax.safetensors.stored(tmp_path / "2.safetensors", "modl")
 
 
 def test_what_lies_beside_is_told(tmp_path, capsys):
@@ -421,4 +421,4 @@ def test_sources_refuse(plain, tmp_path):
         checkpoint.stored_by_others(plain, step=5)
     (tmp_path / "pickles").mkdir()
     with pytest.raises(FileNotFoundError, match="no weights"):
-        interop.stored_safetensors(tmp_path / "pickles")
+        ema_optax.safetensors.stored(tmp_path / "pickles")

@@ -11,7 +11,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import ema_optax
-from ema_optax import checkpoint, interop, metrics, shadow_params, with_shadow
+from ema_optax import checkpoint, metrics, shadow_params, with_shadow
 from tests import older
 
 PARAMS = {"dense": {"kernel": jnp.arange(4.0), "bias": jnp.ones(2)}}
@@ -136,7 +136,7 @@ def test_params_of_another_container():
 def test_objects_of_nnx(nnx_pair, run, tmp_path):
     """What each function takes of a module and its optimizer."""
     model, optimizer = nnx_pair
-    split = "*interop.nnx_split(model, optimizer)"
+    split = "*ema_optax.nnx.split(model, optimizer)"
     for call in (
         lambda: checkpoint.save(tmp_path, model, optimizer),
         lambda: checkpoint.EmaSave(nnx.state(model), optimizer),
@@ -158,7 +158,7 @@ def test_objects_of_nnx(nnx_pair, run, tmp_path):
     assert jax.tree.structure(shadow_params(optimizer.opt_state, params)) == (
         jax.tree.structure(params)
     )
-    checkpoint.save(tmp_path, *interop.nnx_split(model, optimizer))
+    checkpoint.save(tmp_path, *ema_optax.nnx.split(model, optimizer))
 
 
 @older.needs_nnx
@@ -169,11 +169,12 @@ def test_a_name_is_asked_for_by_the_call_that_was_made():
     optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
     opt_state = chain.init(PARAMS)
     refused(
-        lambda: interop.swapped(model, optimizer).__enter__(),
-        "Call swapped(model, optimizer) with name='a'",
+        lambda: ema_optax.nnx.swapped(model, optimizer).__enter__(),
+        "Call ema_optax.nnx.swapped(model, optimizer) with name='a'",
     )
     refused(
-        lambda: interop.shadow_copy(model, optimizer, name="c"), "Call shadow_copy("
+        lambda: ema_optax.nnx.shadow_copy(model, optimizer, name="c"),
+        "Call ema_optax.nnx.shadow_copy(",
     )
     refused(lambda: metrics(opt_state, PARAMS, name="c"), "Call metrics(")
     refused(lambda: shadow_params(opt_state, PARAMS), "Call shadow_params(")
@@ -201,10 +202,10 @@ def test_a_flax_that_is_too_old(monkeypatch):
     optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.Param)
     monkeypatch.delattr(nnx, "as_pure", raising=False)
     for call in (
-        lambda: interop.swapped(model, optimizer).__enter__(),
-        lambda: interop.shadow_copy(model, optimizer),
-        lambda: interop.nnx_split(model, optimizer),
-        lambda: interop.nnx_update(model, optimizer, {}, {}),
-        lambda: interop.refresh_nnx_batch_stats(model, [jnp.ones((2, 1))]),
+        lambda: ema_optax.nnx.swapped(model, optimizer).__enter__(),
+        lambda: ema_optax.nnx.shadow_copy(model, optimizer),
+        lambda: ema_optax.nnx.split(model, optimizer),
+        lambda: ema_optax.nnx.update(model, optimizer, {}, {}),
+        lambda: ema_optax.nnx.refresh_batch_stats(model, [jnp.ones((2, 1))]),
     ):
         refused(call, "flax.nnx.as_pure", "'flax>=0.12.7'", error=ImportError)

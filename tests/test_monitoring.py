@@ -127,7 +127,7 @@ def test_several_shadows_by_name():
     one = metrics(state, params, name="slow")
     assert {key.split("/")[0] for key in found} == {"fast", "slow"}
     assert {f"slow/{key}": value for key, value in one.items()}.items() <= found.items()
-    with pytest.raises(ValueError, match="'medium' is none of them"):
+    with pytest.raises(ValueError, match="no tree 'medium'"):
         metrics(state, params, name="medium")
 
 

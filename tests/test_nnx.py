@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import ema_optax
-from ema_optax import checkpoint, interop, shadow_params
+from ema_optax import checkpoint, shadow_params
 from tests import older
 
 X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
@@ -108,13 +108,13 @@ def test_swapped_holds_the_average_of_what_the_module_held(way):
     """Against a float64 average of the path; the raw params come back bit for bit."""
     model, optimizer, path = _trained(WAYS[way]())
     before = _arrays(model)
-    with interop.swapped(model, optimizer) as inside:
+    with ema_optax.nnx.swapped(model, optimizer) as inside:
         assert inside is model
         _assert_close(_arrays(model, nnx.Param), _average(path))
         assert model.tied is model.encoder.kernel
         _assert_same(_arrays(model, nnx.BatchStat), _arrays_of(before, "norm"))
     _assert_same(_arrays(model), before)
-    copy = interop.shadow_copy(model, optimizer)
+    copy = ema_optax.nnx.shadow_copy(model, optimizer)
     _assert_close(_arrays(copy, nnx.Param), _average(path))
     assert copy.tied is copy.encoder.kernel
 
@@ -140,7 +140,7 @@ def test_masked_leaves_are_those_of_the_module():
     mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     model, optimizer, path = _trained(_chain(mask=mask))
     expected = {k: _average(path)[k] if v.ndim > 1 else v for k, v in path[-1].items()}
-    with interop.swapped(model, optimizer):
+    with ema_optax.nnx.swapped(model, optimizer):
         _assert_close(_arrays(model, nnx.Param), expected)
 
 
@@ -168,7 +168,7 @@ def test_lora_params_are_swapped_into_the_whole_model():
     last = _arrays(model)
     changed = {k for k, v in last.items() if np.any(v != first[k])}
     assert changed == {"layer/lora/lora_b"}  # a's gradient is 0 while b is
-    copy = interop.shadow_copy(model, optimizer)
+    copy = ema_optax.nnx.shadow_copy(model, optimizer)
     _assert_close(_arrays(copy), _average([first, last]))
 
 
@@ -185,7 +185,7 @@ def test_exceptions_put_the_raw_params_back():
         _step(model, optimizer)  # does not hide what went wrong
         raise Interrupted
 
-    with pytest.raises(Interrupted), interop.swapped(model, optimizer):
+    with pytest.raises(Interrupted), ema_optax.nnx.swapped(model, optimizer):
         evaluate()
     _assert_same(_arrays(model, nnx.Param), before)
 
@@ -194,7 +194,7 @@ def test_what_is_written_inside_is_gone():
     """Params and statistics come back; PRNG counts go on."""
     model, optimizer, _ = _trained()
     before = _arrays(model)
-    with interop.swapped(model, optimizer):
+    with ema_optax.nnx.swapped(model, optimizer):
         model.decoder.bias[...] = jnp.ones(2)
         model(X)  # in training mode
         assert np.any(_arrays(model)["norm/mean"] != before["norm/mean"])
@@ -210,7 +210,7 @@ def test_a_step_inside_is_an_error():
     before = _arrays(model, nnx.Param)
     with (
         pytest.raises(RuntimeError, match=r"optimizer.update was called inside"),
-        interop.swapped(model, optimizer),
+        ema_optax.nnx.swapped(model, optimizer),
     ):
         _step(model, optimizer)
     _assert_same(_arrays(model, nnx.Param), before)
@@ -222,11 +222,11 @@ def test_nested():
     decays = {"fast": ema_optax.constant(0.1), "slow": ema_optax.constant(0.9)}
     model, optimizer, path = _trained(_chain(decays))
     before = _arrays(model)
-    with interop.swapped(model, optimizer, name="fast"):
-        with interop.swapped(model, optimizer, name="slow"):
+    with ema_optax.nnx.swapped(model, optimizer, name="fast"):
+        with ema_optax.nnx.swapped(model, optimizer, name="slow"):
             _assert_close(_arrays(model, nnx.Param), _average(path, 0.9))
         _assert_close(_arrays(model, nnx.Param), _average(path, 0.1))
-        copy = interop.shadow_copy(model, optimizer, name="slow")
+        copy = ema_optax.nnx.shadow_copy(model, optimizer, name="slow")
         _assert_close(_arrays(copy, nnx.Param), _average(path, 0.9))
     _assert_same(_arrays(model), before)
 
@@ -236,14 +236,14 @@ def test_bema_inside_its_own_shadow_is_still_of_the_raw_params():
     """Its correction needs the live params, which the module does not hold then."""
     bema = ema_optax.bema_params(every=1)
     model, optimizer, _ = _trained(optax.chain(optax.adam(0.05), bema))
-    expected = _arrays(interop.shadow_copy(model, optimizer), nnx.Param)
+    expected = _arrays(ema_optax.nnx.shadow_copy(model, optimizer), nnx.Param)
     raw = _arrays(model, nnx.Param)
     assert any(np.any(expected[k] != raw[k]) for k in raw)
-    with interop.swapped(model, optimizer):
+    with ema_optax.nnx.swapped(model, optimizer):
         _assert_same(_arrays(model, nnx.Param), expected)
-        copy = interop.shadow_copy(model, optimizer)
+        copy = ema_optax.nnx.shadow_copy(model, optimizer)
         _assert_same(_arrays(copy, nnx.Param), expected)
-        with interop.swapped(model, optimizer):
+        with ema_optax.nnx.swapped(model, optimizer):
             _assert_same(_arrays(model, nnx.Param), expected)
     _assert_same(_arrays(model, nnx.Param), raw)
 
@@ -262,11 +262,11 @@ def test_under_jit():
 
     @nnx.jit
     def answer_with_shadow(model, optimizer):
-        with interop.swapped(model, optimizer):
+        with ema_optax.nnx.swapped(model, optimizer):
             return model(X)
 
     raw = answer(model)
-    with interop.swapped(model, optimizer):
+    with ema_optax.nnx.swapped(model, optimizer):
         outside = answer(model)
     assert len(traces) == 1
     inside = answer_with_shadow(model, optimizer)
@@ -279,7 +279,7 @@ def test_a_copy_outlives_a_step_that_donates():
     """It shares no array with the module."""
     model, optimizer, path = _trained()
     model.eval()
-    copy = interop.shadow_copy(model, optimizer)
+    copy = ema_optax.nnx.shadow_copy(model, optimizer)
     expected = _arrays(copy)
     donating = nnx.jit(_step.__wrapped__, donate_argnums=(0, 1))
     donating(model, optimizer)
@@ -292,10 +292,10 @@ def test_a_copy_outlives_a_step_that_donates():
 def test_a_run_goes_on_from_a_checkpoint(way, tmp_path):
     """Bit for bit as without: params, statistics, PRNG counts, moments, shadow."""
     model, optimizer, _ = _trained(WAYS[way](), steps=2)
-    checkpoint.save(tmp_path, *interop.nnx_split(model, optimizer), step=2)
+    checkpoint.save(tmp_path, *ema_optax.nnx.split(model, optimizer), step=2)
     other, other_optimizer = _new(WAYS[way](), seed=7)
-    found = checkpoint.resume(tmp_path, *interop.nnx_split(other, other_optimizer))
-    interop.nnx_update(other, other_optimizer, *found)
+    found = checkpoint.resume(tmp_path, *ema_optax.nnx.split(other, other_optimizer))
+    ema_optax.nnx.update(other, other_optimizer, *found)
     for each in ((model, optimizer), (other, other_optimizer)):
         _step(*each)
     _assert_same(_arrays(other), _arrays(model))
@@ -306,20 +306,20 @@ def test_a_run_goes_on_from_a_checkpoint(way, tmp_path):
 def test_inference_from_a_checkpoint_needs_no_optimizer(tmp_path):
     """The whole module: averaged params, and the statistics that were beside them."""
     model, optimizer, path = _trained()
-    checkpoint.save(tmp_path, *interop.nnx_split(model, optimizer))
+    checkpoint.save(tmp_path, *ema_optax.nnx.split(model, optimizer))
     fresh = Model(3)
     like = nnx.as_pure(nnx.state(fresh))
     nnx.update(fresh, checkpoint.restore(tmp_path, "shadow", like=like))
     _assert_close(_arrays(fresh, nnx.Param), _average(path))
     _assert_same(_arrays(fresh, nnx.BatchStat), _arrays(model, nnx.BatchStat))
     fresh.eval()
-    with interop.swapped(model, optimizer):
+    with ema_optax.nnx.swapped(model, optimizer):
         model.eval()
         np.testing.assert_array_equal(fresh(X), model(X))
 
 
 def test_an_optimizers_own_state_is_saved_and_resumed_too(tmp_path):
-    """Without nnx_split: params and optimizer.opt_state in Flax's variables."""
+    """Without nnx.split: params and optimizer.opt_state in Flax's variables."""
     model, optimizer, path = _trained()
     checkpoint.save(tmp_path, nnx.state(model, nnx.Param), optimizer.opt_state)
     other, other_optimizer = _new(seed=5)
@@ -338,16 +338,18 @@ def test_an_optimizers_own_state_is_saved_and_resumed_too(tmp_path):
 def test_a_save_while_the_shadow_is_in_keeps_the_raw_params(tmp_path):
     """To go on from averaged weights, unawares, is the classic mistake."""
     model, optimizer, _ = _trained()
-    with interop.swapped(model, optimizer):
-        checkpoint.save(tmp_path, *interop.nnx_split(model, optimizer))
-        with pytest.raises(RuntimeError, match="nnx_update after the with"):
-            interop.nnx_update(model, optimizer, *interop.nnx_split(model, optimizer))
+    with ema_optax.nnx.swapped(model, optimizer):
+        checkpoint.save(tmp_path, *ema_optax.nnx.split(model, optimizer))
+        with pytest.raises(RuntimeError, match="update after the with"):
+            ema_optax.nnx.update(
+                model, optimizer, *ema_optax.nnx.split(model, optimizer)
+            )
     other, other_optimizer = _new(seed=7)
-    found = checkpoint.resume(tmp_path, *interop.nnx_split(other, other_optimizer))
-    interop.nnx_update(other, other_optimizer, *found)
+    found = checkpoint.resume(tmp_path, *ema_optax.nnx.split(other, other_optimizer))
+    ema_optax.nnx.update(other, other_optimizer, *found)
     _assert_same(_arrays(other), _arrays(model))
     _step(model, optimizer)  # and after the with, what the module holds is raw again
-    state, _ = interop.nnx_split(model, optimizer)
+    state, _ = ema_optax.nnx.split(model, optimizer)
     np.testing.assert_array_equal(state["decoder"]["bias"], model.decoder.bias[...])
 
 
@@ -356,26 +358,26 @@ def test_what_does_not_fit_is_said():
     model, optimizer, _ = _trained()
     with (
         pytest.raises(TypeError, match="got Model and tuple"),
-        interop.swapped(model, optimizer.opt_state),
+        ema_optax.nnx.swapped(model, optimizer.opt_state),
     ):
         pass
     other = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"The shadow does not fit these params: '"):
-        interop.shadow_copy(other, optimizer)
+        ema_optax.nnx.shadow_copy(other, optimizer)
     plain = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
     before = _arrays(model)
     with (
         pytest.raises(ValueError, match="There is no shadow"),
-        interop.swapped(model, plain),
+        ema_optax.nnx.swapped(model, plain),
     ):
         pass
     _assert_same(_arrays(model), before)
-    with interop.swapped(model, optimizer):  # the failed ones left nothing behind
+    with ema_optax.nnx.swapped(model, optimizer):  # the failed ones left nothing behind
         pass
 
 
 def _all_of(model, optimizer):
-    return jax.tree.map(np.array, interop.nnx_split(model, optimizer))
+    return jax.tree.map(np.array, ema_optax.nnx.split(model, optimizer))
 
 
 @pytest.mark.parametrize("got", ["jax", "device_get"])
@@ -388,17 +390,43 @@ def test_update_puts_back_all_or_nothing(got):
         return model, nnx.Optimizer(model, chain, wrt=nnx.Param)
 
     model, optimizer = make()
-    saved = jax.tree.map(jnp.copy, interop.nnx_split(model, optimizer))
+    saved = jax.tree.map(jnp.copy, ema_optax.nnx.split(model, optimizer))
     optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
     if got == "device_get":
         nnx.update((model, optimizer), jax.device_get(nnx.state((model, optimizer))))
     stepped = _all_of(model, optimizer)
-    other = interop.nnx_split(*make(width=4))
+    other = ema_optax.nnx.split(*make(width=4))
     for wrong in (other, (saved[0], other[1]), (other[0], saved[1])):
-        with pytest.raises(ValueError, match="takes what nnx_split gave"):
-            interop.nnx_update(model, optimizer, *wrong)
+        with pytest.raises(ValueError, match=r"takes what ema_optax\.nnx\.split gave"):
+            ema_optax.nnx.update(model, optimizer, *wrong)
         jax.tree.map(np.testing.assert_array_equal, _all_of(model, optimizer), stepped)
-    interop.nnx_update(model, optimizer, *saved)
+    ema_optax.nnx.update(model, optimizer, *saved)
     jax.tree.map(np.testing.assert_array_equal, _all_of(model, optimizer), saved)
     optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
     assert int(optimizer.step[...]) == 1
+
+
+def _pointers(tree):
+    return {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
+
+
+def test_without_a_copy_no_tree_of_memory_is_taken():
+    """By default all buffers are new; what was there is back in its own after it."""
+    model, optimizer, _ = _trained()
+    raw = _pointers(nnx.state(model))
+    state = _pointers(nnx.state(optimizer.opt_state))
+    for copy in (True, False):
+        averaged = ema_optax.nnx.shadow_copy(model, optimizer, copy=copy)
+        assert bool(_pointers(nnx.state(averaged, nnx.Param)) & state) != copy
+        assert bool(_pointers(nnx.state(averaged, nnx.BatchStat)) & raw) != copy
+        with ema_optax.nnx.swapped(model, optimizer, copy=copy):
+            inside = nnx.state(model, nnx.Param)
+            assert bool(_pointers(inside) & state) != copy
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                nnx.as_pure(inside),
+                nnx.as_pure(nnx.state(averaged, nnx.Param)),
+            )
+        assert _pointers(nnx.state(model)) == raw
+    averaged.eval()
+    assert _pointers(nnx.state(model)) == raw

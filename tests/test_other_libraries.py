@@ -14,7 +14,7 @@ import pytest
 
 import ema_optax
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "settings.md"
 STEPS = 400
 B = 0.97  # reached by every warm-up within these steps, so that the caps are seen
 N = 50  # where an average starts late
@@ -90,7 +90,7 @@ def yolo(t):
     return B * (1 - math.exp(-t / TAU))
 
 
-# As the README's table has them: what to write instead, and the formula that it meets.
+# As docs/settings.md has them: what to write instead, and the formula that it meets.
 EQUAL = {
     "TensorFlow `ExponentialMovingAverage(β)`": ("constant(β)", tensorflow),
     "… with `num_updates=t`": (
@@ -178,13 +178,10 @@ def test_a_table_of_wrong_rows_would_fail():
         assert np.abs(apart).max() > 0.05, tempting
 
 
-@pytest.mark.skipif(
-    not README.exists() or "| elsewhere |" not in README.read_text(),
-    reason="the README travels with the source",
-)
-def test_the_readme_has_these_rows():
+@pytest.mark.skipif(not PAGE.exists(), reason="the pages travel with the source")
+def test_the_page_has_these_rows():
     """Each decay that stands there is one of those tested, and none is missing."""
-    table = README.read_text().split("| elsewhere |")[1].split("\n\n")[0]
+    table = PAGE.read_text().split("| elsewhere |")[1].split("\n\n")[0]
     found = {}
     for row in table.splitlines()[2:]:
         theirs, ours, options = (cell.strip() for cell in row.strip("|").split("|"))
@@ -254,7 +251,7 @@ def test_ema_pytorchs_post_hoc_average_is_one_update_ahead():
         assert decay(t + 1) == pytest.approx(theirs, rel=1e-12)
 
 
-# What the README says about choosing.
+# What docs/decays.md says about choosing.
 
 
 def test_a_length_in_samples_or_epochs():

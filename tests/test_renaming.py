@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ema_optax
 from ema_optax import _cli as cli
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 from ema_optax._trees.renaming import Renames
 
 PATHS = ["enc/l_0/kernel", "enc/l_0/bias", "enc/l_12/kernel", "kernel", "kernel/kernel"]
@@ -164,7 +165,7 @@ def test_the_command_lists_what_each_pattern_fitted(run, tmp_path, capsys):
         "enc.l_12.weight",
         "enc.l_12.bias",
     }
-    done = interop.export_safetensors(
+    done = ema_optax.safetensors.export(
         folder, out, rename={"**/kernel": "**/weight"}, overwrite=True
     )
     assert done.renamed == {"**/kernel": ["enc/l_0/kernel", "enc/l_12/kernel"]}

@@ -131,16 +131,16 @@ def test_what_is_asked_of_a_snapshot_in_vain(tmp_path):
     """Raw params, a run to resume, and leaves that were not averaged: said so."""
     params = {"w": jnp.ones(2), "n": jnp.int32(3)}
     save_snapshots(tmp_path, [4], params)
-    with pytest.raises(ValueError, match=r"no tree 'params'; it has 'shadow/narrow', "):
+    with pytest.raises(ValueError, match="no tree 'params'; there are 'narrow', "):
         checkpoint.restore(tmp_path, "params", like=params)
     with pytest.raises(ValueError, match=r"no optimizer state.*EmaSave wrote"):
         checkpoint.resume(tmp_path, params, TRANSFORM.init(params))
     with pytest.raises(ValueError, match="no leaf 'n' in the shadow/wide"):
         checkpoint.restore(tmp_path, "shadow/wide", like=params)
     with ocp.CheckpointManager(tmp_path) as manager:
-        with pytest.raises(ValueError, match="no tree 'shadow'; it has"):
+        with pytest.raises(ValueError, match="no tree 'shadow'; there are"):
             manager.restore(4, args=checkpoint.EmaRestore(like=params))
-        with pytest.raises(ValueError, match="no tree 'params'; it has"):
+        with pytest.raises(ValueError, match="no tree 'params'; there are"):
             manager.restore(4)
         assert manager.item_metadata(4) is None
     state = TRANSFORM.init(params)
@@ -755,7 +755,7 @@ def test_params_of_several_steps_are_merged(tmp_path):
     merged = reconstruction.merge([shadow], [1.0])
     np.testing.assert_array_equal(merged["w"], params["w"])
     np.testing.assert_array_equal(merged["raw"], [3.0, 3.0])
-    with pytest.raises(ValueError, match="no tree 'shadow/fast'; it has 'params', 'sh"):
+    with pytest.raises(ValueError, match="no tree 'shadow/fast'; there are 'params'"):
         checkpoint.stored(tmp_path, "shadow/fast")
     with pytest.raises(FileNotFoundError, match="no step 9; it has 1, 2, 3"):
         checkpoint.stored(tmp_path, step=9)

@@ -122,7 +122,7 @@ def test_averages_by_name_and_in_groups():
     assert int(both[1].count) == 40
     with pytest.raises(ValueError, match=r"share one count, which is 40.*become 41"):
         ema_optax.started_from(found, SHADOW, count=41, name="fast")
-    with pytest.raises(ValueError, match="named fast, slow, and none was asked for"):
+    with pytest.raises(ValueError, match="shadows 'fast', 'slow', and none was"):
         ema_optax.started_from(state, SHADOW, count=40)
     groups = optax.multi_transform(
         {name: chain(ema_optax.ema_params(0.9)) for name in "ab"},

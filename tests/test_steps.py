@@ -11,7 +11,7 @@ from etils import epath
 from orbax.checkpoint import v1
 
 import ema_optax
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 from ema_optax._checkpoint import steps
 from ema_optax._cli import main
 from tests.same import assert_same
@@ -138,7 +138,7 @@ CALLS = {
         "w", (slice(0, 1),)
     )[0],
     "export": lambda d, **k: (
-        interop.export_safetensors(d, d / "m.safetensors", overwrite=True, **k).step
+        ema_optax.safetensors.export(d, d / "m.safetensors", overwrite=True, **k).step
     ),
 }
 

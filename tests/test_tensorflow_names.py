@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+import ema_optax
 from ema_optax import _cli as cli
-from ema_optax import interop
 from ema_optax._interop.tensorflow_names import Roles, Variable, roles
 
 AVERAGE = "ExponentialMovingAverage"
@@ -186,7 +186,7 @@ def test_without_tensorflow(monkeypatch, tmp_path, capsys):
     """The extra that brings it is named, by the function and by the command."""
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(ModuleNotFoundError, match=r"'ema-optax\[tensorflow\]'"):
-        interop.import_tensorflow("model.ckpt-7", tmp_path / "out")
+        ema_optax.tensorflow.import_checkpoint("model.ckpt-7", tmp_path / "out")
     command = ["import-tf", "model.ckpt-7", "--out", str(tmp_path / "out")]
     assert cli.main(command) == 1
     assert capsys.readouterr().err == (

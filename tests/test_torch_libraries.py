@@ -16,7 +16,7 @@ import pytest
 
 import ema_optax
 from ema_optax import _cli as cli
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 from ema_optax._trees import trees
 from ema_optax.interop import Rule, Rules
 
@@ -458,7 +458,7 @@ def test_a_timm_resnet(tmp_path):
     params = into_jax(RESNET, before)
     run_of(params, tmp_path / "run")
     out = tmp_path / "model.safetensors"
-    interop.export_safetensors(tmp_path / "run", out, tree="params", rules=RESNET)
+    ema_optax.safetensors.export(tmp_path / "run", out, tree="params", rules=RESNET)
     floating = {k: v for k, v in before.items() if "num_batches" not in k}
     check_bits(floating, tmp_path)
     loaded = timm.create_model("test_resnet", num_classes=5)

@@ -26,7 +26,7 @@ from etils import epath
 
 import ema_optax
 from ema_optax import _cli as cli
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 from ema_optax._checkpoint import manifest, sealed, untrusted
 from tests import launch
 from tests.untrusted_reader import PARAMS, TRANSFORM, readers
@@ -634,8 +634,8 @@ def test_export_replaces_a_link_and_not_what_it_leads_to(run, tmp_path):
     victim.write_text("untouched")
     out.symlink_to(victim)
     with pytest.raises(FileExistsError):
-        interop.export_safetensors(run, out)
-    interop.export_safetensors(run, out, overwrite=True)
+        ema_optax.safetensors.export(run, out)
+    ema_optax.safetensors.export(run, out, overwrite=True)
     assert victim.read_text() == "untouched"
     assert not out.is_symlink()
 

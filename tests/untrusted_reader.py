@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import ema_optax
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint
 
 PARAMS = {"w": jnp.zeros((4, 4)), "b": jnp.zeros(3)}
 TRANSFORM = ema_optax.ema_params(ema_optax.power(0.1))
@@ -35,7 +35,7 @@ def readers(folder):
     yield "verify", lambda: checkpoint.verify(folder)
     yield "stored", lambda: _read_all(checkpoint.stored(folder))
     yield "snapshots", lambda: [_read_all(s.tree) for s in checkpoint.snapshots(folder)]
-    yield "export", lambda: interop.export_safetensors(folder, out, overwrite=True)
+    yield "export", lambda: ema_optax.safetensors.export(folder, out, overwrite=True)
 
 
 def _read_all(tree):

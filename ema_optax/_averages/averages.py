@@ -20,9 +20,8 @@ from ema_optax._averages.states import (
 )
 from ema_optax._decays.decay import Decay
 from ema_optax._messages import arguments
-from ema_optax._messages.text import brief
 from ema_optax._placement import placement
-from ema_optax._trees import mistaken, trees
+from ema_optax._trees import mistaken, naming, trees
 
 
 class EmaAverage(Average):
@@ -162,35 +161,31 @@ class Averages:
         return sorted({average.name for average in self})
 
     def of(self, name: str | None) -> list[Average]:
-        """Returns the averages of a name, or the only ones.
+        """Returns the averages of a name, as `naming.chosen` takes it, or the only one.
 
         Raises:
             ValueError: If there is none, or several and none was named.
         """
         if not self._averages:
             raise ValueError(self.none())
-        if name is not None:
-            arguments.a_name(name, "name", "slow")
-        names = [found for found in self.names if found]
-        unnamed = [average for average in self if not average.name]
-        if name is None and (not names or (len(names) == 1 and not unnamed)):
+        if name is None and len(self.names) == 1:
             return self._averages
-        chosen = [average for average in self if name and average.name == name]
-        if chosen:
-            return chosen
-        asked = (
-            "none was asked for" if name is None else f"{brief(name)} is none of them"
-        )
-        have = f"shadows named {', '.join(names)}" if names else "one unnamed shadow"
-        call = f"name={names[0]!r}" if names else "no name"
-        computed = [average.where for average in unnamed if average.is_computed]
-        if names and computed:
-            have += f" and one without a name at '{min(computed)}'"
-            call += ", or with the part of the state that holds the one without"
-        raise ValueError(
-            f"The optimizer state has {have}, and {asked}. Call {self._call} with "
-            f"{call}."
-        )
+        stored = [naming.tree_of(each) for each in self.names]
+        call = f"Call {self._call} with name="
+        if name is None:
+            names = naming.spelled(stored)
+            raise ValueError(
+                f"The optimizer state has the shadows {', '.join(map(repr, names))}, "
+                f"and none was asked for. {call}{names[0]!r}."
+            )
+        arguments.a_name(name, "name", "slow")
+        tree = naming.chosen(name, [naming.PARAMS, *stored], call)
+        if tree == naming.PARAMS:
+            raise ValueError(
+                f"{name!r} are the raw params, and this is of a shadow. "
+                f"{call}{naming.spelled(stored)[-1]!r}."
+            )
+        return [average for average in self if naming.tree_of(average.name) == tree]
 
     def none(self) -> str:
         """Returns what to say where there is no average."""

@@ -44,8 +44,8 @@ def metrics(
     Args:
         opt_state: The optimizer state.
         params: The live params.
-        name: Which shadow. None takes all of them; the keys of named ones are then
-            `NAME/decay` and so on.
+        name: Which shadow, as in `shadow_params`. None takes all of them; the keys of
+            named ones are then `NAME/decay` and so on.
 
     Returns:
         float32[] by key, and int32[] for numbers of elements.

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from ema_optax._averages import averages
-from ema_optax._trees import mistaken, trees
+from ema_optax._messages import arguments
+from ema_optax._trees import mistaken, naming, trees
 
 
 def shadow_params(
-    opt_state: Any, params: Any = None, *, name: str | None = None
+    opt_state: Any, params: Any = None, *, name: str | None = None, copy: bool = True
 ) -> Any:
     """Returns the shadow found anywhere in an optimizer state.
 
@@ -21,14 +22,20 @@ def shadow_params(
     `optax.multi_transform`, are joined.
 
     The arrays are copies: they outlive a train step that donates its state. Under
-    `jax.jit` the copy costs nothing.
+    `jax.jit` they cost what its results cost.
 
     Args:
         opt_state: The optimizer state, or the state of an average itself.
         params: The live params. With them the result has exactly their structure and
             dtypes, and the leaves that are not averaged are theirs. Needed with
             `bema_params`, whose shadow is computed from them.
-        name: Which shadow, where the decays were given by name or there are several.
+        name: Which shadow, where the decays were given by name or there are several: as
+            on disk `"fast"`, or the name of its tree, `"shadow/fast"`. `"shadow"` is
+            the only one, or the one without a name; `"params"` are the params.
+        copy: Whether the arrays are copies. Without, what needs no cast and no transfer
+            is the state's and the params' own: for an evaluation between two steps, it
+            saves the memory of a tree. Then donate neither of them while the result is
+            used.
 
     Returns:
         A tree like the params. Without `params`: the shadow as it is stored, with
@@ -44,26 +51,37 @@ def shadow_params(
     >>> shadow_params(state, params)
     {'steps': Array(7, dtype=int32), 'w': Array([1, 1], dtype=bfloat16)}
     """
-    return read(opt_state, params, name, "shadow_params(opt_state, params)")
+    return read(opt_state, params, name, "shadow_params(opt_state, params)", copy)
 
 
-def read(opt_state: Any, params: Any, name: str | None, call: str) -> Any:
+def read(
+    opt_state: Any, params: Any, name: str | None, call: str, copy: bool = True
+) -> Any:
     """Returns the shadow as `shadow_params` does, for a call that errors name."""
     mistaken.check_opt_state(opt_state, "shadow_params(opt_state, params)")
+    copy = arguments.flag(copy, "copy")
+    if name == naming.PARAMS:
+        if params is None:
+            raise ValueError(
+                "The raw params are not in an optimizer state. Pass them: "
+                "shadow_params(opt_state, params, name='params')."
+            )
+        return jax.tree.map(lambda leaf: _own(leaf, copy), params)
     found = averages.find(opt_state, call=call, params=params).of(name)
     shadow = averages.joined({each.where: each.read(params) for each in found})
     if params is None:
-        return jax.tree.map(_own, shadow)
+        return jax.tree.map(lambda leaf: _own(leaf, copy), shadow)
     shadow = trees.arranged(shadow, params)
     difference = trees.difference(shadow, params, ("shadow", "params"))
     if difference:
         raise ValueError(mistaken.misfit(shadow, params, difference))
     slots, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
     leaves = jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
-    return jax.tree.unflatten(structure, map(_fill, leaves, slots))
+    pairs = zip(leaves, slots, strict=True)
+    return jax.tree.unflatten(structure, [_fill(*pair, copy) for pair in pairs])
 
 
-def with_shadow(train_state: Any, *, name: str | None = None) -> Any:
+def with_shadow(train_state: Any, *, name: str | None = None, copy: bool = True) -> Any:
     """Returns a train state whose params are the shadow, for evaluation.
 
     Keep training from the original: the result's optimizer state still belongs to the
@@ -73,6 +91,8 @@ def with_shadow(train_state: Any, *, name: str | None = None) -> Any:
         train_state: Anything with `params` and `opt_state`: Flax's `TrainState`, a
             dataclass, a NamedTuple, or a dict with these keys.
         name: Which shadow, as in `shadow_params`.
+        copy: Whether its arrays are copies, as in `shadow_params`. Without, donate
+            neither of the two train states while both are used.
 
     Raises:
         TypeError: If it is no such object.
@@ -95,7 +115,8 @@ def with_shadow(train_state: Any, *, name: str | None = None) -> Any:
             f"{type(train_state).__name__}. For other layouts call "
             "shadow_params(opt_state, params)."
         )
-    params = read(parts["opt_state"], parts["params"], name, "with_shadow(train_state)")
+    call = "with_shadow(train_state)"
+    params = read(parts["opt_state"], parts["params"], name, call, copy)
     if isinstance(train_state, Mapping):
         return type(train_state)({**train_state, "params": params})  # pyright: ignore[reportCallIssue]
     if hasattr(train_state, "replace"):
@@ -111,11 +132,12 @@ def with_shadow(train_state: Any, *, name: str | None = None) -> Any:
     )
 
 
-def _fill(shadow: object, param: object) -> Any:
+def _fill(shadow: object, param: object, copy: bool) -> Any:
     if trees.is_placeholder(shadow):
-        return _own(param)
-    return jnp.array(shadow, dtype=jnp.result_type(param))
+        return _own(param, copy)
+    make = jnp.array if copy else jnp.asarray
+    return make(shadow, dtype=jnp.result_type(param))
 
 
-def _own(leaf: object) -> Any:
-    return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+def _own(leaf: object, copy: bool) -> Any:
+    return jnp.copy(leaf) if copy and isinstance(leaf, jax.Array) else leaf

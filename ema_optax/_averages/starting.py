@@ -55,7 +55,7 @@ def started_from(
         count: How many updates the average has seen, in [0, 2³¹), each of them counted
             where it was folded every few. `"settled"` where that is not known: the
             smallest count at which the decay, to float32, is what it ends at.
-        name: Which shadow, where there are several.
+        name: Which shadow, as in `shadow_params`, where there are several.
 
     Raises:
         ValueError: If the tree or a shape differs, if there is no such average or it is

@@ -23,7 +23,7 @@ from ema_optax._checkpoint.kept_averages import (
 )
 from ema_optax._checkpoint.kept_state import check_started, offer_state
 from ema_optax._checkpoint.leaves import Place
-from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
+from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest
 from ema_optax._checkpoint.restoring import shared_manifest
 from ema_optax._checkpoint.same_averages import check_computed_goes_on
 from ema_optax._checkpoint.slots import by_path, filled, place_in_run
@@ -33,6 +33,7 @@ from ema_optax._messages import text
 from ema_optax._placement import placement
 from ema_optax._trees import mistaken
 from ema_optax._trees.locating import under
+from ema_optax._trees.naming import tree_of
 
 CALL = "resume(directory, params, optimizer.init, missing='start')"
 

@@ -208,7 +208,8 @@ def restore(
 
     Args:
         directory: The folder of a run, or of one step of it.
-        tree: `"params"`, `"shadow"`, or `"shadow/NAME"`.
+        tree: `"params"`, `"shadow"`, or the name of a shadow: `"fast"`, in full
+            `"shadow/fast"`.
         like: The model's params, abstract (`jax.eval_shape`) or concrete, of any tree
             type: the result has its structure, shapes, dtypes and shardings. Floats are
             cast to its floats, nothing else is cast. Leaves without a sharding go to

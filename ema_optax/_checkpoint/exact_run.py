@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from ema_optax._averages import averages
 from ema_optax._checkpoint.leaves import Place, read
-from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
+from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest
 from ema_optax._checkpoint.restoring import check_fits, shared_manifest
 from ema_optax._checkpoint.same_averages import check_same
 from ema_optax._checkpoint.slots import by_path, filled, place_in_run, stored_place
@@ -19,6 +19,7 @@ from ema_optax._checkpoint.targets import Target, target_of
 from ema_optax._messages import text
 from ema_optax._placement import placement
 from ema_optax._trees import mistaken
+from ema_optax._trees.naming import tree_of
 
 CALL = "resume(directory, params, opt_state)"
 

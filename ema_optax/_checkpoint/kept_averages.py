@@ -10,7 +10,7 @@ from etils import epath
 
 from ema_optax._averages.averages import Averages
 from ema_optax._checkpoint.leaves import Place, read
-from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest, tree_of
+from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, Manifest
 from ema_optax._checkpoint.same_averages import check_computed_goes_on, check_decay
 from ema_optax._checkpoint.slots import by_path
 from ema_optax._checkpoint.state_nodes import average_nodes
@@ -19,6 +19,7 @@ from ema_optax._checkpoint.taking import Slot, Taking
 from ema_optax._checkpoint.targets import default_target
 from ema_optax._messages import text
 from ema_optax._trees.locating import under
+from ema_optax._trees.naming import tree_of
 
 
 def offer_shadows(

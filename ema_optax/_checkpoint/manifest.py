@@ -27,12 +27,13 @@ from ema_optax._checkpoint.sealed import read_sealed, write_sealed
 from ema_optax._checkpoint.untrusted import DEPTH, is_deep, is_object, is_whole
 from ema_optax._decays.decay import Decay
 from ema_optax._messages.text import brief
+from ema_optax._trees import naming
 
 FORMAT = 2  # the newest that is read, written where leaves are verified block by block
 WITHOUT_BLOCKS = 1  # written where no leaf is cut: earlier versions read it too
 FOLDER = "ema_optax"  # inside the item, beside the raw params
 LIBRARY = "ema_optax"
-PARAMS, SHADOW, STATE = "params", "shadow", "state"
+PARAMS, SHADOW, STATE = naming.PARAMS, naming.SHADOW, "state"
 
 T = TypeVar("T")
 
@@ -136,16 +137,6 @@ class Manifest:
             )
         version = _version(content.get("version"))
         return cls(number, version, processes, entries, cast("Json", extra))
-
-
-def tree_of(name: str) -> str:
-    """Name of a shadow's tree on disk: `shadow/NAME`, or `shadow` without a name."""
-    return f"{SHADOW}/{name}" if name else SHADOW
-
-
-def name_of(tree: str) -> str:
-    """Name of the shadow in a tree, as `tree_of` was given."""
-    return tree.removeprefix(SHADOW).removeprefix("/")
 
 
 def manifest_path(item: epath.Path) -> epath.Path:

@@ -12,7 +12,6 @@ from ema_optax._checkpoint.entries import LeafEntry, Structure
 from ema_optax._checkpoint.leaves import Place, elsewhere, read
 from ema_optax._checkpoint.manifest import (
     PARAMS,
-    SHADOW,
     STATE,
     Manifest,
     read_manifest,
@@ -22,7 +21,7 @@ from ema_optax._checkpoint.step import is_empty, is_key
 from ema_optax._checkpoint.targets import default_target, target_of
 from ema_optax._messages import text
 from ema_optax._placement import placement
-from ema_optax._trees import trees
+from ema_optax._trees import naming, trees
 from ema_optax._trees.locating import Outline, misfit, places_of, under
 from ema_optax._trees.renaming import Renames
 
@@ -42,6 +41,7 @@ def restore_tree(
     Leaves that are not averaged come from the params. See `directory.restore`.
     """
     manifest = shared_manifest(item)
+    tree = chosen(manifest, tree)
     sources = sources_of(manifest, tree)
     if like is None:
         if rename:
@@ -74,7 +74,7 @@ def restore_tree(
 def restore_raw(item: epath.Path) -> Any:
     """Returns the params of an item as Orbax nests them; verified."""
     manifest = shared_manifest(item)
-    places = sources_of(manifest, PARAMS)
+    places = sources_of(manifest, chosen(manifest, PARAMS))
     leaves = read(
         item,
         manifest,
@@ -90,12 +90,7 @@ def shared_manifest(item: epath.Path) -> Manifest:
 
 
 def sources_of(manifest: Manifest, tree: str) -> dict[str, Place]:
-    """Returns where each leaf of a tree lies: averaged ones in it, others in params.
-
-    Raises:
-        ValueError: If the checkpoint has no such tree.
-    """
-    tree = _chosen(manifest, tree)
+    """Returns where each leaf of a tree lies: averaged ones in it, others in params."""
     own = {path: Place(tree, path) for path in manifest.trees[tree].leaves}
     if tree == PARAMS or PARAMS not in manifest.trees:
         return own
@@ -106,22 +101,14 @@ def sources_of(manifest: Manifest, tree: str) -> dict[str, Place]:
     return params | {under(place, path): at for path, at in own.items()}
 
 
-def _chosen(manifest: Manifest, tree: str) -> str:
-    """Returns the name of a tree as it is stored: of an only shadow with its name.
+def chosen(manifest: Manifest, tree: str) -> str:
+    """Returns the tree that a name means, as it is stored.
 
     Raises:
-        ValueError: If the checkpoint has no such tree.
+        ValueError: If the checkpoint has no such tree, or two may be meant.
     """
-    have = [name for name in manifest.trees if name != STATE]
-    named = [name for name in have if name.startswith(f"{SHADOW}/")]
-    if tree == SHADOW and SHADOW not in have and len(named) == 1:
-        tree = named[0]
-    if tree not in have:
-        raise ValueError(
-            f"The checkpoint has no tree {text.brief(tree)}; it has "
-            f"{', '.join(map(repr, have))}. Pass tree={(named or have)[-1]!r}."
-        )
-    return tree
+    stored = [name for name in manifest.trees if name != STATE]
+    return naming.chosen(tree, stored, "Pass tree=")
 
 
 def _where_it_sits(manifest: Manifest, tree: str) -> str | None:
@@ -185,7 +172,6 @@ def _check_averaged(places: Mapping[str, Place], manifest: Manifest, tree: str) 
     Raises:
         ValueError: If no slot takes a leaf of it, where it has any.
     """
-    tree = _chosen(manifest, tree)
     averaged = manifest.trees[tree].leaves
     read_from = {place.tree for place in places.values()}
     if tree != PARAMS and averaged and read_from == {PARAMS}:

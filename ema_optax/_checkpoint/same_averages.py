@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from ema_optax._averages.average import Average
 from ema_optax._averages.averages import Averages
 from ema_optax._checkpoint.entries import AverageEntry, Computed
-from ema_optax._checkpoint.manifest import SHADOW, Manifest, tree_of
+from ema_optax._checkpoint.manifest import SHADOW, Manifest
 from ema_optax._checkpoint.shadows import computed_of
+from ema_optax._trees.naming import tree_of
 
 START = (
     "Or take what fits: resume(directory, params, optimizer.init, missing='start'), "

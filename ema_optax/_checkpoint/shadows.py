@@ -13,7 +13,7 @@ from ema_optax._averages.average import Average
 from ema_optax._averages.averages import Averages
 from ema_optax._averages.states import BemaMadeBy, RingMadeBy
 from ema_optax._checkpoint.entries import AverageEntry, Computed, Count
-from ema_optax._checkpoint.manifest import SHADOW, tree_of
+from ema_optax._checkpoint.manifest import SHADOW
 from ema_optax._messages import text
 from ema_optax._trees import trees
 from ema_optax._trees.locating import (
@@ -26,6 +26,7 @@ from ema_optax._trees.locating import (
     places_of,
     under,
 )
+from ema_optax._trees.naming import tree_of
 
 
 class Part(NamedTuple):

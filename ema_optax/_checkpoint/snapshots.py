@@ -8,13 +8,14 @@ from etils import epath
 from ema_optax._checkpoint import storage
 from ema_optax._checkpoint.errors import CorruptCheckpointError
 from ema_optax._checkpoint.leaves import Place
-from ema_optax._checkpoint.manifest import Manifest, name_of, read_manifest
+from ema_optax._checkpoint.manifest import Manifest, read_manifest
 from ema_optax._checkpoint.paths import absolute
 from ema_optax._checkpoint.rescue import explained
 from ema_optax._checkpoint.sources import StoredTree
 from ema_optax._checkpoint.steps import all_steps
 from ema_optax._decays.decays import power
 from ema_optax._messages import arguments, text
+from ema_optax._trees.naming import name_of
 from ema_optax.reconstruction import Snapshot
 
 
@@ -75,7 +76,9 @@ def snapshots(
         for tree, average in manifest.averages.items():
             decay, taken = average.decay, []
             # A tree that is joined of groups is one average if all of them are.
-            asked = not average.computed and (names is None or name_of(tree) in names)
+            asked = not average.computed and (
+                names is None or tree in names or name_of(tree) in names
+            )
             if asked and isinstance(decay, power):
                 taken = _snapshot(path, manifest, tree, float(decay.exponent), verify)
             found += taken

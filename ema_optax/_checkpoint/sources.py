@@ -13,7 +13,7 @@ from ema_optax._checkpoint.errors import CorruptCheckpointError
 from ema_optax._checkpoint.leaves import Place, Reader
 from ema_optax._checkpoint.manifest import PARAMS, Manifest, read_manifest, read_sums
 from ema_optax._checkpoint.rescue import explained
-from ema_optax._checkpoint.restoring import sources_of
+from ema_optax._checkpoint.restoring import chosen, sources_of
 from ema_optax._checkpoint.steps import find_step
 from ema_optax._messages import arguments
 from ema_optax.reconstruction import Source
@@ -37,7 +37,8 @@ def stored(
 
     Args:
         directory: The folder of a run, or of one step of it.
-        tree: `"params"`, `"shadow"`, or `"shadow/NAME"`.
+        tree: `"params"`, `"shadow"`, or the name of a shadow: `"fast"`, in full
+            `"shadow/fast"`.
         step: Number of the step; None for the newest that was committed.
         item: Name of the item, where the step holds several.
         verify: Whether to compare what is read with its checksums.
@@ -65,7 +66,7 @@ def stored(
         described = read_manifest(found)
     except CorruptCheckpointError as error:
         raise explained(found, error, _RESCUE) from error
-    places = sources_of(described, tree)
+    places = sources_of(described, chosen(described, tree))
     return StoredTree(found, described, places, verify=verify)
 
 

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from ema_optax._averages.average import Average
-from ema_optax._checkpoint.manifest import PARAMS, SHADOW, Manifest, tree_of
+from ema_optax._checkpoint.manifest import PARAMS, SHADOW, Manifest
 from ema_optax._checkpoint.restoring import is_turned
 from ema_optax._checkpoint.state_nodes import Part, split
 from ema_optax._messages import text
 from ema_optax._trees.locating import named_alike, under
+from ema_optax._trees.naming import tree_of
 from ema_optax._trees.renaming import Renames
 
 SLOTS = "slots of this run's params to stored paths, and averages to stored ones"

@@ -115,7 +115,7 @@ def add(commands: parsing.Commands) -> None:
         type=parsing.place,
         default="params",
         metavar="TREE",
-        help="params, shadow, or shadow/NAME; not for widths (default: %(default)s)",
+        help="params, or a shadow by name; not for widths (default: %(default)s)",
     )
     parser.add_argument(
         "--item", metavar="NAME", help="of the steps' items, where they have several"

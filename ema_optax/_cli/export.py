@@ -11,7 +11,8 @@ from ema_optax._decays.decay import Decay
 from ema_optax._messages.text import some
 
 if TYPE_CHECKING:
-    from ema_optax.interop import Exported, Rules
+    from ema_optax.interop import Rules
+    from ema_optax.safetensors import Exported
 
 
 def add(commands: parsing.Commands) -> None:
@@ -79,7 +80,7 @@ def add(commands: parsing.Commands) -> None:
         type=parsing.place,
         action="append",
         metavar="TREE",
-        help="params, shadow, or shadow/NAME; also several times (default: shadow)",
+        help="params, or a shadow by name; also several times (default: shadow)",
     )
     parser.add_argument(
         "--out",
@@ -157,10 +158,10 @@ def _run(args: argparse.Namespace) -> int:
         args.extra = "cli,safetensors"
         import rich  # noqa: F401 missed before the work, not after it
 
-    from ema_optax import interop
+    from ema_optax import safetensors
 
     trees = args.tree or ["shadow"]
-    done = interop.export_safetensors(
+    done = safetensors.export(
         args.directory,
         args.out,
         tree=trees[0] if len(trees) == 1 else trees,
@@ -174,7 +175,7 @@ def _run(args: argparse.Namespace) -> int:
         overwrite=args.force,
         dry_run=args.dry_run,
     )
-    exported = [done] if isinstance(done, interop.Exported) else done
+    exported = [done] if isinstance(done, safetensors.Exported) else done
     if args.json:
         told = [dataclasses.asdict(done) for done in exported]
         parsing.print_json(told[0] if len(told) == 1 else {"trees": told})

@@ -12,7 +12,7 @@ from ema_optax._cli import decay_text, parsing
 from ema_optax._messages.text import some
 
 if TYPE_CHECKING:
-    from ema_optax.interop import Imported
+    from ema_optax.tensorflow import Imported
 
 
 def add(commands: parsing.Commands) -> None:
@@ -93,11 +93,11 @@ def _run(args: argparse.Namespace) -> int:
     if not args.json:
         import rich  # noqa: F401 missed before the work, not after it
     with _quiet():
-        import tensorflow  # noqa: F401  # pyright: ignore[reportMissingModuleSource]
+        import tensorflow  # pyright: ignore[reportMissingModuleSource]
 
-    from ema_optax import interop
+    from ema_optax import tensorflow
 
-    done = interop.import_tensorflow(
+    done = tensorflow.import_checkpoint(
         args.source,
         args.out,
         step=args.step,

@@ -10,7 +10,7 @@ from ema_optax._cli import decay_text, parsing
 from ema_optax._messages.text import some
 
 if TYPE_CHECKING:
-    from ema_optax.interop import ImportedTorch
+    from ema_optax.torch import ImportedTorch
 
 _ROWS = 40  # leaves that are listed without --dry-run
 
@@ -125,9 +125,9 @@ def add(commands: parsing.Commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     if not args.json:
         import rich  # noqa: F401 missed before the work, not after it
-    from ema_optax import interop
+    from ema_optax import interop, torch
 
-    done = interop.import_torch(
+    done = torch.import_checkpoint(
         args.source,
         args.out,
         params=args.params,

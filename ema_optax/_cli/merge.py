@@ -101,7 +101,7 @@ def add(commands: parsing.Commands) -> None:
         "--tree",
         type=parsing.place,
         metavar="TREE",
-        help="params, shadow, or shadow/NAME; of other programs the path of a tree in\n"
+        help="params, or a shadow by name; of other programs the path of a tree in\n"
         "their steps, state/params (default: params)",
     )
     parser.add_argument(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ema_optax import checkpoint, interop
+from ema_optax import checkpoint, safetensors
 from ema_optax._checkpoint import foreign_steps, storage
 from ema_optax._checkpoint.paths import absolute
 from ema_optax._checkpoint.steps import items_in
@@ -121,7 +121,7 @@ def opened(
                 f"pass --tree {item}/params, or what is in it, instead of --item."
             )
         elif kind == TENSORS:
-            sources.append(interop.stored_safetensors(place, tree))
+            sources.append(safetensors.stored(place, tree))
         else:
             # As was found in the first, so that all are of the same path.
             tree = (tree or sources[0].tree) if sources else tree

@@ -31,6 +31,7 @@ from ema_optax._decays.schedule import schedule
 from ema_optax._messages.text import brief
 
 DecayLike: TypeAlias = Scalar | Decay | Callable[[Any], ArrayLike]
+"""A plain β, which is warmed up; a decay; or a function from the 1-based step to β."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -111,14 +111,15 @@ def diagnose(
     maximize = arguments.flag(maximize, "maximize")
     sizes = _sizes(batch_sizes)
     found = averages.find(opt_state, call=_CALL, params=params)
-    names = list(dict.fromkeys(found.names)) if len(found.names) > 1 else [None]
     seen = _Seen(
         opt_state, params, evaluate, maximize, sizes, _counts(opt_state, found)
     )
-    for each in [name] if name is not None else names:
-        # An unnamed average beside named ones is BEMA's, which no name asks for.
-        chosen = [a for a in found if not a.name] if each == "" else found.of(each)
-        seen.look_at(chosen, each)
+    if name is not None or len(found.names) < 2:
+        chosen = found.of(name)
+        seen.look_at(chosen, None if name is None else chosen[0].name)
+    else:
+        for each in found.names:
+            seen.look_at([a for a in found if a.name == each], each)
     return Diagnosis(
         findings=ordered(seen.findings),
         figures=seen.figures,

@@ -244,7 +244,8 @@ def stale_statistics(record: Record, paths: list[str]) -> Finding:
 
 
 REFRESH = (
-    "Recompute them with the averaged params: interop.refresh_batch_stats(…, batches)."
+    "Recompute them with the averaged params: "
+    "ema_optax.linen.refresh_batch_stats(…, batches)."
 )
 
 

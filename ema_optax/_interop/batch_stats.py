@@ -64,11 +64,13 @@ def refresh_batch_stats(
 
     Source: Izmailov et al. 2018, arXiv:1803.05407, algorithm 1.
 
+    >>> import ema_optax
     >>> import flax.linen as nn
     >>> model = nn.BatchNorm(use_running_average=False, momentum=0.99)
     >>> batches = [jnp.array([[1.0], [3.0]]), jnp.array([[5.0], [7.0]])]
     >>> variables = model.init(jax.random.key(0), batches[0])
-    >>> refresh_batch_stats(model.apply, variables, batches)["batch_stats"]
+    >>> new = ema_optax.linen.refresh_batch_stats(model.apply, variables, batches)
+    >>> new["batch_stats"]
     {'mean': Array([4.], dtype=float32), 'var': Array([1.], dtype=float32)}
     """
     if not isinstance(variables, Mapping) or not variables.get(_COLLECTION):

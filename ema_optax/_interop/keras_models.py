@@ -2,17 +2,18 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ema_optax._decays.decay import Decay
 from ema_optax._decays.decays import constant
 from ema_optax._decays.derived_decays import start_after
-from ema_optax._messages import extras
+from ema_optax._messages import arguments, extras
 from ema_optax._messages.text import brief, nearest, some
 from ema_optax._trees import trees
 
@@ -25,7 +26,7 @@ class KerasAverage:
     """The average that a Keras optimizer keeps with `use_ema=True`.
 
     Attributes:
-        tree: The averages of the trainable variables, in the layout of `keras_split`.
+        tree: The averages of the trainable variables, in the layout of `split`.
         count: Updates that it has seen.
         decay: What they were averaged with: `start_after(constant(ema_momentum), 1)`.
             None where no decay says it: with `gradient_accumulation_steps` Keras folds
@@ -37,12 +38,16 @@ class KerasAverage:
     decay: Decay | None
 
 
-def keras_split(
-    model: Any, params: Values | None = None, rest: Values | None = None
+def split(
+    model: Any,
+    params: Values | None = None,
+    rest: Values | None = None,
+    *,
+    copy: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a Keras model's trainable variables and the others as two trees.
 
-        params, rest = interop.keras_split(model)
+        params, rest = ema_optax.keras.split(model)
         checkpoint.save("run", params, optimizer.init(params), step=10)
 
     Each is nested dicts by the variables' paths, `dense/kernel`. The second holds
@@ -60,6 +65,8 @@ def keras_split(
         params: Other values of the trainable variables to arrange so: the list that a
             loop around `model.stateless_call` has, or its shadow. None for the model's.
         rest: The same of `model.non_trainable_variables`.
+        copy: Whether the arrays are copies. Without, they are the model's own, and gone
+            after its next step of `fit`.
 
     Raises:
         RuntimeError: If Keras runs on another backend.
@@ -70,34 +77,41 @@ def keras_split(
     Example, with `KERAS_BACKEND=jax` in the environment:
 
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-        params, _ = interop.keras_split(model)
+        params, _ = ema_optax.keras.split(model)
         params["sequential"]["dense"]["kernel"]
     """
-    slots = _slots(model, "keras_split")
+    slots = _slots(model, "ema_optax.keras.split")
     given = (params, rest)
+    make = _maker(copy)
     trainable, others = (
-        trees.nested({path: jnp.array(x) for path, x in _fitted(part, values).items()})
+        trees.nested({path: make(x) for path, x in _fitted(part, values).items()})
         for part, values in zip(slots, given, strict=True)
     )
     return trainable, others
 
 
-def keras_update(
-    model: Any, params: Values | None = None, rest: Values | None = None
+def update(
+    model: Any,
+    params: Values | None = None,
+    rest: Values | None = None,
+    *,
+    copy: bool = True,
 ) -> None:
     """Put trees, or lists of values, into the variables of a Keras model.
 
-        like, _ = interop.keras_split(model)
-        interop.keras_update(model, checkpoint.restore("run", "shadow", like=like))
+        like, _ = ema_optax.keras.split(model)
+        ema_optax.keras.update(model, checkpoint.restore("run", "shadow", like=like))
 
     All of it or nothing: every variable gets its value, or all stay as they are. Values
     are copied, and floats cast to the variables' floats; nothing else is cast.
 
     Args:
         model: A Keras model that is built, on the backend `jax`.
-        params: Values of its trainable variables: a tree as of `keras_split`, or a list
+        params: Values of its trainable variables: a tree as of `split`, or a list
             in the order of `model.trainable_variables`. None leaves them alone.
         rest: The same of `model.non_trainable_variables`.
+        copy: Whether the model gets copies. Without, it takes the arrays themselves
+            where they need no cast, and a step of `fit` donates them.
 
     Raises:
         RuntimeError: If Keras runs on another backend.
@@ -105,13 +119,14 @@ def keras_update(
         ValueError: If it is not built, or a value is missing, is of no variable, or
             has another shape or kind than its variable.
     """
-    slots = _slots(model, "keras_update")
+    slots = _slots(model, "ema_optax.keras.update")
+    make = _maker(copy)
     new: list[tuple[Any, Any]] = []
     for part, values in zip(slots, (params, rest), strict=True):
         if values is not None:
             fitted = _fitted(part, values)
             new += [
-                (variable, jnp.array(fitted[path], variable.dtype))
+                (variable, make(fitted[path], variable.dtype))
                 for path, variable in part.variables.items()
             ]
     before = [variable.value for variable, _ in new]
@@ -125,39 +140,42 @@ def keras_update(
 
 
 @contextlib.contextmanager
-def keras_swapped(model: Any, params: Values) -> Iterator[Any]:
+def swapped(model: Any, params: Values, *, copy: bool = True) -> Iterator[Any]:
     """Put other params into a Keras model, and always put its own back.
 
-        with interop.keras_swapped(model, interop.keras_average(model).tree):
+        with ema_optax.keras.swapped(model, ema_optax.keras.average(model).tree):
             model.evaluate(images, labels)
 
     What is written into the trainable variables inside is gone after the `with`.
 
     Args:
         model: A Keras model that is built, on the backend `jax`.
-        params: As in `keras_update`: an average, a shadow.
+        params: As in `update`: an average, a shadow.
+        copy: Whether the model gets copies, as in `update`. Without, call no `fit`
+            inside.
 
     Yields:
         The model.
 
     Raises:
-        RuntimeError, TypeError, ValueError: As in `keras_update`.
+        RuntimeError, TypeError, ValueError: As in `update`.
     """
-    before, _ = keras_split(model)
-    keras_update(model, params)
+    # No copies of its own params: inside it holds others, which are what is donated.
+    before, _ = split(model, copy=False)
+    update(model, params, copy=copy)
     try:
         yield model
     finally:
-        keras_update(model, before)
+        update(model, before, copy=False)
 
 
-def keras_average(model: Any, optimizer: Any = None) -> KerasAverage:
+def average(model: Any, optimizer: Any = None) -> KerasAverage:
     """Returns the average that a Keras optimizer keeps with `use_ema=True`.
 
         class Keep(keras.callbacks.Callback):
             def on_epoch_end(self, epoch, logs=None):
-                average = interop.keras_average(self.model)
-                raw, _ = interop.keras_split(self.model)
+                average = ema_optax.keras.average(self.model)
+                raw, _ = ema_optax.keras.split(self.model)
                 checkpoint.save_average(
                     "run", average.tree, params=raw, step=average.count,
                     decay=average.decay,
@@ -178,14 +196,14 @@ def keras_average(model: Any, optimizer: Any = None) -> KerasAverage:
 
     Source: `ema_momentum` in the documentation of `keras.optimizers.Optimizer`.
     """
-    keras = _keras("keras_average")
-    part, _ = _slots(model, "keras_average")
+    keras = _keras("ema_optax.keras.average")
+    part, _ = _slots(model, "ema_optax.keras.average")
     if optimizer is None:
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
             raise ValueError(
                 "The model has no optimizer: it was not compiled. Pass the one that "
-                "trains it: keras_average(model, optimizer)."
+                "trains it: ema_optax.keras.average(model, optimizer)."
             )
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
@@ -196,7 +214,7 @@ def keras_average(model: Any, optimizer: Any = None) -> KerasAverage:
     if not optimizer.use_ema:
         raise ValueError(
             f"This {type(optimizer).__name__} keeps no average: it was made without "
-            "use_ema=True. The params alone are keras_split(model)."
+            "use_ema=True. The params alone are ema_optax.keras.split(model)."
         )
     averages = _averages(optimizer, part)
     count = int(optimizer.iterations)
@@ -221,14 +239,23 @@ class _Part:
 
 
 def _keras(caller: str) -> ModuleType:
-    with extras.needed_by(caller):
-        import keras  # pyright: ignore[reportMissingImports] an extra
+    keras = _imported(caller)
     if keras.config.backend() != "jax":
         raise RuntimeError(
             f"Keras runs on {keras.config.backend()} here, and {caller} reads the "
             "variables of Keras on JAX. Set the environment variable KERAS_BACKEND=jax "
             "before keras is imported for the first time."
         )
+    return keras
+
+
+def _maker(copy: bool) -> Callable[..., jax.Array]:
+    return jnp.array if arguments.flag(copy, "copy") else jnp.asarray
+
+
+def _imported(caller: str) -> ModuleType:
+    with extras.needed_by(caller):
+        import keras  # pyright: ignore[reportMissingImports] an extra
     return keras
 
 
@@ -300,7 +327,9 @@ def _check_paths(part: _Part, given: Mapping[str, Any]) -> None:
         what = f"a value for '{extra[0]}', which the model does not have"
         near, count = nearest(extra[0], part.variables), len(extra)
     more = f" and {count - 1:,} more" if count > 1 else ""
-    advice = "A tree has one value for each, as keras_split(model) gives them."
+    advice = (
+        "A tree has one value for each, as ema_optax.keras.split(model) gives them."
+    )
     if missing and sorted(map(_without_numbers, extra)) == sorted(
         map(_without_numbers, missing)
     ):

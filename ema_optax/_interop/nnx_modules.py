@@ -30,10 +30,12 @@ _SWAPPED: dict[int, _Live] = {}
 
 
 @contextlib.contextmanager
-def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[Any]:
+def swapped(
+    model: Any, optimizer: Any, *, name: str | None = None, copy: bool = True
+) -> Iterator[Any]:
     """Put the shadow into an NNX module, and always put the raw params back.
 
-        with interop.swapped(model, optimizer):
+        with ema_optax.nnx.swapped(model, optimizer):
             evaluate(model)
 
     After the `with`, exceptions included, params and batch statistics are those of
@@ -46,6 +48,8 @@ def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[
         model: The module that the optimizer trains.
         optimizer: Its `nnx.Optimizer`, with `ema_params` or `bema_params` in its chain.
         name: Which shadow, as in `shadow_params`.
+        copy: Whether the module gets copies, as of `shadow_params`. Without, it holds
+            the optimizer's own arrays: donate neither of them inside.
 
     Yields:
         The module.
@@ -56,15 +60,14 @@ def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[
         RuntimeError: If the optimizer was stepped inside: the step was taken from the
             shadow, and is lost for the params.
 
-    >>> import optax
+    >>> import optax, ema_optax
     >>> from flax import nnx
-    >>> from ema_optax import ema_params
     >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
-    >>> chain = optax.chain(optax.sgd(1.0), ema_params(0.99))
+    >>> chain = optax.chain(optax.sgd(1.0), ema_optax.ema_params(0.99))
     >>> optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
     >>> gradients = jax.tree.map(jnp.ones_like, nnx.state(model))
     >>> _ = optimizer.update(model, gradients)
-    >>> with swapped(model, optimizer):
+    >>> with ema_optax.nnx.swapped(model, optimizer):
     ...     print(model.bias[...])
     [-0.8181818]
     >>> print(model.bias[...])
@@ -73,7 +76,7 @@ def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[
     from flax import nnx
 
     live = _live(model, optimizer)
-    shadow = _shadow(optimizer, live.params, name, "swapped")
+    shadow = _shadow(optimizer, live.params, name, "swapped", copy)
     before = _held(model, optimizer)
     step = optimizer.step[...]
     outermost = id(model) not in _SWAPPED
@@ -89,55 +92,60 @@ def swapped(model: Any, optimizer: Any, *, name: str | None = None) -> Iterator[
             del _SWAPPED[id(model)]
     if _differ(step, optimizer.step[...]):
         raise RuntimeError(
-            "optimizer.update was called inside interop.swapped: it stepped from the "
-            "shadow. The raw params of before are back and that step is lost for them, "
-            "but the optimizer state has seen it. Train outside the with; to evaluate "
-            "beside training, use interop.shadow_copy(model, optimizer)."
+            "optimizer.update was called inside ema_optax.nnx.swapped: it stepped from "
+            "the shadow. The raw params of before are back and that step is lost for "
+            "them, but the optimizer state has seen it. Train outside the with; to "
+            "evaluate beside training, use ema_optax.nnx.shadow_copy(model, optimizer)."
         )
 
 
-def shadow_copy(model: object, optimizer: object, *, name: str | None = None) -> Any:
+def shadow_copy(
+    model: object, optimizer: object, *, name: str | None = None, copy: bool = True
+) -> Any:
     """Returns a copy of an NNX module whose params are the shadow, for evaluation.
 
     It shares nothing with the module, which may go on and donate its arrays. Variables
-    that are no params are copied as they are; so is the mode (`copy.eval()`).
+    that are no params are copied as they are; so is the mode (`averaged.eval()`).
 
     Args:
         model: The module that the optimizer trains.
         optimizer: Its `nnx.Optimizer`, with `ema_params` or `bema_params` in its chain.
         name: Which shadow, as in `shadow_params`.
+        copy: Whether its arrays are copies. Without, it is a module of its own that
+            holds arrays of the module and the optimizer: donate none of the three
+            while it is used.
 
     Raises:
         TypeError: If they are no module and optimizer.
         ValueError: As in `shadow_params`.
 
-    >>> import optax
+    >>> import optax, ema_optax
     >>> from flax import nnx
-    >>> from ema_optax import ema_params
     >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
-    >>> chain = optax.chain(optax.sgd(1.0), ema_params(0.99))
+    >>> chain = optax.chain(optax.sgd(1.0), ema_optax.ema_params(0.99))
     >>> optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
     >>> _ = optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
-    >>> print(shadow_copy(model, optimizer).bias[...], model.bias[...])
+    >>> averaged = ema_optax.nnx.shadow_copy(model, optimizer)
+    >>> print(averaged.bias[...], model.bias[...])
     [-0.8181818] [-1.]
     """
     from flax import nnx
 
     live = _live(model, optimizer)
-    shadow = _shadow(optimizer, live.params, name, "shadow_copy")
-    copy = _copied(model)
-    nnx.update(copy, jax.tree.map(_own, live.stats))
-    nnx.update(copy, shadow)
-    return copy
+    shadow = _shadow(optimizer, live.params, name, "shadow_copy", copy)
+    averaged = _copied(model, copy)
+    nnx.update(averaged, jax.tree.map(_own, live.stats) if copy else live.stats)
+    nnx.update(averaged, shadow)
+    return averaged
 
 
-def nnx_split(model: Any, optimizer: Any) -> tuple[Any, Any]:
+def split(model: Any, optimizer: Any) -> tuple[Any, Any]:
     """Returns all of a run as two trees of arrays, to save and to resume.
 
-        checkpoint.save("run", *interop.nnx_split(model, optimizer), step=10)
+        checkpoint.save("run", *ema_optax.nnx.split(model, optimizer), step=10)
 
-        found = checkpoint.resume("run", *interop.nnx_split(model, optimizer))
-        interop.nnx_update(model, optimizer, *found)
+        found = checkpoint.resume("run", *ema_optax.nnx.split(model, optimizer))
+        ema_optax.nnx.update(model, optimizer, *found)
 
     The first tree is the model's whole state, batch statistics and PRNG keys included
     and intermediates left out; the second is the optimizer's. For inference, without an
@@ -155,13 +163,12 @@ def nnx_split(model: Any, optimizer: Any) -> tuple[Any, Any]:
     Raises:
         TypeError: If they are no module and optimizer.
 
-    >>> import optax
+    >>> import optax, ema_optax
     >>> from flax import nnx
-    >>> from ema_optax import ema_params
     >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
-    >>> chain = optax.chain(optax.sgd(1.0), ema_params(0.99))
+    >>> chain = optax.chain(optax.sgd(1.0), ema_optax.ema_params(0.99))
     >>> optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
-    >>> params, opt_state = nnx_split(model, optimizer)
+    >>> params, opt_state = ema_optax.nnx.split(model, optimizer)
     >>> params["bias"], sorted(opt_state)
     (Array([0.], dtype=float32), ['opt_state', 'step'])
     """
@@ -179,8 +186,8 @@ def nnx_split(model: Any, optimizer: Any) -> tuple[Any, Any]:
     return state, opt_state
 
 
-def nnx_update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
-    """Put the two trees of `nnx_split` back into a module and its optimizer.
+def update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
+    """Put the two trees of `split` back into a module and its optimizer.
 
     All of it or nothing: where the trees do not fit, both stay as they are.
 
@@ -195,25 +202,24 @@ def nnx_update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
         ValueError: If the trees are not of such a module and optimizer.
         RuntimeError: If the module is inside `swapped`, which would undo it.
 
-    >>> import optax
+    >>> import optax, ema_optax
     >>> from flax import nnx
-    >>> from ema_optax import ema_params
     >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
-    >>> chain = optax.chain(optax.sgd(1.0), ema_params(0.99))
+    >>> chain = optax.chain(optax.sgd(1.0), ema_optax.ema_params(0.99))
     >>> optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
-    >>> saved = nnx_split(model, optimizer)
+    >>> saved = ema_optax.nnx.split(model, optimizer)
     >>> _ = optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model)))
-    >>> nnx_update(model, optimizer, *saved)
+    >>> ema_optax.nnx.update(model, optimizer, *saved)
     >>> print(model.bias[...], int(optimizer.step[...]))
     [0.] 0
     """
     _check(model, optimizer)
     if id(model) in _SWAPPED:
         raise RuntimeError(
-            "The model is inside interop.swapped, which will put its old params back. "
-            "Call nnx_update after the with."
+            "The model is inside ema_optax.nnx.swapped, which will put its old params "
+            "back. Call ema_optax.nnx.update after the with."
         )
-    before = nnx_split(model, optimizer)
+    before = split(model, optimizer)
     for given, held, names in (
         (state, before[0], ("first tree", "model")),
         (opt_state, before[1], ("second tree", "optimizer")),
@@ -222,8 +228,8 @@ def nnx_update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
         difference = trees.difference(paths, held, names)
         if difference:
             raise ValueError(
-                f"nnx_update takes what nnx_split gave of such a model and optimizer: "
-                f"{difference}."
+                "ema_optax.nnx.update takes what ema_optax.nnx.split gave of such a "
+                f"model and optimizer: {difference}."
             )
     try:
         _put(model, optimizer, state, opt_state)
@@ -241,7 +247,7 @@ def _put(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
     optimizer.step.set_value(jnp.asarray(opt_state["step"]))
 
 
-def refresh_nnx_batch_stats(
+def refresh_batch_stats(
     model: object,
     batches: Iterable[Any],
     *,
@@ -250,10 +256,10 @@ def refresh_nnx_batch_stats(
 ) -> None:
     """Recompute the BatchNorm statistics of an NNX module for the params it has.
 
-    As `refresh_batch_stats`, in the module itself:
+    As `ema_optax.linen.refresh_batch_stats`, in the module itself:
 
-        copy = interop.shadow_copy(model, optimizer)
-        interop.refresh_nnx_batch_stats(copy, batches)
+        copy = ema_optax.nnx.shadow_copy(model, optimizer)
+        ema_optax.nnx.refresh_batch_stats(copy, batches)
 
     Inside `swapped` it serves the shadow, and the statistics of before come back with
     the raw params. BatchNorm runs in training mode and dropout does not, so that
@@ -271,11 +277,13 @@ def refresh_nnx_batch_stats(
 
     Raises:
         TypeError: If it is no module.
-        ValueError: As in `refresh_batch_stats`.
+        ValueError: As in `ema_optax.linen.refresh_batch_stats`.
 
+    >>> import ema_optax
     >>> from flax import nnx
     >>> model = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
-    >>> refresh_nnx_batch_stats(model, [jnp.array([[1.0], [3.0]]), jnp.ones((2, 1))])
+    >>> batches = [jnp.array([[1.0], [3.0]]), jnp.ones((2, 1))]
+    >>> ema_optax.nnx.refresh_batch_stats(model, batches)
     >>> print(model.mean[...], model.var[...])  # of batches with means 2 and 1
     [1.5] [0.5]
     """
@@ -283,8 +291,9 @@ def refresh_nnx_batch_stats(
 
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"refresh_nnx_batch_stats needs an nnx.Module, got {type(model).__name__}. "
-            "For Linen, call refresh_batch_stats(apply_fn, variables, batches)."
+            "ema_optax.nnx.refresh_batch_stats needs an nnx.Module, got "
+            f"{type(model).__name__}. For Linen, call "
+            "ema_optax.linen.refresh_batch_stats(apply_fn, variables, batches)."
         )
     _check_flax()
     running = _copied(model)
@@ -325,11 +334,14 @@ def _call(model: Any, batch: Any) -> Any:
     return model(batch)
 
 
-def _shadow(optimizer: Any, params: Any, name: str | None, call: str) -> Any:
+def _shadow(
+    optimizer: Any, params: Any, name: str | None, call: str, copy: bool
+) -> Any:
     from flax import nnx
 
     opt_state = nnx.as_pure(optimizer.opt_state)
-    return shadows.read(opt_state, params, name, f"{call}(model, optimizer)")
+    call = f"ema_optax.nnx.{call}(model, optimizer)"
+    return shadows.read(opt_state, params, name, call, copy)
 
 
 def _live(model: object, optimizer: object) -> _Live:
@@ -346,11 +358,11 @@ def _held(model: Any, optimizer: Any) -> _Live:
     return _Live(*map(nnx.as_pure, parts))
 
 
-def _copied(model: object) -> Any:
+def _copied(model: object, copy: bool = True) -> Any:
     from flax import nnx
 
     graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(_own, state))
+    return nnx.merge(graph, jax.tree.map(_own, state) if copy else state)
 
 
 def _own(leaf: object) -> Any:

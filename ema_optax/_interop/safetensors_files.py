@@ -21,6 +21,7 @@ from ema_optax._interop.rules import Rules
 from ema_optax._messages import arguments, extras
 from ema_optax._messages.progress import Progress, shown
 from ema_optax._messages.text import brief
+from ema_optax._trees import naming
 from ema_optax._version import __version__
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -52,7 +53,7 @@ class Exported:
 
 
 @overload
-def export_safetensors(
+def export(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -71,7 +72,7 @@ def export_safetensors(
 
 
 @overload
-def export_safetensors(
+def export(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -89,7 +90,7 @@ def export_safetensors(
 ) -> tuple[Exported, ...]: ...
 
 
-def export_safetensors(
+def export(
     directory: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -124,7 +125,8 @@ def export_safetensors(
     Args:
         directory: The folder of a run, or of one step of it.
         out: The file to write, or the folder, in a folder that exists.
-        tree: `"params"`, `"shadow"`, or `"shadow/NAME"`; or several of them.
+        tree: `"params"`, `"shadow"`, or the name of a shadow: `"fast"`, in full
+            `"shadow/fast"`; or several of them.
         step: Number of the step; None for the newest that was committed.
         item: Name of the item, where the step holds several.
         dtype: float32, bfloat16 or float16, which floating leaves are rounded to, the
@@ -165,11 +167,11 @@ def export_safetensors(
     ...     checkpoint.save(folder, params, opt_state, step=300)
     ...     out = f"{folder}/model.safetensors"
     ...     rules = [Rule("fc.weight", "dense/kernel", "o i -> i o")]
-    ...     _ = export_safetensors(folder, out, rules=rules)
+    ...     _ = ema_optax.safetensors.export(folder, out, rules=rules)
     ...     safetensors.numpy.load_file(out)
     {'fc.weight': array([[1., 1.]], dtype=float32)}
     """
-    with extras.needed_by("export_safetensors"):
+    with extras.needed_by("ema_optax.safetensors.export"):
         from safetensors.numpy import save_file
     overwrite = arguments.flag(overwrite, "overwrite")
     dry_run = arguments.flag(dry_run, "dry_run")
@@ -188,10 +190,8 @@ def export_safetensors(
     found = checkpoint.describe(directory, step=step, item=item)
     done: dict[Path, tuple[Exported, list[tuple[Tensor, Move]]]] = {}
     for wanted in trees:
-        source = checkpoint.stored(
-            found.path, wanted
-        )  # also says which trees there are
-        full = _full_name(found, wanted)
+        source = checkpoint.stored(found.path, wanted)
+        full = naming.chosen(wanted, [*found.trees], "Pass tree=")
         plan, renamed = export_plan.planned(
             source.entries, rename=rename, rules=rules, dtype=cast
         )
@@ -246,7 +246,7 @@ def _trees(tree: object) -> Sequence[str]:
     trees = [tree] if isinstance(tree, str) else tree
     if not isinstance(trees, (list, tuple)) or not trees:
         raise TypeError(
-            'tree is "params", "shadow" or "shadow/NAME", or several of them; got '
+            'tree is "params", "shadow" or the name of one, or several of them; got '
             f"{brief(tree)}."
         )
     return [arguments.a_name(each, "tree", "shadow") for each in trees]
@@ -277,19 +277,12 @@ def _dtype(dtype: DTypeLike | None) -> np.dtype | None:
     return jnp.dtype(name)
 
 
-def _full_name(found: checkpoint.Description, tree: str) -> str:
-    """Returns the name of a tree where `shadow` stands for the only one."""
-    if tree in found.trees:
-        return tree
-    return next(name for name in found.trees if name.startswith(f"{tree}/"))
-
-
 def _metadata(found: checkpoint.Description, tree: str, layout: str) -> dict[str, str]:
     """Returns what the header says: all of it text, as the format wants it."""
     told = {"format": layout, "ema_optax": __version__, "tree": tree}
     if found.step is not None:
         told["step"] = str(found.step)
-    if tree.startswith("shadow"):
+    if tree != naming.PARAMS:
         average = found.trees[tree]
         told["decay"] = average.decay.to_json() if average.decay else "null"
         told["every"] = json.dumps(average.every)

@@ -22,9 +22,7 @@ _SHARD = re.compile(r".*-[0-9]+-of-[0-9]+")
 _BEGUN = ("tmp", ".")  # how the names of what is not written to its end begin
 
 
-def stored_safetensors(
-    source: str | os.PathLike[str], tree: str | None = None
-) -> "TensorTree":
+def stored(source: str | os.PathLike[str], tree: str | None = None) -> "TensorTree":
     """Returns the tensors of a safetensors checkpoint as a source for merging.
 
     Dots in names become slashes, as paths have them. The format keeps no checksums:
@@ -42,14 +40,15 @@ def stored_safetensors(
         ValueError: If it is damaged, if a folder has several, if there is no such
             tree, or a tensor cannot be held.
 
-    >>> import tempfile, safetensors.numpy
+    >>> import tempfile, ema_optax, safetensors.numpy
     >>> from ema_optax import reconstruction
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     files = [f"{folder}/step-{step}.safetensors" for step in (100, 200)]
     ...     for file, value in zip(files, (1.0, 2.0)):
     ...         weight = np.full(2, value, np.float32)
     ...         safetensors.numpy.save_file({"fc.weight": weight}, file)
-    ...     reconstruction.merge([stored_safetensors(file) for file in files], "linear")
+    ...     sources = [ema_optax.safetensors.stored(file) for file in files]
+    ...     reconstruction.merge(sources, "linear")
     {'fc': {'weight': Array([1.5, 1.5], dtype=float32)}}
     """
     path = arguments.local_file(source, "source", "step-100.safetensors")
@@ -59,7 +58,7 @@ def stored_safetensors(
     if not tensors.origin.endswith((SAFETENSORS, INDEX)):
         raise ValueError(
             f"{tensors.origin} is no safetensors file. Import it instead: "
-            f"interop.import_torch({str(path)!r}, out)."
+            f"ema_optax.torch.import_checkpoint({str(path)!r}, out)."
         )
     return TensorTree(tensors, tree)
 

@@ -50,7 +50,7 @@ class Imported:
     scopes: tuple[str, ...]
 
 
-def import_tensorflow(
+def import_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -98,7 +98,9 @@ def import_tensorflow(
 
     Source: the names are those of `tf.train.ExponentialMovingAverage`.
 
-        interop.import_tensorflow("old_run", "imported", decay=ema_optax.warmup(0.9999))
+        ema_optax.tensorflow.import_checkpoint(
+            "old_run", "imported", decay=ema_optax.warmup(0.9999)
+        )
         params = checkpoint.restore("imported", "shadow", like=abstract_params)
     """
     dry_run = arguments.flag(dry_run, "dry_run")
@@ -145,7 +147,7 @@ def _values(
 
 
 def _tensorflow() -> ModuleType:
-    with extras.needed_by("import_tensorflow"):
+    with extras.needed_by("ema_optax.tensorflow.import_checkpoint"):
         import tensorflow as tf  # pyright: ignore[reportMissingModuleSource] an extra
     return tf
 

@@ -146,7 +146,7 @@ def opened(path: Path) -> Tensors:
 
 
 def _safetensors(path: Path) -> Tensors:
-    with extras.needed_by("import_torch of safetensors files"):
+    with extras.needed_by("import of safetensors files"):
         from safetensors import SafetensorError, safe_open
     with path.open("rb") as file:  # a folder and a missing one say so here
         head = file.read(8)
@@ -277,8 +277,7 @@ def settings(folder: Path) -> Mapping[str, object]:
 
 def _pickled(path: Path) -> Tensors:
     """Returns what `torch.load` brings, by a reader that runs nothing of the file."""
-    with extras.needed_by("import_torch of .pt, .pth, .ckpt and .bin files"):
-        import torch  # pyright: ignore[reportMissingImports] an extra
+    torch = _torch()
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
@@ -310,6 +309,12 @@ def _pickled(path: Path) -> Tensors:
         return tensor.numpy()
 
     return Tensors(str(path), entries, values, nested, read)
+
+
+def _torch() -> ModuleType:
+    with extras.needed_by("import of .pt, .pth, .ckpt and .bin files"):
+        import torch  # pyright: ignore[reportMissingImports] an extra
+    return torch
 
 
 def _refused(torch: ModuleType, path: Path, error: Exception) -> str:

@@ -91,7 +91,7 @@ class ImportedTorch:
         )
 
 
-def import_torch(
+def import_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
@@ -149,11 +149,13 @@ def import_torch(
             tensor is not finite or cannot be held, a rule does not fit, or an average
             comes with neither count nor step.
 
-    >>> import tempfile, safetensors.numpy
+    >>> import tempfile, ema_optax, safetensors.numpy
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     weights = {"fc.weight": np.ones((3, 2), np.float32)}
     ...     safetensors.numpy.save_file(weights, f"{folder}/model.safetensors")
-    ...     _ = import_torch(f"{folder}/model.safetensors", f"{folder}/imported")
+    ...     _ = ema_optax.torch.import_checkpoint(
+    ...         f"{folder}/model.safetensors", f"{folder}/imported"
+    ...     )
     ...     checkpoint.restore(f"{folder}/imported", "params")["fc"]["weight"].shape
     (3, 2)
     """

@@ -65,7 +65,7 @@ def names_of(tensors: Tensors, pattern: str) -> dict[str, str]:
     Names inside the dicts at the top are fitted by patterns that name those. A pattern
     without `**` is a key, or the beginning of names.
 
-    >>> from ema_optax.interop.torch_files import Entry
+    >>> from ema_optax._interop.torch_files import Entry
     >>> entries = {f"ema.{x}": Entry((2,), "float32") for x in ("fc.bias", "w")}
     >>> tensors = Tensors("a.pt", entries, {}, frozenset(["ema"]), lambda name: None)
     >>> names_of(tensors, "ema"), names_of(tensors, "**.bias"), names_of(tensors, "**")

@@ -75,7 +75,7 @@ def chosen(
     Args:
         own: What the source holds.
         beside: What holds the average, where that is another file.
-        params: Where the raw weights are, as `import_torch` takes it.
+        params: Where the raw weights are, as `import_checkpoint` takes it.
         shadow: Where the average is.
         layout: Name of the source's layout.
 

@@ -53,7 +53,7 @@ def advice(
 def needed_by(caller: str, otherwise: str = "") -> Iterator[None]:
     """Says in an import's error who needs the module and how to install it.
 
-        with extras.needed_by("export_safetensors"):
+        with extras.needed_by("ema_optax.safetensors.export"):
             from safetensors.numpy import save_file
 
     Args:

@@ -1,5 +1,6 @@
 """Whether what is compiled leaves an array in another memory than the device's."""
 
+import concurrent.futures
 import functools
 import warnings
 from collections.abc import Iterable
@@ -20,14 +21,20 @@ def is_kept(kind: str | None, platform: str) -> bool:
         kind: "pinned_host", or what else `Sharding.memory_kind` may be.
         platform: Of the devices.
     """
-    if platform != "cpu" or kind in (None, "device"):
+    if platform != "cpu" or kind is None or kind == "device":
         return True
+    # A thread of its own: a mesh that the caller has set is of other devices.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(_compiled_kind, kind).result() == kind
+
+
+def _compiled_kind(kind: str) -> str | None:
     device = jax.local_devices(backend="cpu")[0]
     here = SingleDeviceSharding(device)
     there = here.with_memory_kind(kind)
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=here)
     compiled = jax.jit(lambda x: jax.device_put(x, there)).lower(number).compile()
-    return compiled.output_shardings.memory_kind == kind
+    return compiled.output_shardings.memory_kind
 
 
 def warn_of(kinds: Iterable[str | None]) -> None:

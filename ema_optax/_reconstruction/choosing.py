@@ -67,8 +67,8 @@ def choose(
         among: Schedules, as `schedule_coefficients` takes them by name or as decays;
             `"ema:β"`, which keeps the share β at each checkpoint; `"NAME@N"` of the
             last N checkpoints. None is the usual ones, of all and of the last half.
-        tree: Which tree of a run's steps is averaged: `"params"`, `"shadow"`, or
-            `"shadow/NAME"`. Not for widths.
+        tree: Which tree of a run's steps is averaged: `"params"`, `"shadow"`, or the
+            name of a shadow: `"fast"`, in full `"shadow/fast"`. Not for widths.
         item: Name of the item, where steps hold several.
         params: What the averages should be like, as in `reconstruct`. None is nested
             dicts as `checkpoint.restore` gives them, of a run; else like the snapshots.

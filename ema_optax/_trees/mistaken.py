@@ -46,10 +46,10 @@ def check_no_nnx(given: object, wanted: str, call: str) -> None:
         return
     saving = any(word in call.lower() for word in ("save", "resume"))
     instead = (
-        "pass *interop.nnx_split(model, optimizer) for both"
+        "pass *ema_optax.nnx.split(model, optimizer) for both"
         if saving
         else "pass optimizer.opt_state and nnx.state(model, nnx.Param), or call "
-        "interop.shadow_copy(model, optimizer)"
+        "ema_optax.nnx.shadow_copy(model, optimizer)"
     )
     raise TypeError(
         f"This is an object of Flax NNX (a {type(given).__name__}), not {wanted}. In "
@@ -75,7 +75,7 @@ def without_average(
         return (
             "There is no shadow in this State of Flax NNX, in which an optimizer state "
             "has lost its types. Pass optimizer.opt_state itself; to save and resume, "
-            "*interop.nnx_split(model, optimizer)."
+            "*ema_optax.nnx.split(model, optimizer)."
         )
     return (
         f"There is no shadow in this {kind}. Chain the average last: "

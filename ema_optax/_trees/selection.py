@@ -11,6 +11,7 @@ import optax
 from ema_optax._messages.text import brief, structural
 
 Mask: TypeAlias = Any | Callable[[Any], Any]
+"""A tree of bools like the params or a prefix of it, or a function from them to one."""
 
 
 def is_averaged(leaf: Any) -> bool:
