@@ -19,7 +19,7 @@ SHOWN = (
     *("examples/*.py", "notebooks/*.py"),
 )
 # The README is the front page of the repository, and index.md that of the site.
-LEFT_OUT = {"README.md", "MIGRATING.md"}
+LEFT_OUT = {"README.md"}
 LINK = re.compile(r"(\]\(|src=\")(?![a-z]+:|#|/)([^)\s#\"]+)")
 
 
