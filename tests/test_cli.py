@@ -79,10 +79,12 @@ def test_a_restore_that_is_not_exact(
     """Code 1: the table is printed, and stderr says that the models differ."""
     found = demo.DemoRun(
         comparisons=(
-            demo.Comparison("params", before=0.9, after=0.9, exact=True),
-            demo.Comparison("shadow", before=0.9, after=0.8, exact=False),
+            demo.Comparison("params", "raw", before=0.9, after=0.9, exact=True),
+            demo.Comparison("shadow/ema", "EMA", before=0.9, after=0.8, exact=False),
         ),
+        candidates=(),
         picture=Path("accuracy.png"),
+        choice=None,
         checkpoint=Path("checkpoints/3"),
     )
     monkeypatch.setattr(demo, "run", lambda **settings: found)
@@ -159,9 +161,9 @@ def test_a_missing_extra(tmp_path: Path):
     script = (
         "import sys\n"
         "from ema_optax._cli import main\n"
-        "for name in ('rich', 'flax', 'sklearn', 'matplotlib'):\n"
+        "for name in ('rich', 'flax', 'matplotlib', 'sklearn'):\n"
         "    assert name not in sys.modules, name\n"
-        "for name in ('rich', 'flax', 'sklearn', 'matplotlib'):\n"
+        "for name in ('rich', 'flax', 'matplotlib', 'sklearn'):\n"
         "    sys.modules[name] = None\n"  # what a failed import looks like
         "    print(main(['demo']))\n"
         "    del sys.modules[name]\n"
@@ -177,8 +179,8 @@ def test_a_missing_extra(tmp_path: Path):
     lines = done.stderr.splitlines()
     assert len(lines) == 4
     for line, name in zip(
-        lines, ("rich", "flax", "sklearn", "matplotlib"), strict=True
+        lines, ("rich", "flax", "matplotlib", "sklearn"), strict=True
     ):
         assert f"needs {name}," in line
         assert "pip install 'ema-optax[demo]'" in line
-    assert not any(tmp_path.iterdir())  # nothing was made before it failed
+    assert not [*tmp_path.iterdir()]  # nothing was made before it failed

@@ -1,7 +1,8 @@
-"""The demo: it restores exactly, the shadow wins, and it keeps to its own files."""
+"""The demo: it restores exactly, averages win, and it keeps to its own files."""
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from ema_optax import checkpoint
-from ema_optax._demo import demo
+from ema_optax._demo import afterwards, demo, digits
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +30,55 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_restored_models_are_exactly_the_saved_ones(run: demo.DemoRun):
     """Accuracy and logits after the restore equal those before, to the last bit."""
-    assert [c.tree for c in run.comparisons] == ["params", "shadow"]
+    assert [c.tree for c in run.comparisons] == ["params", "shadow/ema"]
     for comparison in run.comparisons:
         assert comparison.exact
         assert comparison.before == comparison.after
 
 
-def test_the_shadow_does_better(run: demo.DemoRun):
-    """After training the shadow has the higher accuracy on held-out digits."""
-    raw, shadow = run.comparisons
-    assert shadow.before > raw.before > 0.85  # guessing gets 0.1
+def test_the_average_does_better(run: demo.DemoRun):
+    """After training the EMA has the higher accuracy on held-out digits."""
+    raw, ema = run.comparisons
+    assert ema.before > raw.before > 0.85  # guessing gets 0.1
+
+
+def test_averages_made_afterwards_do_better(run: demo.DemoRun):
+    """A chosen width and a merge beat the raw params; the EMA is named by its decay."""
+    raw, ema, width, merged = run.candidates
+    assert ema.name == f"EMA, β = {digits.DECAY}"
+    assert re.fullmatch(r"chosen width 0\.\d+, of [3-8] tried", width.name)
+    assert merged.name == "mean of the last 10 checkpoints"
+    assert max(ema.loss, width.loss, merged.loss) < 0.9 * raw.loss
+
+
+def test_what_chooses_does_not_report():
+    """The halves of the held-out digits share no image, and leave none out."""
+    data = digits.load(seed=0)
+    first, second = afterwards.halves(data)
+    images = [half.test_images for half in (first, second)]
+    assert sum(map(len, images)) == len(data.test_images)
+    both = np.concatenate(images)
+    assert np.array_equal(np.sort(both, axis=0), np.sort(data.test_images, axis=0))
+    for half in (first, second):
+        assert len(half.test_labels) == len(half.test_images)
+
+
+@pytest.mark.parametrize(("steps", "made"), [(9, False), (10, True)])
+def test_a_short_run_is_no_source_of_averages(steps: int, made: bool, tmp_path: Path):
+    """Fewer than ten checkpoints choose nothing, and the rest of the demo runs."""
+    run = demo.run(steps=steps, out=tmp_path, seed=0)
+    assert bool(run.candidates) == (run.choice is not None) == made
+    assert all(c.exact for c in run.comparisons)
 
 
 def test_both_trees_lie_side_by_side(run: demo.DemoRun):
-    """One step holds params and shadow, of like shapes and different values."""
+    """One step holds params and averages, of like shapes and different values."""
     assert run.checkpoint.name == "400"
     items = {
-        name: checkpoint.restore(run.checkpoint, name) for name in ("params", "shadow")
+        name: checkpoint.restore(run.checkpoint, name)
+        for name in ("params", "shadow/ema")
     }
-    params, shadow = (jax.tree.leaves(items[name]) for name in ("params", "shadow"))
+    params, shadow = map(jax.tree.leaves, items.values())
     assert [p.shape for p in params] == [s.shape for s in shadow]
     assert all(not np.array_equal(p, s) for p, s in zip(params, shadow, strict=True))
 
@@ -97,18 +128,21 @@ def test_the_picture_is_a_png(run: demo.DemoRun):
 def test_the_marker_tells_the_run(run: demo.DemoRun):
     """`demo.json` records the settings and both accuracies."""
     marker = json.loads((run.picture.parent / "demo.json").read_text())
-    raw, shadow = run.comparisons
+    raw, ema = run.comparisons
     assert marker["steps"] == 400
-    assert marker["accuracies"] == {"params": raw.after, "shadow": shadow.after}
+    assert marker["saved"] == list(range(20, 401, 20))
+    assert marker["accuracies"] == {"params": raw.after, "shadow/ema": ema.after}
 
 
 @pytest.mark.usefixtures("no_training")
 def test_an_earlier_demo_is_removed_and_other_files_stay(tmp_path: Path):
-    """Its step, an unfinished save and its picture go; whatever else is there stays."""
-    (tmp_path / "demo.json").write_text('{"author": "ema-optax demo", "steps": 3}')
-    (tmp_path / "accuracy.png").write_text("its picture")
+    """Its steps, an unfinished save and its pictures go; what else is there stays."""
+    marker = {"author": "ema-optax demo", "steps": 3, "saved": [2, 3]}
+    (tmp_path / "demo.json").write_text(json.dumps(marker))
+    for picture in ("accuracy.png", "choice.png"):
+        (tmp_path / picture).write_text("its picture")
     checkpoints = tmp_path / "checkpoints"
-    for name in ("3", "3.orbax-checkpoint-tmp", "4"):
+    for name in ("2", "3", "3.orbax-checkpoint-tmp"):
         (checkpoints / name / "params").mkdir(parents=True)
     mine = [tmp_path / "notes.txt", checkpoints / "notes.txt"]
     for path in mine:
@@ -117,7 +151,7 @@ def test_an_earlier_demo_is_removed_and_other_files_stay(tmp_path: Path):
         demo.run(steps=3, out=tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"demo.json", "checkpoints", "notes.txt"}
-    assert {path.name for path in checkpoints.iterdir()} == {"4", "notes.txt"}
+    assert {path.name for path in checkpoints.iterdir()} == {"notes.txt"}
     assert [path.read_text() for path in mine] == ["mine", "mine"]
 
 
@@ -133,8 +167,8 @@ def test_a_folder_of_somebody_else_is_refused(name: str, tmp_path: Path):
 
 @pytest.mark.usefixtures("no_training")
 def test_a_step_of_somebody_else_is_refused(tmp_path: Path):
-    """A step folder that the earlier demo did not write is not overwritten."""
-    theirs = tmp_path / "checkpoints" / "5"
+    """A step that the earlier demo did not save is neither overwritten nor used."""
+    theirs = tmp_path / "checkpoints" / "7"  # would be one of those that choose
     theirs.mkdir(parents=True)
     (tmp_path / "demo.json").write_text('{"author": "ema-optax demo", "steps": 3}')
     with pytest.raises(demo.DemoError, match="not from a demo"):

@@ -55,7 +55,7 @@ HOUSE = {
         "reconstruction",
     },
     "_plots": {"_decays", "_reconstruction", "reconstruction"},
-    "_demo": {"_averages", "checkpoint", "plots"},
+    "_demo": {"_averages", "_decays", "checkpoint", "plots", "reconstruction"},
     "_cli": {
         "_averages",
         "_checkpoint",
@@ -384,7 +384,8 @@ ROOMS = {
         "widths": {"style"},
     },
     "_demo": {
-        "demo": {"digits"},
+        "afterwards": {"digits"},
+        "demo": {"afterwards", "digits"},
         "digits": set(),
     },
     "_cli": {

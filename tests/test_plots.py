@@ -33,6 +33,8 @@ def test_accuracy_over_steps_says_what_it_shows():
     legend = ax.get_legend()
     assert legend is not None
     assert [t.get_text() for t in legend.get_texts()] == ["raw params", "shadow"]
+    ema = plots.accuracy_over_steps(STEPS, RAW, SHADOW, label="EMA, β = 0.99")
+    assert [line.get_label() for line in ema.get_lines()][1] == "EMA, β = 0.99"
     assert [t.get_text() for t in ax.texts] == ["93.0%", "97.0%"]
 
 

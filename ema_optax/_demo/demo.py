@@ -1,4 +1,4 @@
-"""The demo: digits, a small classifier, and whether its shadow does better."""
+"""The demo: train on digits, save, restore, and compare raw params with averages."""
 
 import dataclasses
 import json
@@ -11,9 +11,11 @@ from flax import nnx
 
 from ema_optax import checkpoint, plots
 from ema_optax._averages.shadows import shadow_params
-from ema_optax._demo import digits
+from ema_optax._demo import afterwards, digits
 
-_MARKER, _CHECKPOINTS, _PICTURE = "demo.json", "checkpoints", "accuracy.png"
+_MARKER, _CHECKPOINTS = "demo.json", "checkpoints"
+_PICTURE, _CHOICE = "accuracy.png", "choice.png"
+_SAVES = 20  # in a run: enough to make any width from 5 to 20 % of it
 _AUTHOR = "ema-optax demo"
 
 
@@ -26,13 +28,15 @@ class Comparison:
     """Test accuracy of one tree before saving and after restoring it.
 
     Attributes:
-        tree: `params` or `shadow`.
+        tree: `params` or `shadow/ema`, as the checkpoint calls it.
+        name: What it is, for a table.
         before: Accuracy of the trained model, in [0, 1].
         after: Accuracy of a fresh model that was given the restored tree.
         exact: Whether both gave the same logits for every image, bit for bit.
     """
 
     tree: str
+    name: str
     before: float
     after: float
     exact: bool
@@ -43,18 +47,25 @@ class DemoRun:
     """What a run of the demo found and wrote.
 
     Attributes:
-        comparisons: That of the raw params, then that of the shadow.
+        comparisons: That of the raw params, then that of the EMA.
+        candidates: Models of the finished run, and those that were put together
+            afterwards; empty where the run was too short for that.
         picture: The PNG of accuracy over steps.
-        checkpoint: The step that holds params and shadow.
+        choice: The PNG of the widths that were tried; None where none was.
+        checkpoint: The last step, which holds params and shadows.
+        decay: That of the EMA.
     """
 
     comparisons: tuple[Comparison, ...]
+    candidates: tuple[afterwards.Candidate, ...]
     picture: Path
+    choice: Path | None
     checkpoint: Path
+    decay: float = digits.DECAY
 
 
 def run(*, steps: int, out: Path, seed: int = 0) -> DemoRun:
-    """Trains, saves, restores into fresh models, and draws the run.
+    """Trains, saves, restores into fresh models, chooses a width, and draws all.
 
     Args:
         steps: Optimizer updates, ≥ 1.
@@ -68,44 +79,77 @@ def run(*, steps: int, out: Path, seed: int = 0) -> DemoRun:
         DemoError: If `out` cannot be written to or has somebody's files, before any
             training; or if the disk fails afterwards.
     """
-    marker = {"author": _AUTHOR, "steps": steps, "seed": seed}
+    every = max(1, steps // _SAVES)
+    saved = sorted({*range(every, steps + 1, every), steps})
+    marker = {"author": _AUTHOR, "steps": steps, "seed": seed, "saved": saved}
     _claim(out, marker)
     data = digits.load(seed)
     model = digits.Classifier(rngs=nnx.Rngs(seed))
-    params, opt_state, measured = digits.train(model, data, steps=steps, seed=seed)
-
     graph = nnx.graphdef(model)
+    folder = out / _CHECKPOINTS
     try:
-        checkpoint.save(out / _CHECKPOINTS, params, opt_state, step=steps)
-        comparisons = []
-        trees = {"params": params, "shadow": shadow_params(opt_state, params)}
-        for name, trained in trees.items():
-            fresh = digits.Classifier(rngs=nnx.Rngs(seed + 1))
-            like = nnx.state(fresh, nnx.Param)
-            restored = checkpoint.restore(
-                out / _CHECKPOINTS, name, like=like, step=steps
+        params, opt_state, measured = digits.train(
+            model,
+            data,
+            steps=steps,
+            seed=seed,
+            save=lambda step, *run: checkpoint.save(folder, *run, step=step),
+            save_every=every,
+        )
+        ema = shadow_params(opt_state, params, name="ema")
+        models = {"raw params": params, f"EMA, β = {digits.DECAY}": ema}
+        comparisons = [
+            _compared(graph, trained, data, folder, tree=tree, name=name, seed=seed)
+            for tree, (name, trained) in zip(
+                ("params", "shadow/ema"), models.items(), strict=True
             )
-            nnx.update(fresh, restored)
-            before = digits.logits(graph, trained, data.test_images)
-            after = digits.logits(*nnx.split(fresh), data.test_images)
-            comparisons.append(
-                Comparison(
-                    tree=name,
-                    before=digits.accuracy(before, data),
-                    after=digits.accuracy(after, data),
-                    exact=bool(jnp.array_equal(before, after)),
-                )
-            )
-        axes = plots.accuracy_over_steps(*zip(*measured, strict=True))
+        ]
+        axes = plots.accuracy_over_steps(
+            *zip(*measured, strict=True), label=comparisons[1].name
+        )
         axes.figure.savefig(out / _PICTURE)  # pyright: ignore[reportAttributeAccessIssue] no SubFigure
+        candidates, choice = (), None
+        if len(saved) >= afterwards.LEAST:
+            candidates, chosen = afterwards.candidates(
+                folder, saved, graph, data, models
+            )
+            choice = out / _CHOICE
+            plots.choice(chosen).figure.savefig(choice)  # pyright: ignore[reportAttributeAccessIssue] no SubFigure
         accuracies = {c.tree: c.after for c in comparisons}
         (out / _MARKER).write_text(json.dumps(marker | {"accuracies": accuracies}))
     except (OSError, checkpoint.CorruptCheckpointError) as error:
         raise DemoError(f"cannot write the run to {out}: {error}") from error
     return DemoRun(
         comparisons=tuple(comparisons),
+        candidates=candidates,
         picture=out / _PICTURE,
-        checkpoint=out / _CHECKPOINTS / str(steps),
+        choice=choice,
+        checkpoint=folder / str(steps),
+    )
+
+
+def _compared(
+    graph: nnx.GraphDef[digits.Classifier],
+    trained: nnx.State,
+    data: digits.Digits,
+    folder: Path,
+    *,
+    tree: str,
+    name: str,
+    seed: int,
+) -> Comparison:
+    """Restores a tree of the last step into a fresh model, and compares the logits."""
+    fresh = digits.Classifier(rngs=nnx.Rngs(seed + 1))
+    like = nnx.state(fresh, nnx.Param)
+    nnx.update(fresh, checkpoint.restore(folder, tree, like=like))
+    before = digits.logits(graph, trained, data.test_images)
+    after = digits.logits(*nnx.split(fresh), data.test_images)
+    return Comparison(
+        tree=tree,
+        name=name,
+        before=digits.accuracy(before, data),
+        after=digits.accuracy(after, data),
+        exact=bool(jnp.array_equal(before, after)),
     )
 
 
@@ -124,12 +168,14 @@ def _claim(out: Path, marker: dict[str, Any]) -> None:
                 "a new or an empty one."
             )
         # By name, as there may be somebody's own files beside them by now.
-        for name in (f"{earlier}", f"{earlier}.orbax-checkpoint-tmp"):
-            if (out / _CHECKPOINTS / name).exists():
-                shutil.rmtree(out / _CHECKPOINTS / name)
-        if (taken := out / _CHECKPOINTS / str(marker["steps"])).exists():
-            raise DemoError(f"{taken} is there already, and not from a demo. Move it.")
-        (out / _PICTURE).unlink(missing_ok=True)
+        for step in earlier or ():
+            for name in (f"{step}", f"{step}.orbax-checkpoint-tmp"):
+                if (out / _CHECKPOINTS / name).exists():
+                    shutil.rmtree(out / _CHECKPOINTS / name)
+        for other in (out / _CHECKPOINTS).glob("[0-9]*"):  # would be read as a step
+            raise DemoError(f"{other} is there already, and not from a demo. Move it.")
+        for picture in (_PICTURE, _CHOICE):
+            (out / picture).unlink(missing_ok=True)
         (out / _MARKER).write_text(json.dumps(marker))
     except OSError as error:
         is_other = isinstance(error, FileExistsError)
@@ -139,12 +185,13 @@ def _claim(out: Path, marker: dict[str, Any]) -> None:
         ) from error
 
 
-def _earlier_steps(marker: Path) -> int | None:
-    """Returns how many steps an earlier demo took, or None if none left `marker`."""
+def _earlier_steps(marker: Path) -> list[int] | None:
+    """Returns the steps that an earlier demo saved, or None if none left `marker`."""
     try:
-        found = json.loads(marker.read_text())
+        earlier = json.loads(marker.read_text())
     except (FileNotFoundError, ValueError):  # ValueError: no JSON, or no text
         return None
-    if not isinstance(found, dict) or found.get("author") != _AUTHOR:
+    if not isinstance(earlier, dict) or earlier.get("author") != _AUTHOR:
         return None
-    return found["steps"] if isinstance(found.get("steps"), int) else None
+    saved = earlier.get("saved", [earlier.get("steps")])
+    return [step for step in saved if isinstance(step, int)] or None

@@ -1,5 +1,6 @@
 """Handwritten digits for the demo: the images, a small classifier, its training."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -11,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from ema_optax._averages.averaging import ema_params
 from ema_optax._averages.shadows import shadow_params
+from ema_optax._decays.decays import power
 from ema_optax._messages.progress import shown
 
 # Small batches of noisy pixels at a constant, high learning rate: the params keep
@@ -19,7 +21,9 @@ _BATCH = 32
 _PIXEL_NOISE = 0.3
 _LEARNING_RATE = 0.1
 _MOMENTUM = 0.9
-_DECAY = 0.99
+DECAY = 0.99  # of the last hundred updates or so
+# One EMA as most runs have it, and two power profiles that give any other length later.
+DECAYS = {"ema": DECAY, "short": power(0.05), "long": power(0.10)}
 _TEST_SHARE = 0.3
 _MEASUREMENTS = 50
 
@@ -34,11 +38,11 @@ class Digits(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Test accuracy of raw params and shadow after so many steps."""
+    """Test accuracy of the raw params and of their EMA after so many steps."""
 
     step: int
     raw: float
-    shadow: float
+    ema: float
 
 
 class Classifier(nnx.Module):
@@ -67,12 +71,25 @@ def load(seed: int) -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
+Save = Callable[[int, nnx.State, optax.OptState], None]
+
+
 def train(
-    model: Classifier, digits: Digits, *, steps: int, seed: int
+    model: Classifier,
+    digits: Digits,
+    *,
+    steps: int,
+    seed: int,
+    save: Save,
+    save_every: int,
 ) -> tuple[nnx.State, optax.OptState, list[Measured]]:
-    """Returns params and optimizer state after training, and the way there."""
+    """Trains a classifier, and saves the run at every `save_every` steps and the last.
+
+    Returns:
+        Params and optimizer state after the last step, and the accuracies on the way.
+    """
     graph, params = nnx.split(model, nnx.Param)
-    optimizer = optax.chain(optax.sgd(_LEARNING_RATE, _MOMENTUM), ema_params(_DECAY))
+    optimizer = optax.chain(optax.sgd(_LEARNING_RATE, _MOMENTUM), ema_params(DECAYS))
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(seed + 1)  # not the one that split the images
 
@@ -98,15 +115,17 @@ def train(
             images, labels = _noisy_batch(rng, digits)
             params, opt_state = train_step(params, opt_state, images, labels)
             if step % interval == 0 or step == steps:
-                shadow = shadow_params(opt_state, params)
-                raw, average = (
+                average = shadow_params(opt_state, params, name="ema")
+                raw, ema = (
                     accuracy(logits(graph, tree, digits.test_images), digits)
-                    for tree in (params, shadow)
+                    for tree in (params, average)
                 )
-                measured.append(Measured(step, raw, average))
-                report(step, f"raw {raw:.1%}, shadow {average:.1%}")
+                measured.append(Measured(step, raw, ema))
+                report(step, f"raw {raw:.1%}, EMA {ema:.1%}")
             else:
                 report(step)
+            if step % save_every == 0 or step == steps:
+                save(step, params, opt_state)
     return params, opt_state, measured
 
 

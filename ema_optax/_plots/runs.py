@@ -17,6 +17,7 @@ def accuracy_over_steps(
     raw: Sequence[float],
     shadow: Sequence[float],
     *,
+    label: str = "shadow",
     ax: Axes | None = None,
 ) -> Axes:
     """Draws the accuracy of the raw params against that of their shadow.
@@ -28,11 +29,12 @@ def accuracy_over_steps(
         steps: Optimizer updates at which both were measured, ascending; at least one.
         raw: Accuracies of the raw params there, in [0, 1].
         shadow: Accuracies of the shadow there, in [0, 1].
+        label: What the legend calls the shadow, such as `"EMA, β = 0.99"`.
         ax: Where to draw. None makes a figure of its own, without pyplot: save it with
             `ax.figure.savefig(path)`.
 
     Returns:
-        The axes, with the lines `raw params` and `shadow`.
+        The axes, with the lines `raw params` and that of the shadow.
 
     Raises:
         ValueError: If there are no steps, or not one accuracy of each for every step.
@@ -50,12 +52,12 @@ def accuracy_over_steps(
     ax = style.axes(ax)
     at = arguments.numbers(steps, "steps")
     marker = "o" if at.size <= style.FEW else None
-    for values, label, look in (
+    for values, name, look in (
         (raw, "raw params", style.RAW),
-        (shadow, "shadow", style.SHADOW),
+        (shadow, label, style.SHADOW),
     ):
-        y = arguments.numbers(values, f"accuracies of the {label}")
-        ax.plot(at, y, label=label, marker=marker, **look)
+        y = arguments.numbers(values, f"accuracies of the {name}")
+        ax.plot(at, y, label=name, marker=marker, **look)
     style.dress(
         ax,
         title="Test accuracy while training",
