@@ -129,10 +129,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def place(text: str) -> str:
+    """Returns a path or a URL; an empty text would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("needs a path, got an empty text")
+    return text
+
+
 def main() -> None:
     """Reads the arguments; starts processes, or is one of them."""
     parser = argparse.ArgumentParser(description="a run on many hosts")
-    parser.add_argument("folder")
+    parser.add_argument("folder", type=place)
     parser.add_argument("--steps", type=positive, default=400)
     parser.add_argument("--processes", type=positive)
     parser.add_argument("--join", nargs=3, help=argparse.SUPPRESS)

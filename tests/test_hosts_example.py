@@ -81,16 +81,15 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
         ([], "required: folder"),
         ([""], "needs a path"),
         (["run", "--processes", "0"], "--processes: needs a whole number from 1"),
-        (["run", "--steps", "none"], "got 'none'"),
+        (["run", "--steps", "none"], "'none'"),
     ],
 )
-def test_bad_arguments_are_one_line(example, monkeypatch, capsys, arguments, reason):
-    """What was wrong, on one line, before any process is started."""
+def test_bad_arguments_are_refused(example, monkeypatch, capsys, arguments, reason):
+    """Before any process starts, with what was wrong on the last line."""
     monkeypatch.setattr(example, "start", None)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
     with pytest.raises(SystemExit) as caught:
         example.main()
     told = capsys.readouterr()
     assert caught.value.code == 2
-    assert reason in told.err
-    assert told.err.count("\n") == 1
+    assert reason in told.err.splitlines()[-1]

@@ -403,19 +403,22 @@ def _pointers(tree):
 
 
 def test_without_a_copy_no_tree_of_memory_is_taken():
-    """By default all buffers are new; a model's own are back in it after swapping."""
+    """By default all buffers are new; without, the model's own are back afterwards."""
     model, path = _fitted()
-    own = _pointers([v.value for v in model.trainable_variables])
     average = path.average.tree
+    own = _pointers([v.value for v in model.trainable_variables])
     assert not _pointers(ema_optax.keras.split(model)[0]) & own
     assert _pointers(ema_optax.keras.split(model, copy=False)[0]) == own
-    for copy in (True, False):
+    for copy in (False, True):
+        raw = ema_optax.keras.split(model)[0]
         with ema_optax.keras.swapped(model, average, copy=copy):
             inside = _pointers([v.value for v in model.trainable_variables])
             _assert_same(ema_optax.keras.split(model)[0], average)
-        assert bool(inside & _pointers(average)) != copy
-        assert not inside & own
-        assert _pointers([v.value for v in model.trainable_variables]) == own
+            assert bool(inside & _pointers(average)) != copy
+            assert not inside & own
+        _assert_same(ema_optax.keras.split(model)[0], raw)
+        after = _pointers([v.value for v in model.trainable_variables])
+        assert copy or after == own
     with pytest.raises(TypeError, match="copy must be True or False"):
         ema_optax.keras.split(model, copy=None)
 

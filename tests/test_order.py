@@ -10,6 +10,7 @@ from flax.training.train_state import TrainState
 
 import ema_optax
 from ema_optax import OrderWarning, checkpoint, metrics, shadow_params, with_shadow
+from ema_optax._averages import averages
 
 PARAMS = {"w": jnp.ones(2)}
 EMA = ema_optax.ema_params(0.9)
@@ -77,7 +78,6 @@ def test_an_average_in_its_place_is_not(optimizer):
     state = optimizer.init(PARAMS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        averages = ema_optax.averages.find
         whole = TrainState(0, None, PARAMS, optimizer, state)
         for one in (
             state,
@@ -85,9 +85,9 @@ def test_an_average_in_its_place_is_not(optimizer):
             whole,
             (state, state),
         ):
-            averages(one)
+            averages.find(one)
         jax.jit(averages_of)(state)
 
 
 def averages_of(state):
-    return [average.count for average in ema_optax.averages.find(state)]
+    return [average.count for average in averages.find(state)]

@@ -715,7 +715,7 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ema_optax import reconstruction
-from ema_optax.reconstruction import sums
+from ema_optax._reconstruction import sums
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
 spec = {"w": P("x", "y"), "b": P(("y", "x")), "r": P(), "s": P(None, "x")}
 where = {name: NamedSharding(mesh, p) for name, p in spec.items()}

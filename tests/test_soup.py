@@ -8,6 +8,7 @@ import pytest
 
 import ema_optax
 from ema_optax import checkpoint, reconstruction
+from ema_optax._reconstruction import sums
 from ema_optax.reconstruction import EvaluationWarning, soup
 
 
@@ -208,7 +209,7 @@ class Counted(reconstruction.Source):
     """A source that counts what is read."""
 
     def __init__(self, tree, reads):
-        self._inner = reconstruction.sums.InMemory(tree)
+        self._inner = sums.InMemory(tree)
         self.leaves, self._reads = self._inner.leaves, reads
 
     def read(self, path, index):

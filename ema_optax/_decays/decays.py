@@ -389,7 +389,6 @@ def as_decay(decay: DecayLike, call: str = "ema_params") -> Decay:
 
 def _got(given: object) -> str:
     """Returns what was given in place of a decay, and the call that works."""
-    usual = "ema_params(0.9999) is a usual choice."
     if isinstance(given, optax.GradientTransformation):
         return (
             "an optimizer. Chain the average after it: optax.chain(optimizer, "
@@ -398,4 +397,4 @@ def _got(given: object) -> str:
     if callable(given):
         name = getattr(given, "__name__", "")
         return f"{name} itself. Call it with its arguments, as in warmup(0.9999)."
-    return f"{brief(given)}. {usual}"
+    return f"{brief(given)}. ema_params(0.9999) is a usual choice."

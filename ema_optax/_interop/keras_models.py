@@ -160,8 +160,8 @@ def swapped(model: Any, params: Values, *, copy: bool = True) -> Iterator[Any]:
     Raises:
         RuntimeError, TypeError, ValueError: As in `update`.
     """
-    # No copies of its own params: inside it holds others, which are what is donated.
-    before, _ = split(model, copy=False)
+    # Copies: after `fit` with use_ema=True the optimizer shares them, and donates its.
+    before, _ = split(model, copy=copy)
     update(model, params, copy=copy)
     try:
         yield model
