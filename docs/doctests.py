@@ -1,7 +1,7 @@
 """Shows the doctests of docstrings as code, with their outputs.
 
-A docstring has them without a fence, as the doctest runner reads them. This extension of
-Griffe fences each run of lines from `>>>` to the next empty line before it is rendered.
+A docstring has them without a fence, as the doctest runner reads them. This extension
+of Griffe fences each run of lines from `>>>` to the next empty line.
 """
 
 import re

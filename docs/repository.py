@@ -19,7 +19,7 @@ SHOWN = (
     *("examples/*.py", "notebooks/*.py"),
 )
 # The README is the front page of the repository, and index.md that of the site.
-LEFT_OUT = {"README.md", "MIGRATING.md"}
+LEFT_OUT = {"README.md"}
 LINK = re.compile(r"(\]\(|src=\")(?![a-z]+:|#|/)([^)\s#\"]+)")
 
 
@@ -40,7 +40,12 @@ def _file(name, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Rewrites links from where a page lies in the repository to its place here."""
+    """Rewrites links from where a page lies in the repository to its place here.
+
+    Blocks of other libraries' code are marked by a second word, which this Markdown
+    does not know.
+    """
+    markdown = markdown.replace("```python theirs\n", "```python\n")
     uri = page.file.src_uri
     source = pathlib.Path(page.file.abs_src_path).relative_to(ROOT).as_posix()
     return LINK.sub(lambda link: link[1] + _moved(link[2], source, uri), markdown)

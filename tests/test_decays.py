@@ -22,7 +22,7 @@ from ema_optax._decays.decay import MAKERS, Decay
 from ema_optax._decays.decays import as_decay
 from tests import reference
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "decays.md"
 
 EXPONENT = 6.93720393760180921  # of width 0.1, from mpmath's root of the cubic
 
@@ -56,12 +56,12 @@ EVERY_KIND = [decay for _, decay in CASES.values()]
 
 def places_without(name):
     """Returns the places beside its definition that a decay is missing from."""
-    rows = README.read_text() if README.exists() else f"| `{name}("
+    rows = PAGE.read_text() if PAGE.exists() else f"| `{name}("
     return [
         place
         for place, there in {
             f"ema_optax/__init__.py does not import {name!r}": hasattr(ema_optax, name),
-            f"README's table of decays lacks {name!r}": f"\n| `{name}(" in f"\n{rows}",
+            f"docs/decays.md lacks {name!r}": f"\n| `{name}(" in f"\n{rows}",
             f"tests/reference.py has no {name!r}": name in reference.BETAS,
             f"CASES of tests/test_decays.py have no {name!r}": name in CASES,
         }.items()
@@ -99,7 +99,7 @@ def test_a_new_decay_is_one_class(monkeypatch):
         assert MAKERS["halving"] is halving
         assert places_without("halving") == [
             "ema_optax/__init__.py does not import 'halving'",
-            *["README's table of decays lacks 'halving'"] * README.exists(),
+            *["docs/decays.md lacks 'halving'"] * PAGE.exists(),
             "tests/reference.py has no 'halving'",
             "CASES of tests/test_decays.py have no 'halving'",
         ]

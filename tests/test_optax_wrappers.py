@@ -167,7 +167,7 @@ def test_lookahead_slow_params_alone():
 
 
 def test_inside_lookahead_params_before_synchronisation_are_averaged():
-    """What the README warns of: at a synchronisation nobody holds them any more."""
+    """At a synchronisation nobody holds them any more; the docs warn of it."""
     fast = optax.chain(optax.sgd(0.1), _average())
     optimizer = optax.lookahead(fast, sync_period=3, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(jnp.zeros(4))
@@ -247,7 +247,7 @@ def test_the_average_of_x_follows_from_those_of_y_and_z():
 
 
 def test_inside_schedule_free_nothing_that_exists_is_averaged():
-    """What the README warns of: y + the base's step, which neither y nor z take."""
+    """It is y + the base's step, which neither y nor z take; the docs warn of it."""
     optimizer = _schedule_free(optax.chain(optax.sgd(0.1), _average()))
     path, states = _run(optimizer, jnp.zeros(4), _quadratic, 10)
     found = shadow_params(states[-1])
