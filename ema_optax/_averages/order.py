@@ -11,7 +11,7 @@ _WATCHES = ("MonitorState", "SnapshotState")  # of Optax; they leave updates alo
 
 
 class OrderWarning(UserWarning):
-    """An average comes before transforms that change the updates, in the same chain.
+    """Warns of an average before transforms of its chain that change the updates.
 
     Chained before the optimizer, `ema_params` averages params + gradients, which no
     model holds. Where it is meant so, or where a tuple holds states of separate

@@ -113,7 +113,7 @@ class RingMadeBy(_Placed, _RingFields):
 
 
 class EmaParamsState(NamedTuple):
-    """State of `ema_params`.
+    """Holds the count and the shadow of `ema_params`.
 
     Attributes:
         count: int32[], the number of updates seen.
@@ -129,14 +129,14 @@ class EmaParamsState(NamedTuple):
 
 
 class NamedShadowsState(EmaParamsState):
-    """State of `ema_params` with decays by name: `shadow` maps each name to a tree.
+    """Holds the shadows of `ema_params` by the names of their decays.
 
     A type of its own, because params may be a dict of like trees themselves.
     """
 
 
 class BemaParamsState(NamedTuple):
-    """State of `bema_params`, from which `shadow_params` computes the shadow.
+    """Holds what `shadow_params` computes the average of `bema_params` from.
 
     Attributes:
         count: int32[], the number of updates seen.
@@ -153,7 +153,7 @@ class BemaParamsState(NamedTuple):
 
 
 class RingState(NamedTuple):
-    """State of `ring`, whose mean `shadow_params` computes.
+    """Holds the params of `ring`, whose mean `shadow_params` computes.
 
     Attributes:
         count: int32[], the number of updates seen.

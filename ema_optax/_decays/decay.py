@@ -42,7 +42,7 @@ def maker(function: _Maker) -> _Maker:
 
 
 class Decay:
-    """The weight β kept on the old shadow at each step; frozen, comparable, JSON-able.
+    """Gives the weight β on the old shadow at each step; frozen, and JSON-able.
 
     `step` is the 1-based number of the optimizer update being folded in. Python and
     NumPy steps are answered in float64, JAX arrays and tracers in JAX's default float;

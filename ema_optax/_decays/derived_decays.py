@@ -24,7 +24,7 @@ from ema_optax._decays.windows import window
 
 @dataclasses.dataclass(frozen=True, repr=False, init=False)
 class start_after(Decay):
-    """Copy the params up to and including `step`, then average with `decay`.
+    """Copies the params up to and including `step`, then averages with `decay`.
 
     The inner decay counts from there: `start_after(uniform(), 1000)` is the mean of
     the params after updates 1001, 1002, … (SWA).
@@ -75,7 +75,7 @@ class scaled(Decay, kind="scale_to_batch"):
 
 @maker
 def scale_to_batch(decay: DecayLike, factor: Scalar) -> Decay:
-    """β^factor: the same average over samples after the batch grew by `factor`.
+    """Keeps an average over as many samples in batches `factor` as large: β^factor.
 
     In a `warmup` only the final β is scaled: its ramp is a share of the run so far. Of
     a `window` the length is divided by the factor.

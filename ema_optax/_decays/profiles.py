@@ -11,7 +11,7 @@ from ema_optax._messages import arguments
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """The weights of all past params in a shadow.
+    """Holds the weights of all past params in a shadow, and what they amount to.
 
     The initial params count as a step at time 0 in `mean_age`, `width` and
     `effective_size`, so that the weights sum to 1.

@@ -15,7 +15,7 @@ _LONGEST = 2**31 - 1  # where counts of updates end
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class window(Decay):
-    """(p−1)/p at update p of a window: the plain mean since the window began.
+    """Takes the plain mean since a window of n updates began: (p−1)/p at update p.
 
     Windows are of n updates, one after the other. The first of each copies, so after
     updates n, 2n, … the shadow is the mean of the params after exactly the last n. In

@@ -20,7 +20,7 @@ _ORDER: Mapping[str, int] = {"problem": 0, "warning": 1, "note": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One cause, and what to do.
+    """Names one cause, its figures, and what to do.
 
     Attributes:
         what: Its key, such as `"initial_weight"` or `"lag"`.
@@ -42,7 +42,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """All findings on the averages of a state; `str` of it is for people.
+    """Holds all findings on the averages of a state; `str` of it is for people.
 
     Attributes:
         findings: The worst first; empty where nothing is wrong.
