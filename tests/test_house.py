@@ -80,6 +80,7 @@ HOUSE = {
 ROOMS = {
     "_messages": {
         "arguments": {"text"},
+        "disk": set(),
         "extras": set(),
         "layout_names": set(),
         "progress": {"arguments", "extras"},
@@ -390,12 +391,13 @@ ROOMS = {
         "digits": set(),
     },
     "_cli": {
-        "adopt": {"decay_text", "parsing", "tables"},
+        "adopt": {"options", "parsing", "tables"},
         "average_files": {"averages", "output_folders"},
         "averages": {"parsing"},
         "choose": {
             "decay_text",
             "evaluations",
+            "options",
             "output_folders",
             "parsing",
             "warning_lines",
@@ -403,30 +405,33 @@ ROOMS = {
         },
         "completion": {"parsing"},
         "decay_text": set(),
-        "demo": {"parsing"},
+        "demo": {"options", "parsing"},
         "description": {"parsing", "tables"},
         "evaluations": set(),
         "explain": set(),
-        "export": {"parsing", "tables"},
-        "import_tf": {"decay_text", "parsing", "tables"},
-        "import_torch": {"decay_text", "parsing", "tables"},
-        "inspect": {"description", "explain", "parsing"},
+        "export": {"options", "parsing", "tables"},
+        "import_tf": {"options", "parsing", "tables"},
+        "import_torch": {"options", "parsing", "tables"},
+        "inspect": {"description", "explain", "options", "parsing"},
         "interrupts": set(),
         "merge": {
             "merge_schedules",
             "merge_sources",
+            "options",
             "output_folders",
             "parsing",
             "wide",
         },
         "merge_schedules": {"decay_text", "parsing"},
         "merge_sources": set(),
+        "options": {"decay_text", "parsing"},
         "output_folders": set(),
         "parsing": set(),
-        "profile": {"decay_text", "parsing", "sketch"},
+        "profile": {"decay_text", "options", "parsing", "sketch"},
         "reconstruct": {
             "average_files",
             "averages",
+            "options",
             "parsing",
             "warning_lines",
             "wide",
@@ -439,7 +444,7 @@ ROOMS = {
 }
 # Files that other rooms may import too; of the others, only what a public module shows.
 OPEN = {
-    "_messages": {"arguments", "extras", "layout_names", "progress", "text"},
+    "_messages": {"arguments", "disk", "extras", "layout_names", "progress", "text"},
     "_trees": {
         "locating",
         "mistaken",

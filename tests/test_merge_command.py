@@ -184,7 +184,7 @@ def test_what_is_refused(
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (["--schedule", "1-sqr"], "'1-sqr' is no schedule, which are uniform, linear"),
+        (["--schedule", "1-sqr"], "'1-sqr' is no schedule. Known: uniform, linear"),
         (["--schedule", "ema:2"], "'ema:2': "),
         (["--schedule", "missing.json"], "cannot read missing.json: No such file"),
         (["--steps", "5"], "needs A:B or A:B:K"),

@@ -1,5 +1,6 @@
 """The command `ema-optax`: parse, call, print. One file a command."""
 
+import argparse
 import contextlib
 import os
 import sys
@@ -27,19 +28,18 @@ from ema_optax._messages import extras
 
 __all__ = ["main"]
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells tell it
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: The arguments after the command's name. None takes those of this process,
-            which Ctrl-C then ends with one line.
+        argv: The arguments after the command's name. None takes those of this process;
+            Ctrl-C then ends it with one line.
 
     Returns:
-        The exit code: 0, or 1 where the command could not do its work, or 130 after
-        Ctrl-C.
+        The exit code: 0 on success, 1 on an error, 130 after Ctrl-C.
 
     Raises:
         SystemExit: After `--help` and `--version` with code 0; with code 2 where the
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interrupts.raised_for_sure():
             return _run(None)
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):  # there may be no stderr to write to
+        with contextlib.suppress(OSError):  # stderr may be closed
             parsing.tell("ema-optax: interrupted")
         return _INTERRUPTED
 
@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     if argv is None and args.on_cpu and "JAX_PLATFORMS" not in os.environ:
-        # Beside a training run an accelerator's memory is taken.
+        # JAX would take an accelerator's memory, which a training run beside needs.
         jax.config.update("jax_platforms", "cpu")
     try:
         return args.command(args)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # `ema-optax … | head` closes the pipe early
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.close()
         return 1
@@ -81,7 +81,20 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _parser() -> parsing.Parser:
     parser = parsing.Parser(
-        prog="ema-optax", description="Parameter averaging for JAX and Optax."
+        prog="ema-optax",
+        description=(
+            "Inspects, makes and converts averages of model parameters (EMA) of JAX\n"
+            "and Optax."
+        ),
+        epilog=(
+            "examples:\n"
+            "  ema-optax demo\n"
+            "  ema-optax profile --decay 0.9999 --steps 100000\n"
+            "  ema-optax inspect run/checkpoints\n"
+            "\n"
+            "'ema-optax COMMAND --help' explains a command, with examples."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = f"%(prog)s {ema_optax.__version__}"
     parser.add_argument("--version", action="version", version=version)

@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from ema_optax._cli import decay_text, parsing
+from ema_optax._cli import options, parsing
 from ema_optax._messages.layout_names import LAYOUTS
 from ema_optax._messages.text import some
 
@@ -24,26 +24,27 @@ def add(commands: parsing.Commands) -> None:
         extra="cli",
         explain=_explained,
         on_cpu=True,
-        summary="Turn another program's checkpoint into one of ours.",
+        summary="Convert a checkpoint of another JAX program to ema_optax's format.",
         details=(
-            "SOURCE is the folder of a CheckpointManager, of one of its steps, or of\n"
-            "an item in it, also gs://…; a folder of zarr arrays, as axlearn and\n"
-            "Levanter write them; or a msgpack file of flax.serialization. Params and\n"
-            "average are taken as they are, optimizer states are left out.\n"
+            "SOURCE is one of these, on a disk or at gs://…:\n"
+            "  - the folder of a CheckpointManager, of a step, or of an item in it;\n"
+            "  - a folder of zarr arrays, as axlearn and Levanter write them;\n"
+            "  - a msgpack file of flax.serialization.\n"
+            "Params and average are copied as they are, optimizer states left out.\n"
             "\n"
-            "PATH is keys joined by slashes, state/ema_params; of a step with several\n"
-            "items it begins with the item's name. Without --params and --shadow the\n"
-            "two are looked for, by these layouts:\n"
+            "PATH is a path in the tree of the step, such as state/ema_params. If a\n"
+            "step has several items, it begins with the name of the item. Without\n"
+            "--params and --shadow the command tries these layouts:\n"
             "\n"
             + "".join(f"  {name:{width}}  {about}\n" for name, about in LAYOUTS.items())
             + "\n"
-            "--shadow none is for a run without an average: it starts as a copy of\n"
-            "the params, with count 0. Nothing is overwritten. Memory holds params\n"
-            "and average, and a few leaves more.\n"
+            "--shadow none is for a run without an average: the average starts as a\n"
+            "copy of the params, with count 0. Nothing is overwritten. Memory holds\n"
+            "params and average, and a few leaves more.\n"
             "\n"
-            "Few programs write the decay down. If you know it, constant:0.9999 is\n"
-            "the plain average, and 0.9999 the one with TensorFlow's warm-up;\n"
-            "'ema-optax profile --help' has others."
+            "Few programs record the decay. If you know it, pass it: constant:0.9999\n"
+            "is the plain average, 0.9999 the one with TensorFlow's warm-up.\n"
+            "'ema-optax profile --help' lists the others."
         ),
         examples=(
             "  ema-optax adopt old_run --dry-run --out adopted\n"
@@ -52,57 +53,43 @@ def add(commands: parsing.Commands) -> None:
             "  ema-optax inspect adopted"
         ),
     )
-    parser.add_argument("source", type=parsing.place, metavar="SOURCE")
     parser.add_argument(
-        "--out", type=parsing.place, required=True, metavar="DIR", help="what to write"
+        "source", type=parsing.place, metavar="SOURCE", help="checkpoint to convert"
     )
+    options.add_out(parser, required=True)
     parser.add_argument(
-        "--params", metavar="PATH", help="of the params (default: looked for)"
+        "--params", metavar="PATH", help="where the params are (default: searched)"
     )
     parser.add_argument(
         "--shadow",
         type=parsing.place,
         default="auto",
         metavar="PATH",
-        help="of their average, or none (default: looked for)",
+        help="where the average is, or none (default: searched)",
     )
     parser.add_argument(
-        "--like", metavar="LAYOUT", help="look for this layout alone, see above"
+        "--like", metavar="LAYOUT", help="try this layout alone, see above"
     )
-    parser.add_argument(
-        "--step",
-        type=parsing.at_least(0),
-        metavar="N",
-        help="to read and write (default: the newest, by the name of its folder)",
-    )
+    options.add_step(parser, default="the newest, by its folder's name")
     parser.add_argument(
         "--count",
         type=_count,
         metavar="N|PATH",
-        help="updates that the average has seen (default: as recorded, or the step)",
+        help="updates that the average has seen (default: as recorded, else the step)",
     )
-    parser.add_argument(
-        "--decay",
-        type=decay_text.parse,
-        metavar="DECAY",
-        help="what it was averaged with (default: not recorded)",
-    )
+    options.add_decay(parser)
     parser.add_argument(
         "--zero-started",
         action=argparse.BooleanOptionalAction,
-        help="it began at zero: divide by 1−β^count; needs --decay and a count",
+        help="the average began at zero: divide it by 1−β^count; needs --decay",
     )
     parser.add_argument(
         "--partial",
         action="store_true",
-        help="floating params without an average are raw in both trees",
+        help="allow params without an average: both trees hold them raw",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="tell what would be adopted"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the same as JSON; needs no rich"
-    )
+    options.add_dry_run(parser)
+    options.add_json(parser)
 
 
 def _count(text: str) -> int | str:

@@ -14,6 +14,7 @@ from ema_optax import checkpoint, reconstruction
 from ema_optax._cli import (
     decay_text,
     evaluations,
+    options,
     output_folders,
     parsing,
     warning_lines,
@@ -33,30 +34,32 @@ def add(commands: parsing.Commands) -> None:
         command=_run,
         extra="plots",
         explain=parsing.explained,
-        summary="Let an evaluation choose the average of a run.",
+        summary="Find the best average of a run with an evaluation of yours.",
         details=(
-            "RUN is a folder of steps that this library saved. The function of\n"
-            "--evaluate is called with the params of each average that is tried, as\n"
-            "nested dicts, as checkpoint.restore gives them. It returns a number; or\n"
-            "two or more, such as one for each batch, whose spread is the noise; or\n"
-            "reconstruction.Score(value, error). Its module is imported, from the\n"
-            "current folder first: that runs the code in it.\n"
+            "RUN is a folder of steps that ema_optax saved. The command calls the\n"
+            "function of --evaluate with the params of each average that it tries, as\n"
+            "nested dicts, as checkpoint.restore gives them. The function returns a\n"
+            "number; or several, such as one for each batch, whose spread is the\n"
+            "noise; or reconstruction.Score(value, error). The command imports its\n"
+            "module, from the current folder first: that runs the code in it.\n"
             "\n"
-            "  width     sigma_rel, from snapshots of power profiles\n"
-            "  last      the plain mean of the last n checkpoints\n"
-            "  schedule  merges that stand for a decay of the learning rate, by\n"
-            "            --among; 1-sqrt@10 is of the last 10 checkpoints\n"
+            "--over says what is tried:\n"
+            "  width     widths (sigma_rel), from snapshots of power profiles;\n"
+            "            --tree does not apply\n"
+            "  last      plain means of the last n checkpoints\n"
+            "  schedule  weighted means that replace a decay of the learning rate,\n"
+            "            listed by --among; 1-sqrt@10 is of the last 10 checkpoints\n"
             "  alpha     m + A (m - m'), where m and m' are the means of the newer\n"
             "            and of the older half of the checkpoints\n"
             "\n"
-            "A coarse grid is tried first, then the gaps beside the best are halved,\n"
-            "until noise hides what is left. Several averages are made in one pass\n"
-            "over the disk. An evaluation that fails is told, and the search goes on.\n"
-            "With --log the evaluations are kept: the same command goes on after a\n"
-            "stop, and evaluates nothing again but what raised.\n"
+            "The search tries a coarse grid, then halves the gaps beside the best,\n"
+            "until the noise exceeds the differences. It makes several averages in\n"
+            "one pass over the disk. If an evaluation fails, it warns and goes on.\n"
+            "With --log the same command goes on after a stop, and evaluates again\n"
+            "only what failed.\n"
             "\n"
-            "With --out the chosen average becomes the checkpoint DIR/N, where N is\n"
-            "the last step; 'ema-optax inspect' shows how it was chosen."
+            "With --out the best average becomes the checkpoint DIR/N, where N is the\n"
+            "last step; 'ema-optax inspect' shows how it was chosen."
         ),
         examples=(
             "  ema-optax choose run --evaluate evaluation:loss --log choice.jsonl\n"
@@ -71,13 +74,15 @@ def add(commands: parsing.Commands) -> None:
         "                        [--budget N] [--log FILE] [--out DIR] [options]"
     )
     parser.set_defaults(wrong=parser.error)
-    parser.add_argument("run", type=parsing.place, metavar="RUN")
+    parser.add_argument(
+        "run", type=parsing.place, metavar="RUN", help="folder of steps"
+    )
     parser.add_argument(
         "--evaluate",
         type=evaluations.named,
         required=True,
         metavar="MODULE:FUNCTION",
-        help="from params to a score; its module's code is run",
+        help="function from params to a score; runs the code of its module",
     )
     parser.add_argument(
         "--over",
@@ -92,56 +97,50 @@ def add(commands: parsing.Commands) -> None:
         type=parsing.at_least(3),
         default=12,
         metavar="N",
-        help="evaluations at most (default: %(default)s)",
+        help="most evaluations (default: %(default)s)",
     )
     parser.add_argument(
-        "--maximize", action="store_true", help="greater scores are better"
+        "--maximize",
+        action="store_true",
+        help="take the greatest score (default: the least)",
     )
     parser.add_argument(
         "--between",
         type=_interval,
         metavar="A:B",
-        help="search from A to B instead of all that the run gives",
+        help="search from A to B (default: all that the run gives)",
     )
     parser.add_argument(
         "--among",
         type=_schedule,
         nargs="+",
         metavar="S",
-        help="uniform, linear, 1-sqrt, cosine, ema:B, each also with @N, or decays",
+        help="schedules: uniform, linear, 1-sqrt, cosine, ema:B, all also with @N; or\n"
+        "decays",
     )
-    parser.add_argument(
-        "--tree",
-        type=parsing.place,
-        default="params",
-        metavar="TREE",
-        help="params, or a shadow by name; not for widths (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--item", metavar="NAME", help="of the steps' items, where they have several"
-    )
+    options.add_tree(parser, shown="params", default="params")
+    options.add_item(parser)
     parser.add_argument(
         "--at-once",
         type=parsing.at_least(1),
         default=3,
         metavar="N",
-        help="averages in memory, made in one pass (default: %(default)s)",
+        help="averages made in one pass, and held (default: %(default)s)",
     )
     parser.add_argument(
-        "--log", type=parsing.path, metavar="FILE", help="keep the evaluations; go on"
+        "--log",
+        type=parsing.path,
+        metavar="FILE",
+        help="file that keeps the evaluations",
     )
-    parser.add_argument(
-        "--out", type=parsing.place, metavar="DIR", help="folder for the chosen average"
-    )
+    options.add_out(parser)
     parser.add_argument(
         "--plot",
         type=parsing.picture,
         metavar="FILE",
         help=f"draw the scores as a picture ({', '.join(parsing.PICTURES)})",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print what was tried as JSON"
-    )
+    options.add_json(parser)
 
 
 def _interval(text: str) -> tuple[float, float]:

@@ -5,7 +5,7 @@ import argparse
 from ema_optax._cli import parsing
 
 _SHELLS = ("bash", "zsh", "tcsh")
-_FOLDERS, _FILES = ("DIR", "RUN"), ("FILE", "CKPT")  # what arguments are called
+_FOLDERS, _FILES = ("DIR", "RUN"), ("FILE", "CKPT")  # metavars of arguments
 
 
 def add(commands: parsing.Commands, root: parsing.Parser) -> None:
@@ -15,10 +15,10 @@ def add(commands: parsing.Commands, root: parsing.Parser) -> None:
         "completion",
         command=lambda args: _run(args, root, commands),
         extra="cli",
-        summary="Print a script by which a shell completes these commands.",
+        summary="Print a script that completes these commands in your shell.",
         details=(
-            "Commands, options, their values, files and folders. Completing runs\n"
-            "nothing of this library. Print it anew after an upgrade."
+            "The script completes commands, options, their values, files and folders,\n"
+            "without running ema-optax. Print it again after an upgrade."
         ),
         examples=(
             '  eval "$(ema-optax completion bash)"   # in ~/.bashrc\n'

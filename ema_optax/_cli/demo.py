@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ema_optax._cli import parsing
+from ema_optax._cli import options, parsing
 
 if TYPE_CHECKING:
     from ema_optax._demo.demo import DemoRun
@@ -45,19 +45,13 @@ def add(commands: parsing.Commands) -> None:
         metavar="N",
         help="optimizer updates to train for (default: %(default)s)",
     )
-    parser.add_argument(
-        "--out",
-        type=parsing.path,
-        default=Path("demo-run"),
-        metavar="DIR",
-        help="folder for what the demo writes, made if missing (default: %(default)s)",
-    )
+    options.add_out(parser, kind=parsing.path, default=Path("demo-run"))
     parser.add_argument(
         "--seed",
         type=parsing.at_least(0),
         default=0,
         metavar="S",
-        help="decides initial params, batches and test split (default: %(default)s)",
+        help="seed of initial params, batches and test split (default: %(default)s)",
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ema_optax._cli import parsing
+from ema_optax._cli import options, parsing
 from ema_optax._decays.decay import Decay
 from ema_optax._messages.text import some
 
@@ -24,45 +24,47 @@ def add(commands: parsing.Commands) -> None:
         extra="safetensors",
         explain=parsing.explained,
         on_cpu=True,
-        summary="Write trees of a checkpoint as safetensors files.",
+        summary="Write the params or an average of a checkpoint as safetensors files.",
         details=(
             "DIR is the folder of a CheckpointManager or of checkpoint.save, or one\n"
-            "step in it. All that is read is compared with its checksums. A shadow is\n"
-            "the whole model: leaves that are not averaged are those of the params.\n"
+            "step in it. Leaves are compared with their checksums. A shadow is\n"
+            "written as a whole model: leaves not averaged come from the params.\n"
             "Memory holds one file, and the leaves of one tensor more.\n"
             "\n"
             "--out is a file. With --max-shard-size it is a folder, as transformers\n"
             "and diffusers load it: model.safetensors, or shards with an index. With\n"
-            "--tree more than once it is a folder with one for each, params/ and\n"
-            "shadow/. It appears whole or not at all.\n"
+            "--tree twice or more it is a folder with one such folder for each tree,\n"
+            "params/ and shadow/. If an export fails, nothing of it stays.\n"
             "\n"
-            "Names are the paths with dots, encoder.kernel. --rename takes a JSON\n"
-            "object from paths, or beginnings of them, to names; the longest that\n"
-            'fits counts, null leaves out, and the path "" stands for all:\n'
+            "A tensor is named by the path of its leaf with dots, encoder.kernel.\n"
+            "--rename takes a JSON file that maps paths, or beginnings of paths, to\n"
+            "names. The longest that fits applies, null leaves a leaf out, and the\n"
+            'path "" fits all:\n'
             "\n"
             '  {"": "model", "encoder": "model.enc", "dropout/key": null}\n'
             "\n"
-            "In a pattern * stands for characters of one key, ** for any number of\n"
-            "keys, and the first pattern that fits counts, after the beginnings:\n"
+            "In a pattern * matches characters of a key, ** any number of keys. The\n"
+            "first pattern that fits applies, where no beginning of a path does:\n"
             "\n"
             '  {"**/kernel": "**/weight", "layers_*": "h/*"}\n'
             "\n"
-            "What each fitted is listed.\n"
+            "The command lists what each of them renamed.\n"
             "\n"
-            "--rules takes names and layouts instead, a JSON list; the first that\n"
-            "fits a path counts, and each path needs one. Patterns as above; # is a\n"
-            "number, and where it is in the name alone, a leaf is taken apart on its\n"
-            "first axis:\n"
+            "--rules takes a JSON list of names and layouts instead. The first rule\n"
+            "that fits a path applies, and each path needs one. Patterns are as\n"
+            "above; # matches a number. If only the name has a #, the leaf is split\n"
+            "along its first axis:\n"
             "\n"
             '  [{"name": "h.#.fc.weight", "path": "h/fc/kernel",\n'
             '    "rearrange": "l o i -> l i o"},\n'
             '   {"name": null, "path": "rng/key"}, {"name": "**", "path": "**"}]\n'
             "\n"
-            "rearrange is that of einops from the file's axes to the tree's, turned\n"
-            "round here. Several names, with axis and lengths, take parts of a leaf;\n"
-            "several paths are joined. --dry-run lists what becomes of each leaf.\n"
+            "rearrange is an einops pattern from the file's axes to the tree's,\n"
+            "applied backwards here. A rule with several names, axis and lengths\n"
+            "splits a leaf; one with several paths joins leaves. --dry-run lists the\n"
+            "result.\n"
             "\n"
-            "The file's metadata tell tree, step, decay, every and count."
+            "The file's metadata record tree, step, decay, every and count."
         ),
         examples=(
             "  ema-optax export run/checkpoints --out model.safetensors\n"
@@ -74,54 +76,40 @@ def add(commands: parsing.Commands) -> None:
             "      --rules rules.json --max-shard-size 5GB --out exported"
         ),
     )
-    parsing.add_checkpoint(parser)
+    options.add_checkpoint(parser)
+    options.add_tree(parser, shown="shadow", repeated=True)
+    options.add_out(
+        parser, "file or folder", metavar="PATH", kind=parsing.path, required=True
+    )
+    options.add_dtype(parser, "floating", default="as stored")
     parser.add_argument(
-        "--tree",
-        type=parsing.place,
-        action="append",
-        metavar="TREE",
-        help="params, or a shadow by name; also several times (default: shadow)",
+        "--rename", type=_renames, metavar="FILE", help="JSON file of names, see above"
     )
     parser.add_argument(
-        "--out",
-        type=parsing.path,
-        required=True,
-        metavar="PATH",
-        help="the file, or the folder, to write",
+        "--rules",
+        type=_rules,
+        metavar="FILE",
+        help="JSON file of names and layouts, see above",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of floating leaves; others stay (default: those stored)",
-    )
-    parser.add_argument(
-        "--rename", type=_renames, metavar="FILE", help="JSON, see above"
-    )
-    parser.add_argument("--rules", type=_rules, metavar="FILE", help="JSON, see above")
     parser.add_argument(
         "--max-shard-size",
         type=parsing.place,
         metavar="SIZE",
-        help="that a file has at most, such as 5GB or 500MB (default: one file)",
+        help="most bytes of a file, such as 5GB or 500MB (default: one file)",
     )
     parser.add_argument(
         "--name",
         dest="start",  # `name` is the command's own
         type=parsing.place,
         metavar="NAME",
-        help="of files in a folder, such as diffusion_pytorch_model (default: model)",
+        help="name of the files in the folder, such as diffusion_pytorch_model\n"
+        "(default: model)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="replace what is there and was exported"
+        "--force", action="store_true", help="replace an earlier export"
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="list names, leaves and layouts, and write nothing",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print what was written as JSON"
-    )
+    options.add_dry_run(parser)
+    options.add_json(parser)
 
 
 def _renames(text: str) -> Any:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ema_optax._cli import decay_text, parsing
+from ema_optax._cli import options, parsing
 from ema_optax._messages.text import some
 
 if TYPE_CHECKING:
@@ -24,23 +24,23 @@ def add(commands: parsing.Commands) -> None:
         extra="cli,tensorflow",
         explain=parsing.explained,
         on_cpu=True,
-        summary="Turn a TensorFlow checkpoint with averages into one of ours.",
+        summary="Convert a TensorFlow checkpoint with averages to ema_optax's format.",
         details=(
-            "CKPT is the prefix of a checkpoint, run/model.ckpt-300, or its folder:\n"
-            "then the latest in it. Variables become params and shadow, nested by\n"
-            "their scopes: enc/w, and as its shadow enc/w/ExponentialMovingAverage,\n"
-            "also where the averages were made in a scope of their own. Where there\n"
-            "is enc beside enc/w, it becomes enc/value.\n"
-            "Values and dtypes stay as they are, and global_step is the step.\n"
+            "CKPT is the prefix of a checkpoint, such as run/model.ckpt-300, or a\n"
+            "folder, whose latest checkpoint is read. The variable enc/w becomes the\n"
+            "param enc/w, and enc/w/ExponentialMovingAverage its shadow, also where\n"
+            "the averages have a scope of their own. Where a variable enc lies beside\n"
+            "enc/w, it becomes enc/value. Values and dtypes stay as they are, and\n"
+            "global_step is the step.\n"
             "\n"
-            "Lists the variables without a shadow, which are raw in both trees, and\n"
-            "what is left out: optimizer slots, counters, texts. Checkpoints of\n"
-            "tf.train.Checkpoint are read where no two variables have one name.\n"
+            "The command lists the variables without a shadow, which both trees hold\n"
+            "raw, and those left out: optimizer slots, counters, texts. A checkpoint\n"
+            "of tf.train.Checkpoint is read if no two of its variables share a name.\n"
             "Memory holds params and shadow. Nothing is overwritten.\n"
             "\n"
-            "TensorFlow does not write the decay down. If you know it, 0.9999 means\n"
-            "ExponentialMovingAverage(0.9999, num_updates=step), and constant:0.9999\n"
-            "the same without num_updates; 'ema-optax profile --help' has others."
+            "TensorFlow does not record the decay. If you know it, pass it: 0.9999 is\n"
+            "ExponentialMovingAverage(0.9999, num_updates=step), constant:0.9999 the\n"
+            "same without num_updates. 'ema-optax profile --help' lists the others."
         ),
         examples=(
             "  ema-optax import-tf old_run/model.ckpt-300000 --out imported\n"
@@ -48,22 +48,12 @@ def add(commands: parsing.Commands) -> None:
             "  ema-optax inspect imported"
         ),
     )
-    parser.add_argument("source", type=parsing.place, metavar="CKPT")
     parser.add_argument(
-        "--out", type=parsing.place, required=True, metavar="DIR", help="what to write"
+        "source", type=parsing.place, metavar="CKPT", help="checkpoint to convert"
     )
-    parser.add_argument(
-        "--step",
-        type=parsing.at_least(0),
-        metavar="N",
-        help="number of the step (default: the global_step)",
-    )
-    parser.add_argument(
-        "--decay",
-        type=decay_text.parse,
-        metavar="DECAY",
-        help="what it was averaged with (default: not recorded)",
-    )
+    options.add_out(parser, required=True)
+    options.add_step(parser, default="the global_step")
+    options.add_decay(parser)
     parser.add_argument(
         "--average",
         type=parsing.place,
@@ -75,18 +65,10 @@ def add(commands: parsing.Commands) -> None:
         "--scope",
         type=parsing.place,
         metavar="SCOPE",
-        help="that the averages were made in, where a variable has several",
+        help="scope of the averages, where a variable has several",
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="list what would become of each variable, and write nothing",
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print what was brought as JSON; needs no rich",
-    )
+    options.add_dry_run(parser)
+    options.add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

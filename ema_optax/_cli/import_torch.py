@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from ema_optax._cli import decay_text, parsing
+from ema_optax._cli import options, parsing
 from ema_optax._messages.text import some
 
 if TYPE_CHECKING:
@@ -24,15 +24,15 @@ def add(commands: parsing.Commands) -> None:
         extra="cli,torch",
         explain=_explained,
         on_cpu=True,
-        summary="Turn weights of PyTorch or Hugging Face into a checkpoint of ours.",
+        summary="Convert PyTorch or Hugging Face weights to ema_optax's format.",
         details=(
             "SOURCE is a safetensors file, an index of shards, a file of torch.save\n"
-            "(.pt, .pth, .ckpt, .bin, .pth.tar), or the folder of a model. Nothing of\n"
-            "a file is run: one that needs it is refused, with how to convert it.\n"
+            "(.pt, .pth, .ckpt, .bin, .pth.tar), or the folder of a model. No code of\n"
+            "a file runs: a file that needs it is refused, with how to convert it.\n"
             "\n"
-            "Raw weights and average lie side by side where SOURCE has both. Of raw\n"
-            "weights alone the average starts as a copy, with count 0. What a file is\n"
-            "read as is found where its names tell it, or said by --like:\n"
+            "If SOURCE has raw weights and average, the step holds both. If it has\n"
+            "raw weights alone, the average starts as a copy, with count 0. The\n"
+            "layout is recognised by the names in the file, or named by --like:\n"
             "\n"
             "  timm                 state_dict, state_dict_ema\n"
             "  lightning            current_model_state, and state_dict: the average\n"
@@ -48,18 +48,18 @@ def add(commands: parsing.Commands) -> None:
             "                       unet_ema in one folder\n"
             "  weights              raw weights alone\n"
             "\n"
-            "Of others --params and --shadow say where they are: a key, model, or\n"
-            "names with ** for what the model calls them, 'net.**'; '**' is all at\n"
-            "the top. One of them alone says that the other is not there.\n"
+            "For other layouts --params and --shadow name the key, such as model, or\n"
+            "a pattern of names, such as 'net.**'; '**' is everything at the top. If\n"
+            "only one of them is passed, the file has only that one.\n"
             "\n"
-            "Names become paths, . for /, and arrays stay as they lie. --rules has a\n"
-            "JSON list of what else becomes of them:\n"
+            "A name becomes a path, with / for each dot, and arrays stay as they lie.\n"
+            "--rules names a JSON file with a list of other names and layouts:\n"
             "\n"
             '  [{"name": "**.fc.weight", "path": "**/fc/kernel",\n'
             '    "rearrange": "o i -> i o"}, {"name": "**", "path": "**"}]\n'
             "\n"
-            "Files are mapped into memory; params, average and a few leaves more are\n"
-            "held. Nothing is overwritten."
+            "Files are mapped into memory, which holds params, average and a few\n"
+            "leaves more. Nothing is overwritten."
         ),
         examples=(
             "  ema-optax import-torch last.pth.tar --step 90000 --out imported\n"
@@ -69,10 +69,10 @@ def add(commands: parsing.Commands) -> None:
             "      --shadow-from ema.safetensors --count 500 --out imported"
         ),
     )
-    parser.add_argument("source", type=parsing.place, metavar="SOURCE")
     parser.add_argument(
-        "--out", type=parsing.place, required=True, metavar="DIR", help="what to write"
+        "source", type=parsing.place, metavar="SOURCE", help="weights to convert"
     )
+    options.add_out(parser, required=True)
     parser.add_argument(
         "--params", type=parsing.place, metavar="KEY", help="where the raw weights are"
     )
@@ -83,43 +83,30 @@ def add(commands: parsing.Commands) -> None:
         "--shadow-from",
         type=parsing.path,
         metavar="FILE",
-        help="file or folder of the average, where it has its own",
+        help="file or folder of the average, if it is another",
     )
     parser.add_argument(
         "--like",
         type=parsing.place,
         metavar="LAYOUT",
-        help="see above (default: the one that fits)",
+        help="layout of the file, see above (default: recognised)",
     )
     parser.add_argument(
-        "--rules", type=parsing.path, metavar="FILE", help="JSON, see above"
+        "--rules",
+        type=parsing.path,
+        metavar="FILE",
+        help="JSON file of names and layouts, see above",
     )
-    parser.add_argument(
-        "--step",
-        type=parsing.at_least(0),
-        metavar="N",
-        help="number of the step (default: that recorded, else the count)",
-    )
+    options.add_step(parser, default="as recorded, else the count")
     parser.add_argument(
         "--count",
         type=parsing.at_least(0),
         metavar="N",
-        help="updates that the average has seen (default: recorded, else the step)",
+        help="updates that the average has seen (default: as recorded, else the step)",
     )
-    parser.add_argument(
-        "--decay",
-        type=decay_text.parse,
-        metavar="DECAY",
-        help="what it was averaged with (default: that recorded)",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="list the mapping, and write nothing"
-    )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print what was brought as JSON; needs no rich",
-    )
+    options.add_decay(parser, default="as recorded")
+    options.add_dry_run(parser)
+    options.add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from ema_optax._cli import parsing
+from ema_optax._cli import options, parsing
 from ema_optax._messages.text import one_line
 
 
@@ -15,15 +15,16 @@ def add(commands: parsing.Commands) -> None:
         "inspect",
         command=_run,
         extra="cli",
-        summary="Tell what a checkpoint holds, and whether it is whole.",
+        summary="Show what a checkpoint holds, and check it for damage.",
         details=(
             "Prints the step, who wrote it, its trees with their decays and sizes,\n"
             "and the optimizer state, from the manifest alone. DIR is the folder of\n"
             "a CheckpointManager or of checkpoint.save, one step in it, or the folder\n"
-            "above. Of a step with several items all are told, or --item NAME. Ends\n"
-            "with code 1 where there is no such checkpoint or it is damaged.\n"
-            "--explain reads shadow and params, and says why the average may be worse\n"
-            "than the params: in a sentence each, with what to do."
+            "above. If the step has several items, all are shown, or --item NAME.\n"
+            "The exit code is 1 if the checkpoint is missing or damaged.\n"
+            "\n"
+            "--explain reads shadow and params, and prints each reason why the\n"
+            "average may be worse than the params, with what to do."
         ),
         examples=(
             "  ema-optax inspect run/checkpoints\n"
@@ -32,25 +33,21 @@ def add(commands: parsing.Commands) -> None:
             "  ema-optax inspect run/checkpoints --json | jq .trees.shadow.count"
         ),
     )
-    parsing.add_checkpoint(parser)
+    options.add_checkpoint(parser)
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read everything and compare it with its checksums",
+        help="read all leaves and compare them with their checksums",
     )
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="say why an average may be worse than the params",
+        help="print why an average may be worse than the params",
     )
     parser.add_argument(
         "--leaves", action="store_true", help="list path, shape and dtype of all leaves"
     )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print JSON with all leaves; needs no optional package",
-    )
+    options.add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ema_optax import reconstruction
-from ema_optax._cli import merge_schedules, merge_sources, output_folders, parsing, wide
+from ema_optax._cli import (
+    merge_schedules,
+    merge_sources,
+    options,
+    output_folders,
+    parsing,
+    wide,
+)
 from ema_optax._cli.merge_schedules import Schedule
 from ema_optax._cli.merge_sources import Opened
 from ema_optax._messages.text import some
@@ -32,22 +39,24 @@ def add(commands: parsing.Commands) -> None:
         on_cpu=True,
         summary="Write the weighted mean of a run's checkpoints.",
         details=(
-            "RUN is a folder of steps that this library or plain Orbax saved, also\n"
-            "gs://…, or of safetensors: files step-100.safetensors, or folders\n"
-            "checkpoint-100 of a model each. Several RUNs are the checkpoints\n"
-            "themselves, in their order. Merging checkpoints of a constant learning\n"
-            "rate stands for a decay of it (WSM, arXiv:2507.17634). The steps are\n"
-            "read once for all schedules, and summed in float64. Those of this\n"
-            "library are compared with their checksums; others have none, and the\n"
-            "result says so. Memory holds the results and one step, and of those of\n"
-            "plain Orbax up to 32 MB of each.\n"
+            "RUN is a folder of steps that ema_optax or plain Orbax saved, also at\n"
+            "gs://…; or a folder of safetensors, as files step-100.safetensors or as\n"
+            "folders checkpoint-100 of a model each. If several RUNs are passed, each\n"
+            "is one checkpoint, oldest first. Merging the checkpoints of a constant\n"
+            "learning rate replaces a decay of it (WSM, arXiv:2507.17634).\n"
+            "\n"
+            "The steps are read once for all schedules, and summed in float64. Those\n"
+            "of ema_optax are compared with their checksums; others have none, and\n"
+            "the result says so. Memory holds the results and one step; with plain\n"
+            "Orbax up to 32 MB of each step. In steps of other programs --tree is a\n"
+            "path, such as state/params.\n"
             "\n"
             f"{merge_schedules.HELP}"
             "\n"
             "One merge becomes the checkpoint DIR/N, where N is the last step, or the\n"
             "number of RUNs; several become DIR/SCHEDULE/N. checkpoint.restore reads\n"
-            "it like any other, and 'ema-optax inspect' shows steps and coefficients.\n"
-            "Nothing is overwritten."
+            "it, and 'ema-optax inspect' shows its steps and coefficients. Nothing is\n"
+            "overwritten."
         ),
         examples=(
             "  ema-optax merge run --last 10 --dry-run\n"
@@ -64,21 +73,23 @@ def add(commands: parsing.Commands) -> None:
         "                       [options]"
     )
     parser.set_defaults(wrong=parser.error)
-    parser.add_argument("runs", type=parsing.place, nargs="+", metavar="RUN")
     parser.add_argument(
-        "--last", type=parsing.at_least(1), metavar="N", help="the last N of the steps"
+        "runs", type=parsing.place, nargs="+", metavar="RUN", help="run, or checkpoint"
+    )
+    parser.add_argument(
+        "--last", type=parsing.at_least(1), metavar="N", help="merge the last N steps"
     )
     parser.add_argument(
         "--steps",
         type=_range,
         metavar="A:B[:K]",
-        help="those from A to B, both included, at distances of K",
+        help="merge the steps from A to B, both included, K apart",
     )
     parser.add_argument(
         "--every-steps",
         type=parsing.at_least(1),
         metavar="K",
-        help="those that K divides",
+        help="merge the steps that K divides",
     )
     parser.add_argument(
         "--schedule",
@@ -86,7 +97,7 @@ def add(commands: parsing.Commands) -> None:
         nargs="+",
         default=[merge_schedules.parse("uniform")],
         metavar="S",
-        help="see above (default: uniform)",
+        help="weights of the steps, see above (default: uniform)",
     )
     parser.add_argument(
         "--extrapolate",
@@ -94,33 +105,15 @@ def add(commands: parsing.Commands) -> None:
         nargs="+",
         default=[0.0],
         metavar="A",
-        help="m + A(m - m') for each merge m; m' is the plain mean of the first half\n"
-        "of the steps, and 0 is m itself (default: 0)",
+        help="write m + A(m - m') for each merge m, where m' is the plain mean of the\n"
+        "first half of the steps; 0 is m itself (default: 0)",
     )
-    parser.add_argument(
-        "--tree",
-        type=parsing.place,
-        metavar="TREE",
-        help="params, or a shadow by name; of other programs the path of a tree in\n"
-        "their steps, state/params (default: params)",
-    )
-    parser.add_argument(
-        "--item", metavar="NAME", help="of the steps' items, where they have several"
-    )
-    parser.add_argument(
-        "--out", type=parsing.place, metavar="DIR", help="folder for the results"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the merged leaves (default: that of the tree)",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="list the steps and their coefficients, and write nothing",
-    )
-    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    options.add_tree(parser, shown="params")
+    options.add_item(parser)
+    options.add_out(parser)
+    options.add_dtype(parser, "merged", default="as in the tree")
+    options.add_dry_run(parser)
+    options.add_json(parser)
 
 
 def _alpha(text: str) -> float:

@@ -8,8 +8,7 @@ import numpy as np
 
 from ema_optax import reconstruction
 from ema_optax._cli import decay_text, parsing
-from ema_optax._decays.decays import constant
-from ema_optax._reconstruction.schedules import SCHEDULES, UNIFORM
+from ema_optax._reconstruction.schedules import SCHEDULES, UNIFORM, checkpoint_ema
 
 # From the steps that are merged to a coefficient for each.
 Schedule: TypeAlias = Callable[[Sequence[int]], np.ndarray]
@@ -19,9 +18,9 @@ HELP = (
     "  linear         the learning rate falls like 1 - x; 1-sqrt like 1 - sqrt(x);\n"
     "                 cosine like (1 + cos(pi x))/2; x is the share of the window\n"
     "                 that is over\n"
-    "  ema:B          each step keeps the share B of those before it\n"
-    "  power:W, ...   a decay, which folds these steps alone; 'ema-optax profile\n"
-    "                 --help' has all\n"
+    "  ema:B          an average that keeps the share B at each step\n"
+    "  power:W, ...   a decay, as if it had folded these steps alone; 'ema-optax\n"
+    "                 profile --help' lists all\n"
     "  FILE.json      coefficients, oldest first, with sum 1; or\n"
     '                 {"multipliers": [...]} of the learning rate between the steps\n'
 )
@@ -41,44 +40,41 @@ def parse(text: str) -> tuple[str, Schedule]:
         return text, lambda steps: reconstruction.schedule_coefficients(text, steps)
     if text.endswith(".json"):
         return text, _from_file(text)
-    kind, _, value = text.partition(":")
-    if kind == "ema":
-        try:
-            decay = constant(float(value))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-        return text, lambda steps: reconstruction.decay_coefficients(
-            decay, range(1, len(steps) + 1)
-        )
+    try:
+        average = checkpoint_ema(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    if average is not None:
+        return text, lambda steps: average(len(steps))
     try:
         name, chosen = decay_text.parse(text)
     except argparse.ArgumentTypeError as error:
         names = [UNIFORM, *SCHEDULES, "ema:B", "FILE.json"]
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no schedule, which are {', '.join(names)} and decays; {error}"
+            f"{text!r} is no schedule. Known: {', '.join(names)} and decays; {error}"
         ) from None
     return name, lambda steps: reconstruction.decay_coefficients(chosen, steps)
 
 
 def _from_file(text: str) -> Schedule:
-    given = parsing.json_file(text)
-    multipliers = given.get("multipliers") if isinstance(given, dict) else None
-    numbers = given if multipliers is None else multipliers
+    content = parsing.json_file(text)
+    multipliers = content.get("multipliers") if isinstance(content, dict) else None
+    numbers = content if multipliers is None else multipliers
     if not isinstance(numbers, list) or not all(map(_is_number, numbers)):
         raise argparse.ArgumentTypeError(
             f'{text} holds no list of numbers, nor {{"multipliers": [...]}} with one'
         )
 
     def coefficients(steps: Sequence[int]) -> np.ndarray:
-        found = np.array(numbers, np.float64)
+        weights = np.array(numbers, np.float64)
         if multipliers is not None:
-            found = reconstruction.lr_decay_coefficients(numbers)
-        if len(found) != len(steps):
+            weights = reconstruction.lr_decay_coefficients(numbers)
+        if len(weights) != len(steps):
             raise ValueError(
-                f"{text} has coefficients for {len(found)} checkpoints, and "
+                f"{text} has coefficients for {len(weights)} checkpoints, and "
                 f"{len(steps)} are merged: {min(steps)} to {max(steps)}."
             )
-        return found
+        return weights
 
     return coefficients
 

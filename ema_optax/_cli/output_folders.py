@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,14 +13,15 @@ from ema_optax._checkpoint import storage
 from ema_optax._checkpoint.paths import absolute
 from ema_optax._checkpoint.steps import all_steps
 from ema_optax._decays.decay import Decay
+from ema_optax._messages import disk
 
 
 def check_free(out: str, steps: Iterable[str]) -> None:
-    """Refuses a folder that averages could not be written to.
+    """Raises if averages cannot be written to a folder.
 
     Args:
         out: The folder of all of them.
-        steps: The folder of each one's step.
+        steps: The folder of each average's step.
 
     Raises:
         FileExistsError: If an average is there already.
@@ -37,17 +37,17 @@ def check_free(out: str, steps: Iterable[str]) -> None:
     with contextlib.suppress(FileNotFoundError, ValueError):
         if all_steps(absolute(out)):
             raise FileExistsError(
-                f"{out} holds the steps of a run, which averages must not lie among. "
-                "Pass a folder of their own as --out."
+                f"{out} holds the steps of a run, where averages must not lie. "
+                "Pass another folder as --out."
             )
     if "://" in out:
         return
-    there = _nearest(out)
-    if not there.is_dir():
-        raise NotADirectoryError(f"Cannot write to {out}: {there} is a file.")
-    if not os.access(there, os.W_OK | os.X_OK):
+    folder = _nearest(out)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"Cannot write to {out}: {folder} is a file.")
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"Cannot write to {out}: {there} is read-only, or somebody else's."
+            f"Cannot write to {out}: {folder} is read-only, or belongs to another user."
         )
 
 
@@ -55,18 +55,13 @@ def check_room(out: str, need: int, advice: str) -> None:
     """Raises OSError, with advice, if the disk has no room for so many bytes."""
     if "://" in out:
         return
-    disk = shutil.disk_usage(_nearest(out))
-    if need > disk.free and disk.total:  # some kinds of file systems tell 0 of 0
-        raise OSError(
-            f"The averages need {need / 1e6:,.3f} MB, and the disk of {out} has "
-            f"{disk.free / 1e6:,.3f} MB left. {advice}"
-        )
+    disk.check_room(_nearest(out), need, f"The averages in {out}", advice)
 
 
 def write(
     folder: str, tree: Any, step: int, decay: Decay | None, extra: Mapping[str, Any]
 ) -> None:
-    """Writes an average as a checkpoint; a failed one leaves no new folder.
+    """Writes an average as a checkpoint; if it fails, no new folder stays.
 
     Raises:
         OSError: If it cannot be written.
@@ -80,14 +75,14 @@ def write(
             checkpoint.save_average(place, tree, step=step, decay=decay, extra=extra)
     except BaseException:  # Ctrl-C too
         for path in new:
-            with contextlib.suppress(OSError):  # it holds what is whole
+            with contextlib.suppress(OSError):  # it holds earlier averages
                 path.rmdir()
         raise
 
 
 @contextlib.contextmanager
 def _no_tracebacks() -> Iterator[None]:
-    """Keeps Orbax's threads from logging an error that is raised as well."""
+    """Keeps Orbax's threads from logging an error that is also raised."""
     logger = logging.getLogger("absl")
     usual, logger.disabled = logger.disabled, True
     try:

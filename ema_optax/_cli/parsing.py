@@ -70,20 +70,6 @@ def add_command(
     return parser
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that choose a step: DIR, `--step N` and `--item NAME`."""
-    parser.add_argument("directory", type=place, metavar="DIR")
-    parser.add_argument(
-        "--step",
-        type=at_least(0),
-        metavar="N",
-        help="number of the step (default: the newest)",
-    )
-    parser.add_argument(
-        "--item", metavar="NAME", help="of the step's items, where it has several"
-    )
-
-
 def at_least(lowest: int, *, at_most: int = 2**31 - 1) -> Callable[[str], int]:
     """Returns a parser of whole numbers; JAX counts in int32, hence the default."""
 

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Mapping
 
-from ema_optax._cli import decay_text, parsing, sketch
+from ema_optax._cli import decay_text, options, parsing, sketch
 from ema_optax._decays.decay import Decay
 from ema_optax._decays.profiles import Profile, profile
 from ema_optax._messages.text import percent
@@ -21,17 +21,17 @@ def add(commands: parsing.Commands) -> None:
         "profile",
         command=_run,
         extra="plots",
-        summary="Tell what a decay averages over, before training with it.",
+        summary="Show what a decay averages over, before you train with it.",
         details=(
-            "Prints for every decay what its shadow holds at the end of the run, and\n"
-            "draws the weights of the past steps:\n"
+            "Prints for each decay what its shadow holds at the end of the run, and\n"
+            "draws the weights of the past updates:\n"
             "  width      standard deviation of the weights over the run (sigma_rel)\n"
-            "  mean age   mean distance of what is averaged from the last update\n"
+            "  mean age   mean distance of the averaged params from the last update\n"
             "  initial    weight that is still on the initial params\n"
-            "  effective  1/sum of squared weights: over how many params it averages\n"
+            "  effective  1/sum of squared weights: the number of params it averages\n"
             "\n"
-            "A DECAY is a number, 0.9999, which means warmup:0.9999 as in ema_params;\n"
-            "or a name with its arguments:\n"
+            "DECAY is a number such as 0.9999, which is warmup:0.9999 as in\n"
+            "ema_params, or a name with its arguments:\n"
             + "\n".join(f"  {form}" for form in decay_text.FORMS.values())
             + "\nINNER is a DECAY: start_after:uniform,1000."
         ),
@@ -49,7 +49,7 @@ def add(commands: parsing.Commands) -> None:
         action="extend",
         required=True,
         metavar="DECAY",
-        help="one or several to compare",
+        help="one decay, or several to compare",
     )
     parser.add_argument(
         "--steps",
@@ -65,15 +65,13 @@ def add(commands: parsing.Commands) -> None:
         metavar="K",
         help="updates between folds, as in ema_params (default: %(default)s)",
     )
-    parser.add_argument(
-        "--out",
-        type=parsing.picture,
+    options.add_out(
+        parser,
+        f"picture ({', '.join(parsing.PICTURES)})",
         metavar="FILE",
-        help=f"draw up to six decays as a picture ({', '.join(parsing.PICTURES)})",
+        kind=parsing.picture,
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the figures as JSON, draw no text"
-    )
+    options.add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ema_optax._cli import averages, parsing, warning_lines, wide
+from ema_optax._cli import averages, options, parsing, warning_lines, wide
 from ema_optax._decays.power_profiles import exponent_from_width
 from ema_optax._messages.text import one_line
 from ema_optax._reconstruction.projection import DOUBTFUL, WRONG
@@ -20,23 +20,24 @@ def add(commands: parsing.Commands) -> None:
         extra="cli",
         explain=_explained,
         on_cpu=True,
-        summary="Write averages of other widths than those tracked in a run.",
+        summary="Make averages of other widths from the snapshots of a run.",
         details=(
             "RUN is a folder of steps with shadows of a power profile, written by\n"
-            "SnapshotSave or EmaSave; steps of one run may lie in several folders.\n"
+            "SnapshotSave or EmaSave; the steps of a run may lie in several folders.\n"
             "They are read once for all widths. Memory holds the results and one\n"
-            "snapshot.\n"
+            "snapshot. --dry-run without --width shows usual widths.\n"
             "\n"
-            "Each average becomes a checkpoint DIR/width-W/N, for checkpoint.restore\n"
-            "of DIR/width-W. It is the whole model where a RUN has params of step N,\n"
-            "from EmaSave; else the averaged leaves alone. Nothing is overwritten.\n"
+            "Each average ends at --step N and becomes the checkpoint DIR/width-W/N;\n"
+            "checkpoint.restore of DIR/width-W reads it. It is the whole model if a\n"
+            "RUN has the params of step N, from EmaSave, else the averaged leaves\n"
+            "alone. Nothing is overwritten.\n"
             "\n"
             "  width          standard deviation of the weights over the run\n"
             "                 (sigma_rel)\n"
-            "  profile error  distance of the weights from those wanted: above "
-            f"{DOUBTFUL:.0%} is\n"
-            f"                 warned of, above {WRONG:.0%} is refused\n"
-            "  noise gain     what multiplies the rounding error of the snapshots:\n"
+            "  profile error  distance of the weights from the wanted ones; above\n"
+            f"                 {DOUBTFUL:.0%} the command warns, above {WRONG:.0%} it "
+            "refuses\n"
+            "  noise gain     factor on the rounding error of the snapshots, which is\n"
             "                 3e-4 of each param in float16, 2e-3 in bfloat16"
         ),
         examples=(
@@ -51,7 +52,7 @@ def add(commands: parsing.Commands) -> None:
     )
     parser.set_defaults(wrong=parser.error)
     parser.add_argument(
-        "runs", type=parsing.place, nargs="+", metavar="RUN", help="folder of steps"
+        "runs", type=parsing.place, nargs="+", metavar="RUN", help="folder of snapshots"
     )
     parser.add_argument(
         "--width",
@@ -59,28 +60,13 @@ def add(commands: parsing.Commands) -> None:
         nargs="+",
         action="extend",
         metavar="W",
-        help="of an average, in (0, 0.2886]",
+        help="width of an average, in (0, 0.2886]",
     )
-    parser.add_argument(
-        "--out", type=parsing.place, metavar="DIR", help="folder for the averages"
-    )
-    parser.add_argument(
-        "--step",
-        type=parsing.at_least(1),
-        metavar="N",
-        help="last step of the average, in optimizer updates (default: the newest)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the averaged leaves (default: the params', else float32)",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="tell what the snapshots give, for W or for usual widths; write nothing",
-    )
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options.add_out(parser)
+    options.add_step(parser, lowest=1)
+    options.add_dtype(parser, "averaged", default="that of the params, else float32")
+    options.add_dry_run(parser)
+    options.add_json(parser)
 
 
 def _explained(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Generator
 from pathlib import Path
 
+from ema_optax._messages import disk
 from ema_optax._messages.text import some
 
 FILE = ".safetensors"
@@ -13,13 +14,14 @@ INDEX = ".safetensors.index.json"
 
 
 def check_free(path: Path, overwrite: bool, *, folder: bool) -> None:
-    """Refuses a place where a file, or a folder of files, cannot appear.
+    """Raises if a file, or a folder of files, cannot be written to a path.
 
     Raises:
-        FileExistsError: If something is there, unless it may be overwritten; a folder
-            never is, where it holds what no export writes.
-        FileNotFoundError: If it would lie in no folder.
-        IsADirectoryError, NotADirectoryError: If the other kind is there.
+        FileExistsError: If something is there and `overwrite` is False, or if a folder
+            there holds files that no export writes.
+        FileNotFoundError: If its parent is no folder.
+        IsADirectoryError, NotADirectoryError: If `path` is a folder instead of a
+            file, or a file instead of a folder.
     """
     if path.is_dir() and not folder:
         raise IsADirectoryError(
@@ -53,33 +55,29 @@ def check_free(path: Path, overwrite: bool, *, folder: bool) -> None:
 
 
 def check_room(path: Path, size: int) -> None:
-    """Raises OSError if the disk has no room for so many bytes."""
-    disk = shutil.disk_usage(path.parent)
-    if size > disk.free and disk.total:  # some kinds of file systems tell 0 of 0
-        raise OSError(
-            f"The tensors of {path} need {size / 1e6:,.3f} MB, and the disk has "
-            f"{disk.free / 1e6:,.3f} MB left. Pass a narrower dtype, or another place."
-        )
+    """Raises OSError if the disk has no room for the tensors, of `size` bytes."""
+    advice = "Pass a narrower dtype, or another path."
+    disk.check_room(path.parent, size, f"The tensors of {path}", advice)
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Generator[Path, None, None]:
-    """Gives a path beside the place, and moves what was written there when it is whole.
+    """Yields a temporary path, and moves what was written there to `path` at the end.
 
     Args:
-        path: Where a file, or a folder, shall appear. What is there is replaced.
+        path: The file, or the folder, to write. What is there is replaced.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.mkdir(exist_ok=True)  # a killed process may have had this one's number
+    beside.mkdir(exist_ok=True)  # a killed process may have left one
     try:
         written = beside / path.name
         yield written
         usual = beside / "usual"
         usual.touch()
         for file in [written, *written.rglob("*")]:
-            if file.is_file():  # safetensors lets nobody else read it
+            if file.is_file():  # safetensors lets only the owner read it
                 file.chmod(usual.stat().st_mode)
-        if path.is_dir():  # os.replace replaces no folder that holds anything
+        if path.is_dir():  # os.replace refuses a folder that is not empty
             os.rename(path, beside / "before")
         try:
             os.replace(written, path)

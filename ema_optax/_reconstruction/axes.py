@@ -6,14 +6,13 @@ from typing import cast
 import numpy as np
 
 from ema_optax._decays.decay import Decay
-from ema_optax._decays.decays import constant
 from ema_optax._decays.power_profiles import exponent_from_width, width_from_exponent
 from ema_optax._messages import arguments
 from ema_optax._messages.text import brief, nearest
 from ema_optax._reconstruction import projection
 from ema_optax._reconstruction.extrapolation import extrapolated
 from ema_optax._reconstruction.ingredients import Ingredients
-from ema_optax._reconstruction.schedules import schedule_coefficients
+from ema_optax._reconstruction.schedules import checkpoint_ema, schedule_coefficients
 from ema_optax._reconstruction.searching import Axis, Value
 from ema_optax._reconstruction.weights import decay_coefficients, uniform_coefficients
 from ema_optax._reconstruction.widths import Snapshot, reachable, rounding
@@ -141,18 +140,14 @@ def _weights(schedule: str | Decay, steps: Sequence[int]) -> np.ndarray:
             f"{len(steps)}."
         )
     window = steps[-last:]
-    kind, _, beta = name.partition(":")
-    if kind == "ema":
-        try:
-            decay = constant(float(beta))
-        except ValueError as error:
-            raise ValueError(
-                f"{schedule!r} in among: ema:β keeps the share β of the mean so far at "
-                f"each checkpoint. {error}"
-            ) from None
-        inside = decay_coefficients(decay, range(1, len(window) + 1))
-    else:
-        inside = schedule_coefficients(name, window)
+    try:
+        average = checkpoint_ema(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{schedule!r} in among: ema:β keeps the share β of the mean so far at "
+            f"each checkpoint. {error}"
+        ) from None
+    inside = average(len(window)) if average else schedule_coefficients(name, window)
     return np.concatenate([np.zeros(len(steps) - len(window)), inside])
 
 

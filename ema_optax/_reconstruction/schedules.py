@@ -6,6 +6,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ema_optax._decays.decay import Decay
+from ema_optax._decays.decays import constant
 from ema_optax._messages import arguments
 from ema_optax._messages.text import brief, nearest
 from ema_optax._reconstruction.weights import decay_coefficients, lr_decay_coefficients
@@ -75,3 +76,22 @@ def schedule_coefficients(
     distance = (times[-1] - times[0]) / max(times.size - 1, 1)
     over = (times[:-1] - times[0] + distance) / (times[-1] - times[0] + distance or 1)
     return lr_decay_coefficients([float(schedule(x)) for x in over.tolist()])
+
+
+def checkpoint_ema(name: str) -> Callable[[int], np.ndarray] | None:
+    """Reads `ema:β`, an average that keeps the share β at each checkpoint.
+
+    Returns:
+        From a number of checkpoints to their coefficients; None for other names.
+
+    Raises:
+        ValueError: If β is not in [0, 1).
+
+    >>> checkpoint_ema("ema:0.5")(3)
+    array([0.25, 0.25, 0.5 ])
+    """
+    kind, _, beta = name.partition(":")
+    if kind != "ema":
+        return None
+    decay = constant(float(beta))
+    return lambda count: decay_coefficients(decay, range(1, count + 1))
