@@ -340,7 +340,7 @@ def test_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     ("options", "says"),
     [
         (["--step", "4"], "no step 4; it has 3, 7"),
-        (["--step", "3"], "Pass --tree shadow/b"),
+        (["--step", "3"], "Pass --tree b"),
         (["--tree", "ema"], "Pass --tree shadow"),
         (["--step", "3", "--tree", "params"], '--rename with {"c": null, "key": null}'),
         (["--out", "there"], "there exists"),

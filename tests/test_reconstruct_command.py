@@ -443,7 +443,7 @@ def test_a_disk_without_room(run: Path, tmp_path: Path, monkeypatch, capsys: Any
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9999, 0, 2 * 136 - 1))
     command = [run / "snapshots", "--out", tmp_path / "out", "--width", 0.07, 0.1]
-    assert "0.000 MB, and the disk of" in fails(capsys, *command)
+    assert "0.000 MB, and the disk has" in fails(capsys, *command)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert f"{tmp_path} is read-only" in fails(capsys, *command)
     assert not any(tmp_path.iterdir())

@@ -196,10 +196,8 @@ class power(Decay):
 class inverse_power(Decay):
     """Rises by a power law: clip(1 − (1+(t−1)/inv_gamma)^(−power), min_decay, decay).
 
-    The first step copies the params.
-
     Args:
-        decay: Largest β, in [0, 1).
+        decay: Largest β, in [0, 1). The first step copies the params, β = 0.
         inv_gamma: Time scale of the ramp in updates, > 0.
         power: How fast it approaches 1, > 0; 2/3 for runs of a million steps, 3/4 for
             shorter ones.
@@ -273,9 +271,7 @@ class ramp(Decay):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class cosine(Decay):
-    """Rises from `start` to 1 by a cosine, for target networks.
-
-    β = 1 − (1−start)(1+cos(πt/steps))/2.
+    """Rises by a cosine from `start` to 1: 1 − (1−start)(1+cos(πt/steps))/2.
 
     Args:
         start: β at the start of the run, in [0, 1).
