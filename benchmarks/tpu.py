@@ -10,7 +10,8 @@ its traffic, its memory, its kernels and its collectives are exact. Each row is 
 with an average over Adam alone, on GPT-2 small, with params and state donated.
 
 `--check` compiles a few rows for one topology, and fails where a figure is not within
-the bounds below.
+the bounds below. Its model has the same bytes in 40 leaves instead of 148, and so fewer
+kernels to compile: what XLA fetches into VMEM is a number of bytes.
 """
 
 import argparse
@@ -54,10 +55,12 @@ BOUNDS = {
     "every=1": {"added": (1.98, 2.02), "temporary": (0, 0.01), "kernels": NONE},
     "every=10": {"added": (2.98, 3.16), "otherwise": (0, 0.25), "temporary": (0, 0.06)},
     "in_host_memory": {"moved": (1.98, 2.02), "temporary": (0, 0.42)},
-    "over_axis": {"added": (0.29, 0.33), "temporary": (0, 0.01)},
+    "over_axis": {"added": (0.27, 0.33), "temporary": (0, 0.01)},
     "FSDP, in_host_memory": {"moved": (1.98, 2.02), "temporary": (0, 1.15)},
 }
 COLLECTIVES = {"collectives": NONE}  # in all of them
+# GPT-2 small twice as wide, with a quarter of its blocks.
+FEWER_LEAVES = gpt2.shapes(width=1536, vocabulary=25128, context=512, blocks=3)
 
 HEADER = """\
 | Adam + | on | HBM trees added | floor | where none is due | host trees moved | \
@@ -162,8 +165,9 @@ class Figures(NamedTuple):
 class Chips:
     """A topology, and abstract params and batches on it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, shapes: Any) -> None:
         self.devices = topologies.get_topology_desc(name, "tpu").devices
+        self.shapes = shapes
 
     def mesh(self, where: str) -> Mesh:
         """Returns one of all chips, or of one.
@@ -182,8 +186,7 @@ class Chips:
             sharding = split("", leaf) if where == "FSDP" else whole
             return jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)
 
-        shapes = gpt2.shapes()
-        return jax.tree.map(param, shapes, is_leaf=lambda x: isinstance(x, tuple))
+        return jax.tree.map(param, self.shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def placed(state: Any, shardings: Iterable[Any], others: Any) -> Any:
@@ -328,12 +331,13 @@ def main():
     # A program from the cache would be one for this machine's processor.
     jax.config.update("jax_enable_compilation_cache", False)
     if args.check:
-        found = [problems(*each) for each in measured(Chips(TOPOLOGIES[0]), BOUNDS)]
+        chips = Chips(TOPOLOGIES[0], FEWER_LEAVES)
+        found = [problems(*each) for each in measured(chips, BOUNDS)]
         sys.exit("\n".join(itertools.chain(*found)) or None)
     text = [f"# TPUs, compiled for and not run on\n\n{NOTES}"]
     text.append(f"{datetime.date.today()}, {versions()}.")
     for name in args.topology:
-        chips = Chips(name)
+        chips = Chips(name, gpt2.shapes())
         kind = chips.devices[0].device_kind
         text += [f"## {name}: {len(chips.devices)} chips, {kind}", HEADER]
         for each in measured(chips, args.rows):

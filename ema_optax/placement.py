@@ -4,6 +4,6 @@ ema_params(0.9999, shadow_sharding=placement.over_axis("data"))
 ema_params(0.9999, shadow_sharding=placement.in_host_memory())
 """
 
-from ema_optax._placement.placement import in_host_memory, over_axis
+from ema_optax._placement.rules import in_host_memory, over_axis
 
 __all__ = ["in_host_memory", "over_axis"]

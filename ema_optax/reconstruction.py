@@ -10,7 +10,7 @@ chosen.best, chosen.ties, chosen.tree
 
 from ema_optax._reconstruction.choices import Choice, Point
 from ema_optax._reconstruction.choosing import choose
-from ema_optax._reconstruction.extrapolation import extrapolated, noise_gain
+from ema_optax._reconstruction.extrapolation import extrapolated
 from ema_optax._reconstruction.merging import merge
 from ema_optax._reconstruction.planning import Plan, plan
 from ema_optax._reconstruction.projection import (
@@ -26,6 +26,7 @@ from ema_optax._reconstruction.weights import (
     decay_coefficients,
     lr_decay,
     lr_decay_coefficients,
+    noise_gain,
     uniform_coefficients,
 )
 from ema_optax._reconstruction.widths import (

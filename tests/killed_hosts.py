@@ -16,7 +16,7 @@ def kill(root, when, rank, delay=None):
         rank: Which is killed.
         delay: Seconds after the first step was known to be committed, for "never".
     """
-    with launch.launched("tests.saving_hosts", root, when) as processes:
+    with launch.launched("tests.programs.saving_hosts", root, when) as processes:
         if delay is not None:
             processes.wait_for(
                 rank,

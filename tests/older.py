@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
+from ema_optax._placement.leaf_placement import cuts_in_loops
 from ema_optax._placement.memories import is_kept
-from ema_optax._placement.placement import cuts_in_loops
 
 try:
     from flax import nnx

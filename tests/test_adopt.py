@@ -431,6 +431,7 @@ def test_arrays_larger_than_the_machine(tmp_path, out):
         checkpoint.adopt(source, out, shadow=None)
 
 
+@pytest.mark.long
 def test_eight_devices_become_one(tmp_path, out):
     """What was sharded over devices that are not here is read without them."""
     code = f"""

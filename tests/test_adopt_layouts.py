@@ -79,6 +79,7 @@ def test_a_flax_train_state_as_it_is(tmp_path, out):
     foreign.same(checkpoint.restore(out, "params", like=FLOATS), made.params)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pure", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_nnx(pure, whole, tmp_path, out):
@@ -224,6 +225,7 @@ def haiku_run(zero_debias, warmup_length, ignore=""):
     return params, mean, state
 
 
+@pytest.mark.long
 def test_haiku(tmp_path, out):
     """`average` is divided already, `hidden` is not: the first is taken."""
     params, mean, state = haiku_run(True, 0)

@@ -1,4 +1,4 @@
-"""The public names and signatures, frozen in a table; their examples; README's shell.
+"""The public names and signatures, frozen in a table; their examples.
 
 After a change that is meant, `python -m tests.test_api > tests/public_api.txt`, and
 read the diff as the users of the last release will.
@@ -8,25 +8,18 @@ import ast
 import difflib
 import importlib
 import inspect
-import json
 import pathlib
 import re
-import shlex
 import textwrap
 
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
 import pytest
 
-import ema_optax
-from ema_optax import _cli as cli
-from ema_optax import checkpoint, interop
+from ema_optax import interop
 from ema_optax._decays import decays
 from ema_optax._trees import selection
 
 HERE = pathlib.Path(__file__).parent
 TABLE = HERE / "public_api.txt"
-README = HERE.parent / "README.md"
 MODULES = (
     "ema_optax",
     "ema_optax.checkpoint",
@@ -236,98 +229,6 @@ def test_interop_has_old_names_and_what_is_common_to_formats():
 
 def test_the_reasons_are_for_names_that_are_there():
     assert set(WITHOUT_EXAMPLE) <= {name for name, _ in public()}
-
-
-needs_readme = pytest.mark.skipif(
-    not README.exists(), reason="the README travels with the source"
-)
-
-
-def _commands():
-    """Returns every `ema-optax …` line of the README, in blocks and in sentences."""
-    return re.findall(r"ema-optax ([a-z][a-z-]*[^`\n]*)", README.read_text())
-
-
-# What is not run here, and why.
-NOT_RUN = {
-    "demo": "takes 15 seconds, and has tests of its own",
-    "import-tf": "needs TensorFlow, and has tests of its own",
-    "import-torch": "needs PyTorch, and has tests of its own",
-}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The folders and the file that the README's commands name."""
-    root = tmp_path_factory.mktemp("shell")
-    params = {"w": jnp.zeros(3)}
-    transform = ema_optax.ema_params(0.9)
-    for step in range(1, 11):
-        checkpoint.save(root / "run", params, transform.init(params), step=step)
-    with ocp.CheckpointManager(root / "old_run") as manager:
-        theirs = {"params": params, "ema_params": params}
-        manager.save(9, args=ocp.args.StandardSave(theirs))
-    (root / "rules.json").write_text('[{"name": "fc.weight", "path": "w"}]')
-    checkpoint.save(root / "imported", params, transform.init(params), step=1)
-    (root / "evaluation.py").write_text("def loss(params): return params['w'].sum()")
-    (root / "names.json").write_text(json.dumps({"w": "fc.weight"}))
-    power = ema_optax.ema_params(
-        {"short": ema_optax.power(0.05), "long": ema_optax.power(0.10)}
-    )
-    state = power.init(params)
-    with ocp.CheckpointManager(root / "FOLDER") as manager:
-        for step in range(1, 17):
-            _, state = power.update({"w": jnp.ones(3)}, state, params)
-            manager.save(step, args=checkpoint.SnapshotSave(state))
-    return root
-
-
-@needs_readme
-def test_the_readme_shows_all_commands():
-    shown = {command.split()[0] for command in _commands()}
-    assert shown == {
-        "adopt",
-        "choose",
-        "completion",
-        "demo",
-        "export",
-        "import-tf",
-        "import-torch",
-        "inspect",
-        "merge",
-        "profile",
-        "reconstruct",
-    }
-
-
-@needs_readme
-@pytest.mark.parametrize("command", _commands() if README.exists() else [])
-def test_readme_commands_run(command, folders, monkeypatch, capsys):
-    """As written, where the folders that they name exist; all of them parse."""
-    monkeypatch.chdir(folders)
-    arguments = shlex.split(command)
-    args = cli._parser().parse_args(arguments)
-    assert args.name == arguments[0]
-    if arguments[0] in NOT_RUN:
-        return
-    assert cli.main(arguments) == 0
-    assert capsys.readouterr().out
-    if "--out" in arguments and "--dry-run" not in arguments:
-        assert (folders / arguments[arguments.index("--out") + 1]).exists()
-
-
-@needs_readme
-def test_scripts_in_the_readme_are_there_and_know_their_options():
-    calls = re.findall(r"python ((?:examples|benchmarks)/\S+\.py)([^`'\n]*)", _text())
-    assert len(calls) >= 5
-    for script, rest in calls:
-        source = (README.parent / script).read_text()
-        for option in re.findall(r"--[a-z-]+", rest):
-            assert f'"{option}"' in source, f"{script} has no {option}"
-
-
-def _text():
-    return README.read_text()
 
 
 if __name__ == "__main__":

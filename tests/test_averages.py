@@ -154,7 +154,11 @@ def test_each_call_searches_once(call, average, searches):
 OPTIMIZERS = [optax.adam(0.1), optax.chain(ema_params(0.9)), optax.MultiSteps(BEMA, 2)]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    OPTIMIZERS,
+    ids=["alone", "chained", "wrapped"],
+)
 def test_an_optimizer_in_place_of_its_state_is_named(optimizer):
     """With the call that works."""
     for call, text in (

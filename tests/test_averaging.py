@@ -65,6 +65,7 @@ def test_bfloat16_params_have_a_float32_shadow_that_moves():
     np.testing.assert_allclose(state.shadow["w"], 1 - 0.999**5000, rtol=2e-6)
 
 
+@pytest.mark.long
 def test_a_bfloat16_shadow_is_right_on_average():
     """Stochastic rounding: the mean over elements is within 4e-3, and none is stuck."""
     ones = jnp.ones((5001, 4096), jnp.bfloat16).at[0].set(0)
@@ -107,6 +108,7 @@ def test_updates_pass_through_untouched():
     assert out["w"] is updates["w"]
 
 
+@pytest.mark.long
 def test_several_shadows_are_each_the_one_of_its_own(path):
     """A dict of decays gives the same bits as a transform for each."""
     decays = {"fast": 0.99, "slow": ema_optax.power(0.1)}
@@ -139,6 +141,7 @@ def test_the_mask_leaves_leaves_out():
         np.testing.assert_allclose(state.shadow["c"], 1 + (1 - 2 / 11), rtol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_overwrite_every_makes_params_the_shadow(every):
     """After every N-th update the model holds the shadow; between, nothing changes."""

@@ -96,6 +96,7 @@ def test_the_mean_of_each_batchs_statistics(momentum):
     assert found["params"] is variables["params"]
 
 
+@pytest.mark.long
 @older.needs_nnx
 def test_nnx_modules():
     """The same in the module itself; its modes, params and PRNG counts stay."""
@@ -285,6 +286,17 @@ class Spectral(nn.Module):
             r"is no running average.*collection_name='spectral_stats'",
         ),
     ],
+    ids=[
+        "no batches",
+        "third batch not finite",
+        "first batch not finite",
+        "no batch_stats",
+        "no train=True",
+        "momentum 1",
+        "statistics elsewhere",
+        "no updated statistics",
+        "no running average",
+    ],
 )
 def test_what_cannot_be_refreshed_is_said(model, run, change, batches, error, wrong):
     """What is wrong, where, and the call that works."""
@@ -329,6 +341,7 @@ def test_the_bar_ends_with_an_error(capsys):
     assert "0/1" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_without_rich_a_bar_that_was_asked_for_is_an_error():
     """And one that was not asked for is not drawn."""
     code = (
@@ -399,6 +412,7 @@ def test_nnx_batch_norm_over_an_axis():
         assert plain.any()
 
 
+@pytest.mark.long
 @older.needs_nnx
 def test_nnx_spectral_norm_is_told_what_nnx_has():
     """And with what is told it works."""

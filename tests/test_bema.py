@@ -90,6 +90,7 @@ def test_powers_of_zero(path):
     np.testing.assert_allclose(read, held[8] + held[10] - path[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 def test_bfloat16_params(path):
     """The average is float32 and exact; what is read is rounded once, to bfloat16."""
     start = jnp.asarray(path[:2001], jnp.bfloat16)
@@ -170,7 +171,11 @@ def test_leaves_that_are_not_averaged():
     assert read["key"] == params["key"]
 
 
-@pytest.mark.parametrize("init", [lambda f: f, jax.jit])
+@pytest.mark.parametrize(
+    "init",
+    [lambda f: f, jax.jit],
+    ids=["eager", "jit"],
+)
 def test_params_average_and_anchor_share_no_buffer(init):
     """A step that donates params and state runs, and the first params are kept."""
     optimizer = optax.chain(optax.sgd(0.5), bema_params(every=2))
@@ -252,6 +257,7 @@ def test_multi_steps_counts_real_updates():
     np.testing.assert_allclose(shadow_params(state, params)["w"], expected, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_reading_under_jit_vmap_and_eval_shape():
     """Found in any state; stacked states are read with a count each."""
     params = {"w": jnp.arange(6.0).reshape(3, 2)}
@@ -531,6 +537,13 @@ def test_a_manager_saves_it_in_the_background(tmp_path):
             r"every=2, .*has bema_params\(every=3.*accept_new_decay",
         ),
         (bema_params(every=2, lag=9), r"lag=10\.0.*lag=9\.0.*accept_new_decay=True"),
+    ],
+    ids=[
+        "ema_params",
+        "named ema_params",
+        "no average",
+        "another every",
+        "another lag",
     ],
 )
 def test_resuming_with_another_average_is_refused(saved, average, message):

@@ -97,6 +97,7 @@ def by_path(tree):
     return {trees.path_name(path): leaf for path, leaf in pairs}
 
 
+@pytest.mark.long
 def test_linen_with_batch_norm(tmp_path):
     """The statistics come back as what they are."""
 

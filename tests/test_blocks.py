@@ -31,7 +31,7 @@ OPTIMIZER = optax.chain(
 )
 SHADOWS = ("shadow/a", "shadow/b")
 CUT = {"wide": (32, 25), "table": (25, 11), "half": (30, 50), "deep": (4, 6, 8, 5)}
-EIGHT = pathlib.Path(__file__).parent / "sharded_blocks.py"
+EIGHT = pathlib.Path(__file__).parent / "programs" / "sharded_blocks.py"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -370,6 +370,7 @@ def tilings(draw):
     return shape, draw(st.permutations(pieces))
 
 
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(tilings(), st.data())
 def test_cover_is_the_closure_of_what_a_part_touches(tiling, data):

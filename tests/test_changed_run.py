@@ -185,6 +185,7 @@ def test_clipping_and_a_schedule_are_added(run):
     assert "state: 1 from 0 (9 leaves)" in str(found.changes)
 
 
+@pytest.mark.long
 def test_around_it_all_several_steps_of_gradients_are_added_up(run):
     """MultiSteps around Adam: what it adds starts as zeros, what it wraps goes on."""
     folder, _, state = run
@@ -199,6 +200,7 @@ def test_around_it_all_several_steps_of_gradients_are_added_up(run):
     assert_same(found.opt_state[1], state[1])
 
 
+@pytest.mark.long
 def test_another_optimizer(tmp_path):
     """From SGD to Adam: params and average go on, moments start, momentum is left."""
     before = optax.chain(optax.sgd(0.1, momentum=0.9), EMA)

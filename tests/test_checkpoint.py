@@ -418,6 +418,7 @@ def test_resume_into_abstract_targets(run, saved):
     assert_same(checkpoint.resume(saved, params, blank), (params, state))
 
 
+@pytest.mark.long
 def test_several_shadows_by_name(tmp_path):
     """Each is a tree; a single one needs no name; of several, one must be asked for."""
     optimizer = make_optimizer({"fast": 0.5, "slow": 0.99})

@@ -23,7 +23,8 @@ import ema_optax
 from ema_optax import checkpoint
 from ema_optax._checkpoint import manifest, saving, sealed
 from ema_optax.checkpoint import CorruptCheckpointError
-from tests import format_1, launch, saving_run
+from tests import launch
+from tests.programs import format_1, saving_run
 
 # After a failed read or write, callbacks of TensorStore find their event loop closed,
 # and are reported as "Event loop is closed" when they are collected.
@@ -323,7 +324,7 @@ def test_killed_at_any_moment(tmp_path):
     while kills < 7 or (unfinished < 3 and kills < 20):  # enough that met a save
         kills += 1
         child = subprocess.Popen(
-            [sys.executable, "-m", "tests.saving_run", str(tmp_path)],
+            [sys.executable, "-m", "tests.programs.saving_run", str(tmp_path)],
             cwd=pathlib.Path(__file__).parent.parent,
             env=launch.on_cpu(),
             stdout=subprocess.PIPE,
@@ -556,7 +557,7 @@ def test_a_newer_format(root):
 
 @pytest.mark.parametrize("step", [100, 200])
 def test_format_1_is_read(step):
-    """Checkpoints that version 0.1.0 wrote, to the bit; see tests/format_1.py."""
+    """Checkpoints of version 0.1.0 come back to the bit; see programs/format_1.py."""
     folder, params = format_1.FOLDER, format_1.params()
     model = jax.eval_shape(format_1.params)
     before = _listing(folder)

@@ -86,7 +86,11 @@ def test_names_stand_side_by_side():
     assert plots.choice(SEVERAL).get_xscale() == "linear"
 
 
-@pytest.mark.parametrize("found", [WIDTHS, SEVERAL])
+@pytest.mark.parametrize(
+    "found",
+    [WIDTHS, SEVERAL],
+    ids=["widths", "several axes"],
+)
 def test_it_draws_without_a_warning(found: Choice):
     """On axes of the caller's, too."""
     figure = Figure()

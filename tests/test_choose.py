@@ -266,7 +266,6 @@ def test_nothing_can_be_evaluated():
         *("0.5", True, None, [1.0], [[1.0, 2.0]], [], {"loss": 1.0}, 1j, ["a", "b"]),
         *([1, []], np.ones((2, 2)), np.ones(1), np.array([True, False])),
     ],
-    ids=repr,
 )
 def test_what_is_no_score_ends_at_once(returned: object):
     """A mistake in the evaluation is that of all: nothing else is evaluated."""
@@ -283,7 +282,18 @@ def test_what_is_no_score_ends_at_once(returned: object):
         *([0.25, 0.75], (jnp.float32(0.25), 0.75), jnp.array([0.25, 0.75]), [1, 0]),
         *(Score(0.5), Score(np.float32(0.5), 0.1)),
     ],
-    ids=repr,
+    ids=[
+        "NumPy number",
+        "JAX number",
+        "bfloat16",
+        "NumPy scalar array",
+        "list",
+        "tuple",
+        "JAX array",
+        "whole numbers",
+        "Score",
+        "Score with noise",
+    ],
 )
 def test_what_is_a_score(returned: object):
     """Numbers of any library, several of them, or a score."""
@@ -383,6 +393,7 @@ def test_several_at_once(run: Path):
     assert scores["last", 5] not in [v for k, v in scores.items() if k[0] != "last"]
 
 
+@pytest.mark.long
 def test_widths_and_windows_of_one_run(tmp_path: Path):
     """The snapshots give the one, the params of the same steps the other."""
     optimizer = ema_optax.ema_params(
@@ -493,6 +504,7 @@ def table(found: reconstruction.Choice) -> list[str]:
     return sorted(str(found).splitlines())
 
 
+@pytest.mark.long
 def test_a_choice_goes_on_wherever_it_was_stopped(run: Path, tmp_path: Path):
     """Ctrl-C at any evaluation: that alone is made again, with the same result."""
     settings = {"over": ("last", "alpha"), "budget": 10}
@@ -562,6 +574,7 @@ def test_a_log_that_was_cut_off(run: Path, tmp_path: Path):
         assert log.read_bytes() == content
 
 
+@pytest.mark.long
 def test_a_log_of_something_else(run: Path, tmp_path: Path):
     """Another source, other things chosen, another file: refused, and left alone."""
     log = tmp_path / "log"

@@ -84,6 +84,7 @@ def choose(run: Path, function: str, *options: object) -> int:
     return cli.main(["choose", str(run), *evaluate, *map(str, options)])
 
 
+@pytest.mark.long
 def test_a_width(run: Path, here: Path, capsys: pytest.CaptureFixture[str]):
     """Found, written as a checkpoint with its decay, drawn, and told as JSON."""
     files = ("--out", here / "out", "--plot", here / "a.png", "--json")

@@ -6,7 +6,7 @@ import pytest
 
 from tests import launch
 
-CHOSEN = pathlib.Path(__file__).parent / "chosen_devices.py"
+CHOSEN = pathlib.Path(__file__).parent / "programs" / "chosen_devices.py"
 
 
 @pytest.mark.long

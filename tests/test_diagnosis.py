@@ -568,6 +568,19 @@ def test_points_of_the_line_are_as_said():
         (lambda x: 2 - x + 8 * x * (1 - x) * (0 < x < 1), ["barrier"]),
         (lambda x: 7.0, ["flat"]),
     ],
+    ids=[
+        "at the average",
+        "just beyond the average",
+        "just before the params",
+        "two fifths to the params",
+        "near the params",
+        "beyond the params",
+        "falling",
+        "far beyond the average",
+        "barrier to better average",
+        "barrier to better params",
+        "flat",
+    ],
 )
 @pytest.mark.parametrize("maximize", [False, True])
 def test_where_the_loss_is_lowest(function, expected, maximize):
@@ -688,7 +701,11 @@ def test_an_evaluation_of_another_kind(result):
         along(lambda x: result)
 
 
-@pytest.mark.parametrize("result", [1, np.float32(1), jnp.float32(1)])
+@pytest.mark.parametrize(
+    "result",
+    [1, np.float32(1), jnp.float32(1)],
+    ids=["Python", "NumPy", "JAX"],
+)
 def test_numbers_of_all_kinds(result):
     found = along(lambda x: result)
     assert keys(found) == ["flat"]

@@ -176,7 +176,7 @@ def test_memory_of_a_device_and_of_python():
     ):
         cause = _caused(call)
         assert type(cause) is MemoryError
-        assert "take fewer leaves" in str(cause)
+        assert "read fewer leaves" in str(cause)
 
 
 UNKNOWN = "UNKNOWN: Error reading local file: Input/output error [os_error_code='5']"

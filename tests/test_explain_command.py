@@ -58,6 +58,18 @@ def keys(content):
         (ema_params(0.99, every=200), 30, None, ["never_folded"]),
         (ema_optax.bema_params(), 900, None, ["initial_weight"]),
     ],
+    ids=[
+        "healthy",
+        "healthy power",
+        "healthy names",
+        "initial weight",
+        "lag",
+        "too short",
+        "restarted",
+        "never folded",
+        "every too long",
+        "bema",
+    ],
 )
 def test_it_says_what_diagnose_says(
     average, count, optimizer_count, expected, tmp_path, capsys
@@ -200,6 +212,13 @@ def test_damage_is_an_error(tmp_path, capsys):
         },
         {"decay": {"kind": "cosine", "start": 0.9, "steps": 5}, "every": 1, "count": 9},
         {"decay": {"kind": "power", "exponent": -0.99}, "every": 7, "count": 2**62},
+    ],
+    ids=[
+        "bema every 0",
+        "bema of unknown fields",
+        "huge every",
+        "short cosine",
+        "extreme exponent",
     ],
 )
 def test_a_manifest_of_a_stranger(average, tmp_path, capsys):

@@ -206,7 +206,11 @@ def test_renaming_that_does_not_fit(rename: Any, says: str):
         flat_names(["enc/kernel", "enc/bias", "w"], rename)
 
 
-@pytest.mark.parametrize("rename", [["enc"], {"enc": 3}, {3: "enc"}, "enc"])
+@pytest.mark.parametrize(
+    "rename",
+    [["enc"], {"enc": 3}, {3: "enc"}, "enc"],
+    ids=["list", "number for a name", "number for a path", "text"],
+)
 def test_renaming_that_is_no_mapping_of_texts(rename: Any):
     """Lists, numbers, and a bare text."""
     with pytest.raises(TypeError, match="rename maps stored paths to names"):
@@ -336,7 +340,7 @@ def test_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     ("options", "says"),
     [
         (["--step", "4"], "no step 4; it has 3, 7"),
-        (["--step", "3"], "Pass --tree shadow/b"),
+        (["--step", "3"], "Pass --tree b"),
         (["--tree", "ema"], "Pass --tree shadow"),
         (["--step", "3", "--tree", "params"], '--rename with {"c": null, "key": null}'),
         (["--out", "there"], "there exists"),
@@ -426,6 +430,7 @@ def test_without_safetensors(
     )
 
 
+@pytest.mark.long
 def test_interrupted(saved: Path, tmp_path: Path):
     """Ctrl-C in the middle of the write: code 130, and nothing is left."""
     code = (

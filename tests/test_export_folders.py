@@ -327,6 +327,7 @@ def test_a_value_that_is_too_large(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.long
 def test_a_killed_export(run, tmp_path):
     """Leaves no folder that loads, and the next one works."""
     code = (

@@ -8,7 +8,7 @@ import pytest
 
 import ema_optax
 from ema_optax import metrics, shadow_params
-from ema_optax._placement.placement import in_host_memory
+from ema_optax._placement.rules import in_host_memory
 from tests import older
 
 BETA = 0.75

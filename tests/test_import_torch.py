@@ -218,6 +218,18 @@ def _elsewhere(name):
         (lambda table: table.pop("flags"), "which .* does not list"),
         (lambda table: table.clear(), "is no index of shards"),
     ],
+    ids=[
+        "missing shard",
+        "folder above",
+        "absolute path",
+        "number",
+        "two dots",
+        "index in the index",
+        "another shard",
+        "tensor of no shard",
+        "tensor not listed",
+        "empty index",
+    ],
 )
 def test_wrong_indices(tmp_path, edit, told):
     """Missing shards, other folders, and tensors that are elsewhere."""

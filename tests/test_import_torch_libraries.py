@@ -511,7 +511,7 @@ def _wide():
         (_cyclic, "nests more than 64 deep"),
         (_wide, "nests more than 64 deep, or more than"),
         (lambda: {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, "called 'a.b'"),
-        (lambda: {"a": 1}, "There are no tensors in it"),
+        pytest.param(lambda: {"a": 1}, "There are no tensors in it", id="no tensors"),
         (
             lambda: {"decay": 0.9, "shadow_params": [torch.ones(2)]},
             "'shadow_params' is a list, without names",

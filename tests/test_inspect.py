@@ -209,6 +209,7 @@ def test_without_rich(
     assert any(needed.startswith("rich") for needed in extras["cli"])
 
 
+@pytest.mark.long
 def test_a_pipe_that_closes(saved: Path):
     """A reader that has seen enough ends the command without a word on stderr."""
     command = [sys.executable, "-m", "ema_optax", "inspect", str(saved), "--json"]

@@ -15,6 +15,7 @@ print(jax.jit(jnp.matmul).lower(x, x).as_text().count("HIGHEST"))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("started", [False, True])
 def test_matrices_are_multiplied_in_float32(started, capsys):
     """Both, where a GPU would round them to TF32; in a process of a test too."""
@@ -27,10 +28,11 @@ def test_matrices_are_multiplied_in_float32(started, capsys):
     assert told == "2\n"
 
 
+@pytest.mark.long
 def test_devices_of_the_cpu_are_asked_for_with_the_cpu():
     """XLA's flag alone says nothing where JAX takes a GPU: one place knows both."""
     flag = "_".join(["xla_force_host_platform", "device_count"])
-    files = pathlib.Path(__file__).parent.glob("*.py")
+    files = pathlib.Path(__file__).parent.rglob("*.py")
     assert [path.name for path in files if flag in path.read_text()] == ["launch.py"]
     assert launch.on_cpu(3)["JAX_PLATFORMS"] == "cpu"
     code = "import jax; print(jax.default_backend(), jax.device_count())"

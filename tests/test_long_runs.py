@@ -146,7 +146,7 @@ WARM = 4  # saves: what Orbax and JAX make once is there by then
 def test_ten_thousand_steps_with_checkpoints_leave_nothing_behind(tmp_path):
     """One compilation; no growth of memory, arrays, threads or open files."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.long_run", str(tmp_path / "run")],
+        [sys.executable, "-m", "tests.programs.long_run", str(tmp_path / "run")],
         # The memory that is looked at is the host's: arrays have to be in it.
         env=launch.on_cpu() | {"MALLOC_ARENA_MAX": "1"},
         capture_output=True,

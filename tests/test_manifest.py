@@ -15,7 +15,7 @@ from ema_optax._checkpoint.manifest import Manifest
 from ema_optax._checkpoint.pieces import Piece, parse_sums
 from ema_optax._checkpoint.sealed import read_sealed
 from ema_optax._trees import naming
-from tests import format_1
+from tests.programs import format_1
 
 ITEM = epath.Path(format_1.FOLDER / "100" / "default")
 LEAF = LeafEntry((2, 3), "float32")

@@ -146,7 +146,11 @@ def test_a_lie_is_refused_by_its_name(number):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("other", [None, [], "x", 1, {}, [1]])
+@pytest.mark.parametrize(
+    "other",
+    [None, [], "x", 1, {}, [1]],
+    ids=["null", "empty list", "text", "number", "empty object", "list"],
+)
 def test_what_is_no_object_is_refused(other):
     with pytest.raises(CorruptCheckpointError, match="states no format"):
         Manifest.parse(other)
@@ -256,6 +260,7 @@ def _renamed(mutant, node, value):
             del node[name]
 
 
+@pytest.mark.long
 def test_every_mutant_is_read_or_refused():
     """Any single value of a real manifest: no KeyError, TypeError or RecursionError."""
     read = refused = 0

@@ -11,8 +11,9 @@ import jax
 import pytest
 
 from ema_optax import checkpoint
-from tests import killed_hosts, launch, many_hosts, saving_hosts, saving_run
-from tests.many_hosts import BREAK, ROUNDING, STEPS
+from tests import killed_hosts, launch
+from tests.programs import many_hosts, saving_hosts, saving_run
+from tests.programs.many_hosts import BREAK, ROUNDING, STEPS
 
 pytestmark = pytest.mark.long
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory):
             many_hosts.record(folder / "alone", step, *run)
 
     many_hosts.train(layout, *many_hosts.started(*layout), range(1, STEPS + 1), each)
-    output = launch.run("tests.many_hosts", 2, folder)
+    output = launch.run("tests.programs.many_hosts", 2, folder)
     assert output.count("refused:") == 7
     assert output.endswith("done\n")
     return folder
@@ -52,7 +53,7 @@ def test_one_device_goes_on_with_the_run_of_two_processes(folder, source):
 
 def test_four_devices_of_one_process_go_on(folder):
     """From runs of two processes and of one; to the bit where the layout is alike."""
-    output = launch.run("tests.many_hosts", 1, folder, count=1, devices=4)
+    output = launch.run("tests.programs.many_hosts", 1, folder, count=1, devices=4)
     assert output.endswith("done\n")
 
 
@@ -102,7 +103,7 @@ def test_a_process_dies_in_a_save(tmp_path):
             assert leaf.dtype == expected.dtype
             assert bool((leaf == expected).all())
     newest += 1
-    with launch.launched("tests.saving_hosts", tmp_path, "2") as processes:
+    with launch.launched("tests.programs.saving_hosts", tmp_path, "2") as processes:
         assert processes.wait() == [0, 0], processes.report()
         outputs = [processes.output(rank) for rank in (0, 1)]
     assert killed_hosts.said(outputs, "resumed") == [newest, newest]

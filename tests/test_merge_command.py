@@ -58,6 +58,7 @@ def mean(weights: list[float], first: int, scale: float = 1.0) -> np.ndarray:
     return scale * np.tensordot(weights, held, axes=1)
 
 
+@pytest.mark.long
 def test_several_schedules_in_one_pass(run: Path, tmp_path: Path):
     """Each in a folder of its name, as the float64 sums to 1e-7, the rest kept."""
     out = tmp_path / "out"

@@ -103,6 +103,37 @@ def test_complex_results_are_as_wide_as_the_dtype_asked_for():
             assert merge(trees, [0.5, 0.5], dtype=dtype)["w"].dtype == kind
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_a_tree_of_weight_0_counts_for_nothing(monkeypatch, bad, dtype):
+    """It may have diverged; sums that take it are of what it holds, others are not."""
+    # One tree at a time, so that some parts of a sum have no tree to take.
+    monkeypatch.setattr(sums, "_SMALL", 0)
+    trees = [{"w": np.full(100_003, i + 1, dtype)} for i in range(4)]
+    trees[1]["w"][7] = bad
+    weights = [[0.5, 0, 0.25, 0.25], [0.5, 0.5, 0, 0], [0, 0, 0, 1]]
+    for count in (1, 3):
+        merged = [np.asarray(tree["w"]) for tree in merge(trees, weights[:count])]
+        np.testing.assert_allclose(merged[0], 2.25, rtol=1e-6)
+    np.testing.assert_array_equal(merged[2], 4)
+    assert not np.isfinite(merged[1][7])
+    np.testing.assert_allclose(np.delete(merged[1], 7), 1.5, rtol=1e-6)
+    np.testing.assert_array_equal(merge(trees, weights[0])["w"], merged[0])
+
+
+def test_a_tree_that_no_sum_takes_is_not_read():
+    """Not even from a disk: leaving it out costs nothing."""
+
+    class Unread(sums.InMemory):
+        def read(self, path, index):
+            raise AssertionError(path)
+
+    trees = [{"w": jnp.ones(3)}, Unread({"w": jnp.ones(3)}), {"w": jnp.full(3, 3.0)}]
+    np.testing.assert_array_equal(merge(trees, [0.5, 0, 0.5])["w"], 2)
+    with pytest.raises(AssertionError, match="w"):
+        merge(trees, [0.25, 0.5, 0.25])
+
+
 def test_several_results_come_from_one_pass():
     """Each row of coefficients bit for bit what it gives alone; one reading of each."""
     reads = []
@@ -250,6 +281,7 @@ def test_multipliers_are_between_0_and_1(multipliers):
         reconstruction.lr_decay_coefficients(multipliers)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "multipliers",
     [[1, 0.75, 0.5, 0.25, 0.125], [0.9, 0.5, 0.5, 0.1, 0.0], [1, 1, 1, 1, 1]],
@@ -296,6 +328,7 @@ def test_a_shadow_is_a_run_with_a_decayed_learning_rate():
 @pytest.mark.parametrize(
     "schedule",
     ["linear", "1-sqrt", "cosine", ema_optax.power(0.1), lambda x: 1 - x * x],
+    ids=["linear", "1-sqrt", "cosine", "decay", "function"],
 )
 def test_a_merge_by_name(schedule):
     """Bit for bit that of the schedule's coefficients, of steps or evenly spaced."""

@@ -132,6 +132,7 @@ def test_params_of_another_container():
     assert float(metrics(state, other)["distance"]) == 0
 
 
+@pytest.mark.long
 @older.needs_nnx
 def test_objects_of_nnx(nnx_pair, run, tmp_path):
     """What each function takes of a module and its optimizer."""
@@ -183,14 +184,20 @@ def test_a_name_is_asked_for_by_the_call_that_was_made():
 
 
 @pytest.mark.parametrize(
-    "given", ["adam", OPTIMIZER, PARAMS, [0.9], ema_optax.warmup, 99.9]
+    "given",
+    ["adam", OPTIMIZER, PARAMS, [0.9], ema_optax.warmup, 99.9],
+    ids=["text", "optimizer", "params", "list", "constructor", "number above 1"],
 )
 def test_what_is_no_decay(given):
     """The neighbouring types of a decay."""
     refused(lambda: ema_optax.ema_params(given), "ema_params")
 
 
-@pytest.mark.parametrize("given", [lambda step: step, "state", max])
+@pytest.mark.parametrize(
+    "given",
+    [lambda step: step, "state", max],
+    ids=["function", "text", "builtin"],
+)
 def test_what_is_no_state(given):
     """A function, a text."""
     refused(lambda: shadow_params(given, PARAMS), "not an optimizer state")

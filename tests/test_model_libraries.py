@@ -12,6 +12,7 @@ from flax.training.train_state import TrainState
 
 import ema_optax
 from ema_optax import checkpoint, shadow_params, with_shadow
+from tests.same import assert_same
 
 X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
 Y = np.random.default_rng(1).standard_normal((8, 2)).astype(np.float32)
@@ -45,11 +46,6 @@ def _assert_close(found, expected):
     )
 
 
-def _assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
 def _trained(loss, params, steps):
     """Params and optimizer state after so many steps, and the params on the way."""
     optimizer = _optimizer()
@@ -72,10 +68,10 @@ def _round_trip(folder, loss, params, fresh):
     shadow = shadow_params(opt_state, params)
     _assert_close(shadow, _average(path))
     checkpoint.save(folder, params, opt_state, step=5)
-    _assert_same(checkpoint.restore(folder, "shadow", like=fresh), shadow)
-    _assert_same(checkpoint.restore(folder, "params", like=fresh), params)
+    assert_same(checkpoint.restore(folder, "shadow", like=fresh), shadow)
+    assert_same(checkpoint.restore(folder, "params", like=fresh), params)
     resumed = checkpoint.resume(folder, fresh, _optimizer().init(fresh))
-    _assert_same(step(*resumed), step(params, opt_state))
+    assert_same(step(*resumed), step(params, opt_state))
     return shadow
 
 
@@ -85,6 +81,7 @@ class Linen(nn.Module):
         return nn.Dense(2)(nn.tanh(nn.Dense(4)(x)))
 
 
+@pytest.mark.long
 def test_linen(tmp_path):
     """Params are a dict of dicts; TrainState swaps its own with with_shadow."""
     model = Linen()
@@ -114,11 +111,11 @@ def test_linen(tmp_path):
     checkpoint.save(tmp_path, state.params, state.opt_state, step=int(state.step))
     fresh = new(7)
     read = checkpoint.restore(tmp_path, "shadow", like=fresh.params)
-    _assert_same(read, averaged.params)
+    assert_same(read, averaged.params)
     params, opt_state = checkpoint.resume(tmp_path, fresh.params, fresh.opt_state)
     resumed = fresh.replace(params=params, opt_state=opt_state, step=state.step)
     for name in ("params", "opt_state", "step"):
-        _assert_same(getattr(step(resumed), name), getattr(step(state), name))
+        assert_same(getattr(step(resumed), name), getattr(step(state), name))
 
 
 class Equinox(eqx.Module):
@@ -140,6 +137,7 @@ class Equinox(eqx.Module):
         return self.second(self.activation(self.first(x)))
 
 
+@pytest.mark.long
 def test_equinox(tmp_path):
     """The part that is arrays is averaged; what was filtered out stays None."""
 
@@ -167,9 +165,10 @@ def test_equinox_slots_may_be_a_filtered_model(tmp_path):
     checkpoint.save(tmp_path, params, _optimizer().init(params))
     model = eqx.filter_eval_shape(Equinox, jax.random.key(1))
     slots = eqx.filter(model, lambda x: hasattr(x, "dtype") and x.dtype == jnp.float32)
-    _assert_same(checkpoint.restore(tmp_path, "shadow", like=slots), params)
+    assert_same(checkpoint.restore(tmp_path, "shadow", like=slots), params)
 
 
+@pytest.mark.long
 def test_haiku(tmp_path):
     """Params are keyed by module paths with slashes in them."""
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 import ema_optax
 from ema_optax import bema_params, metrics
-from ema_optax._placement.placement import in_host_memory
+from ema_optax._placement.rules import in_host_memory
 from tests import older, reference
 from tests.runs import drifting, follow
 
@@ -44,6 +44,7 @@ def test_decay_and_initial_weight(decay, kind, args, every):
     np.testing.assert_allclose(found["dead_zone"], 2.0**-24 / weight, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_million_updates_leave_nothing():
     """The loop ends early, and the figure is 0, not NaN."""
     params = {"w": jnp.ones(1)}
@@ -62,6 +63,7 @@ def test_before_the_first_fold_all_is_initial():
         assert metrics(state, params)["initial_weight"] == 1
 
 
+@pytest.mark.long
 def test_distance_against_float64():
     """Over all averaged leaves, of any dtype, whatever the others hold."""
     path = drifting(200, 300)
@@ -211,7 +213,12 @@ def test_bema_beside_named_averages_and_parts():
     np.testing.assert_allclose(found["distance"], np.sqrt(8 / 4))
 
 
-@pytest.mark.parametrize("transform", [ema_optax.ema_params(0.5), bema_params(every=1)])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "transform",
+    [ema_optax.ema_params(0.5), bema_params(every=1)],
+    ids=["ema_params", "bema_params"],
+)
 @older.needs_nnx
 def test_variables_of_nnx(transform):
     """Params as variables, as a State of arrays, and as a dict: the same figures."""

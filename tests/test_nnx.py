@@ -123,6 +123,7 @@ def _arrays_of(arrays, part):
     return {k: arrays[k] for k in (f"{part}/mean", f"{part}/var")}
 
 
+@pytest.mark.long
 def test_shadow_params_takes_an_optimizers_state_as_it_is():
     """Its variables are of types of their own; the result is a State of Params."""
     model, optimizer, path = _trained()
@@ -135,6 +136,7 @@ def test_shadow_params_takes_an_optimizers_state_as_it_is():
     _assert_close(_arrays(fresh, nnx.Param), _average(path))
 
 
+@pytest.mark.long
 def test_masked_leaves_are_those_of_the_module():
     """What a mask leaves out is read from the live params."""
     mask = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
@@ -144,6 +146,7 @@ def test_masked_leaves_are_those_of_the_module():
         _assert_close(_arrays(model, nnx.Param), expected)
 
 
+@pytest.mark.long
 def test_lora_params_are_swapped_into_the_whole_model():
     """Only what the optimizer trains is averaged: wrt=nnx.LoRAParam."""
 
@@ -190,6 +193,7 @@ def test_exceptions_put_the_raw_params_back():
     _assert_same(_arrays(model, nnx.Param), before)
 
 
+@pytest.mark.long
 def test_what_is_written_inside_is_gone():
     """Params and statistics come back; PRNG counts go on."""
     model, optimizer, _ = _trained()
@@ -248,6 +252,7 @@ def test_bema_inside_its_own_shadow_is_still_of_the_raw_params():
     _assert_same(_arrays(model, nnx.Param), raw)
 
 
+@pytest.mark.long
 def test_under_jit():
     """Swapped outside of it, nothing compiles again; inside, the module stays."""
     model, optimizer, _ = _trained()
@@ -275,6 +280,7 @@ def test_under_jit():
     _assert_same(_arrays(model), before)
 
 
+@pytest.mark.long
 def test_a_copy_outlives_a_step_that_donates():
     """It shares no array with the module."""
     model, optimizer, path = _trained()
@@ -288,6 +294,7 @@ def test_a_copy_outlives_a_step_that_donates():
     _assert_close(_arrays(copy, nnx.Param), _average(path))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_goes_on_from_a_checkpoint(way, tmp_path):
     """Bit for bit as without: params, statistics, PRNG counts, moments, shadow."""

@@ -12,6 +12,7 @@ import pytest
 import ema_optax
 from ema_optax import checkpoint, shadow_params
 from tests import older
+from tests.same import assert_same
 
 DECAY = 0.5
 TARGET = np.random.default_rng(0).standard_normal(4).astype(np.float32)
@@ -51,27 +52,23 @@ def _assert_close(found, expected):
     np.testing.assert_allclose(np.float64(found), expected, rtol=1e-6, atol=1e-6)
 
 
-def _assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
 def _assert_round_trip(folder, optimizer, gradient, path, states):
     """The shadow comes back whole, and a resumed run goes on bit for bit."""
     params, state = path[-1], states[-1]
     checkpoint.save(folder, params, state, step=len(path))
     fresh = jax.tree.map(jnp.zeros_like, path[0])
     read = checkpoint.restore(folder, "shadow", like=fresh)
-    _assert_same(read, shadow_params(state, params))
+    assert_same(read, shadow_params(state, params))
     resumed, resumed_state = checkpoint.resume(folder, fresh, optimizer.init(fresh))
-    _assert_same(resumed, params)
+    assert_same(resumed, params)
     goes_on = [
         _run(optimizer, p, gradient, 3, s, len(path))
         for p, s in ((params, state), (resumed, resumed_state))
     ]
-    _assert_same(goes_on[1], goes_on[0])
+    assert_same(goes_on[1], goes_on[0])
 
 
+@pytest.mark.long
 def test_lora_adapters_alone_are_averaged_and_the_whole_model_is_read(tmp_path):
     """multi_transform: the base is in no shadow, in no state, and once on disk."""
     params = {
@@ -109,8 +106,8 @@ def test_lora_adapters_alone_are_averaged_and_the_whole_model_is_read(tmp_path):
         assert np.any(path[-1]["layer"][name] != params["layer"][name])
         expected = _expected([p["layer"][name] for p in path])
         _assert_close(found["layer"][name], expected)
-    _assert_same(found["layer"]["kernel"], params["layer"]["kernel"])
-    _assert_same(found["frozen_bias"], params["frozen_bias"])
+    assert_same(found["layer"]["kernel"], params["layer"]["kernel"])
+    assert_same(found["frozen_bias"], params["frozen_bias"])
 
     _assert_round_trip(tmp_path, optimizer, gradient, path, states)
     stored = checkpoint.describe(tmp_path).trees
@@ -166,11 +163,11 @@ def test_lookahead_slow_params_alone():
     assert sum(x.size for x in jax.tree.leaves(states[-1][1].shadow)) == 4
     found = shadow_params(states[-1], path[-1])
     _assert_close(found.slow, _expected([p.slow for p in path]))
-    _assert_same(found.fast, path[-1].fast)
+    assert_same(found.fast, path[-1].fast)
 
 
 def test_inside_lookahead_params_before_synchronisation_are_averaged():
-    """What the README warns of: at a synchronisation nobody holds them any more."""
+    """At a synchronisation nobody holds them any more; the docs warn of it."""
     fast = optax.chain(optax.sgd(0.1), _average())
     optimizer = optax.lookahead(fast, sync_period=3, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(jnp.zeros(4))
@@ -212,6 +209,7 @@ def test_schedule_free_outside_averages_y(tmp_path):
     _assert_round_trip(tmp_path, optimizer, _quadratic, path, states)
 
 
+@pytest.mark.long
 def test_schedule_free_x_is_the_better_average():
     """After 3,000 noisy steps x has the lowest loss, and y alone the highest."""
     base = optax.contrib.schedule_free(optax.sgd(0.3), learning_rate=0.3, b1=B1)
@@ -249,7 +247,7 @@ def test_the_average_of_x_follows_from_those_of_y_and_z():
 
 
 def test_inside_schedule_free_nothing_that_exists_is_averaged():
-    """What the README warns of: y + the base's step, which neither y nor z take."""
+    """It is y + the base's step, which neither y nor z take; the docs warn of it."""
     optimizer = _schedule_free(optax.chain(optax.sgd(0.1), _average()))
     path, states = _run(optimizer, jnp.zeros(4), _quadratic, 10)
     found = shadow_params(states[-1])

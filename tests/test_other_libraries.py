@@ -6,6 +6,7 @@ down in float64 from its documentation and source; nothing of ours is in it.
 
 import math
 import pathlib
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 import ema_optax
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "settings.md"
 STEPS = 400
 B = 0.97  # reached by every warm-up within these steps, so that the caps are seen
 N = 50  # where an average starts late
@@ -90,7 +91,7 @@ def yolo(t):
     return B * (1 - math.exp(-t / TAU))
 
 
-# As the README's table has them: what to write instead, and the formula that it meets.
+# As docs/settings.md has them: what to write instead, and the formula that it meets.
 EQUAL = {
     "TensorFlow `ExponentialMovingAverage(β)`": ("constant(β)", tensorflow),
     "… with `num_updates=t`": (
@@ -178,15 +179,27 @@ def test_a_table_of_wrong_rows_would_fail():
         assert np.abs(apart).max() > 0.05, tempting
 
 
-@pytest.mark.skipif(
-    not README.exists() or "| elsewhere |" not in README.read_text(),
-    reason="the README travels with the source",
-)
-def test_the_readme_has_these_rows():
-    """Each decay that stands there is one of those tested, and none is missing."""
-    table = README.read_text().split("| elsewhere |")[1].split("\n\n")[0]
+# Rows of the page whose library computes what another one does.
+BY_HAND = "TensorFlow `ExponentialMovingAverage(β)`"
+ALIKE = {
+    "Lightning `EMAWeightAveraging(decay=β)`": "… with `get_ema_multi_avg_fn(β)`",
+    "Optax by hand, openpi": BY_HAND,
+    "Flax `nnx.EMA(decay=β)`": BY_HAND,
+    "Levanter `EmaModelAveragingConfig(beta=β)`": BY_HAND,
+    "axlearn `decay_bias_correction(β)`": "Haiku `EMAParamsTree(β)`",
+}
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the pages travel with the source")
+def test_the_page_has_these_rows():
+    """Each decay that stands there is one of those tested, and none is missing.
+
+    The names of libraries are links to sections of the page.
+    """
+    table = PAGE.read_text().split("| elsewhere |")[1].split("\n\n")[0]
     found = {}
     for row in table.splitlines()[2:]:
+        row = re.sub(r"\[(.*?)\]\(#.*?\)", r"\1", row)
         theirs, ours, options = (cell.strip() for cell in row.strip("|").split("|"))
         found[theirs] = ours.strip("`")
         if options:
@@ -194,9 +207,17 @@ def test_the_readme_has_these_rows():
             found[f"… with {option}"] = ours.strip("`")
     overwrite = found.pop("… with `ema_overwrite_frequency=N`")
     assert overwrite == "overwrite_every=N"  # tested below
-    assert found == {theirs: text for theirs, (text, _) in EQUAL.items()}
+    assert found.pop("`optax.ema`") == "none: it averages updates"
+    assert found.pop("… with `WeightAveraging`") == "as `AveragedModel"  # stripped
+    assert (
+        found.pop("torchtitan `half_life_fraction=f`") == "fraction(f)"
+    )  # 2^(−1/(f·t))
+    tested = {theirs: text for theirs, (text, _) in EQUAL.items()}
+    alike = {row: tested[equal] for row, equal in ALIKE.items()}
+    assert found == tested | alike
 
 
+@pytest.mark.long
 def test_keras_overwrites_its_variables_with_the_average():
     """ema_overwrite_frequency=N is overwrite_every=N: weights and average are the same.
 
@@ -254,7 +275,7 @@ def test_ema_pytorchs_post_hoc_average_is_one_update_ahead():
         assert decay(t + 1) == pytest.approx(theirs, rel=1e-12)
 
 
-# What the README says about choosing.
+# What docs/decays.md says about choosing.
 
 
 def test_a_length_in_samples_or_epochs():

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import checkpoint, shadow_params
 from ema_optax._averages import packing
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from tests.older import enable_x64
 from tests.same import assert_same
 
@@ -106,6 +106,7 @@ def test_the_same_as_leaf_by_leaf(decay, every):
         assert_same(packing.unpacked(found.shadow), first, ULPS)
 
 
+@pytest.mark.long
 def test_bfloat16_shadows_follow_too():
     """The rounding noise is another, its size the same."""
     params = make_params()
@@ -122,6 +123,7 @@ def test_bfloat16_shadows_follow_too():
         np.testing.assert_allclose(a, b, rtol=0.03, atol=0.01)
 
 
+@pytest.mark.long
 def test_overwriting_reads_what_is_packed():
     params = make_params()
     plain, packed = pair(overwrite_every=2)
@@ -130,6 +132,7 @@ def test_overwriting_reads_what_is_packed():
     assert_same(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("decay", [0.9, DECAYS])
 def test_states_go_through_everything(decay):
     """Copies, pickles, jit, eval_shape, _replace, repr: one structure, the record."""
@@ -284,10 +287,9 @@ def test_errors_name_the_leaf_as_without_packing():
 
 def test_replicated_on_tells_devices():
     """Placeholders and abstract leaves without a sharding count as replicated."""
-    assert placement.replicated_on({"a": jnp.zeros(1)}, None)[0]
-    assert placement.replicated_on({"a": jax.ShapeDtypeStruct((1,), "f4")}, None) == [
-        ()
-    ]
+    assert leaf_placement.replicated_on({"a": jnp.zeros(1)}, None)[0]
+    abstract = {"a": jax.ShapeDtypeStruct((1,), "f4")}
+    assert leaf_placement.replicated_on(abstract, None) == [()]
 
 
 def test_plans_hash_and_compare():
@@ -352,6 +354,7 @@ def test_what_needs_each_leaf_is_refused_by_name():
             nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [None, "float64"])
 def test_mixed_float64(dtype):
     """Leaves of two widths in one tree."""
@@ -379,7 +382,7 @@ def pair_of(**options):
 def test_on_tpus_nothing_is_packed(monkeypatch, jitted):
     """XLA does not fuse the gather there: 6,001 kernels for 2,000 leaves, not 2,000."""
     params = {"a": jnp.arange(4.0), "b": jnp.ones((2, 3))}
-    monkeypatch.setattr(placement, "_platform", lambda _: "tpu")
+    monkeypatch.setattr(leaf_placement, "_platform", lambda _: "tpu")
     init = ema_optax.ema_params(0.9, pack_small=True).init
     state = (jax.jit(init) if jitted else init)(params)
     assert not state.shadow.flat

@@ -361,6 +361,7 @@ def test_scan_over_steps_is_the_loop():
     assert int(scanned.count) == 9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("every", [1, 2])
 def test_vmap_over_seeds_is_each_seed_alone(every):
     """A batch of models is averaged like each one."""
@@ -420,7 +421,6 @@ def test_float64_params_keep_a_float64_shadow():
         {"every": 3, "rounding": "stochastic"},
         {"shadow_dtype": "bfloat16", "pack_small": True},
     ],
-    ids=str,
 )
 def test_strict_promotion_gives_the_same_bits(options):
     """jax_numpy_dtype_promotion="strict" refuses what is promoted without being said.

@@ -14,14 +14,15 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 import ema_optax
 from ema_optax import shadow_params
 from ema_optax._placement import transfers
-from ema_optax._placement.placement import LeafSharding, in_host_memory, over_axis
+from ema_optax._placement.leaf_placement import LeafSharding
+from ema_optax._placement.rules import in_host_memory, over_axis
 from ema_optax._placement.transfers import host_groups
 from tests import launch, older
 
 P = PartitionSpec
 MESH = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
 EVERYWHERE, ROWS = NamedSharding(MESH, P()), NamedSharding(MESH, P("data"))
-EIGHT = pathlib.Path(__file__).parent / "eight_devices.py"
+EIGHT = pathlib.Path(__file__).parent / "programs" / "eight_devices.py"
 
 
 @pytest.mark.long
@@ -47,6 +48,21 @@ def test_eight_devices():
         ((16, 8), P(("model", "data")), P(("model", "data"))),
         ((0, 3), P(), P()),
         ((), P(), P()),
+    ],
+    ids=[
+        "the longest",
+        "the longest is second",
+        "the first of equals",
+        "second axis taken",
+        "first axis taken",
+        "18 does not divide",
+        "three axes",
+        "none divides",
+        "the only one taken",
+        "sharded already",
+        "sharded with another",
+        "empty array",
+        "scalar",
     ],
 )
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -97,6 +113,16 @@ def by_path(path, param):
         ({"head": {"w": by_path}, "body": [ROWS, None]}, HOST, ROWS),
         ({"head": None, "body": ROWS}, EVERYWHERE, ROWS),  # a prefix
         ({"head": in_host_memory(), "body": None}, HOST, EVERYWHERE),
+    ],
+    ids=[
+        "none",
+        "sharding",
+        "over_axis",
+        "function",
+        "tree",
+        "tree with a function",
+        "prefix",
+        "host prefix",
     ],
 )
 def test_what_may_be_given(given, head, body):
@@ -170,7 +196,11 @@ def test_what_cannot_be_given_is_named(options, wrong):
         ema_optax.ema_params(0.9, **options).init(params)
 
 
-@pytest.mark.parametrize("place", ["data", P("data"), 3])
+@pytest.mark.parametrize(
+    "place",
+    ["data", P("data"), 3],
+    ids=["text", "PartitionSpec", "number"],
+)
 def test_a_place_in_the_host_that_is_none(place):
     """It is refused where it is given, not at the first leaf."""
     with pytest.raises(TypeError, match=r"such as over_axis\('data'\); got "):
@@ -199,6 +229,7 @@ def make_step(transform):
     return jax.jit(step, donate_argnums=(0, 1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("mesh", [None, "mesh"])
 def test_one_device_and_its_host(mesh, every):

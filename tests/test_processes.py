@@ -15,7 +15,7 @@ pytestmark = pytest.mark.long
 def folder(tmp_path_factory):
     """What two processes of two devices each wrote, after all their own checks."""
     folder = tmp_path_factory.mktemp("two")
-    assert launch.run("tests.two_processes", folder).endswith("done\n")
+    assert launch.run("tests.programs.two_processes", folder).endswith("done\n")
     return folder
 
 

@@ -361,6 +361,7 @@ def test_a_picture_that_cannot_be_made(tmp_path: Path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_without_optional_packages(tmp_path: Path):
     """Table, drawing and JSON need none; a picture names the extra that draws it."""
     script = (

@@ -380,6 +380,7 @@ def test_jit_equals_no_jit(tree, case, seed):
             assert (np.abs(parts(a) - parts(b)) <= 2 * ulp).all()
 
 
+@pytest.mark.long
 @examples(500)
 @given(decays, st.integers(1, 60), st.integers(1, 12))
 def test_a_fold_over_k_updates_takes_the_product_of_their_decays(decay, step, every):
@@ -419,6 +420,7 @@ def test_folding_every_k_is_one_fold_with_that_product(decay, every, seed):
     assert np.abs(np.asarray(state.shadow["w"], float) - shadow).max() <= bound
 
 
+@pytest.mark.long
 @examples(500)
 @given(decays)
 def test_every_decay_goes_to_json_and_back(decay):
@@ -431,6 +433,7 @@ def test_every_decay_goes_to_json_and_back(decay):
     assert [again(t) for t in (1, 7, 1000)] == [decay(t) for t in (1, 7, 1000)]
 
 
+@pytest.mark.long
 @examples(300)
 @given(
     st.lists(st.floats(width=32), min_size=8, max_size=8),
@@ -508,6 +511,7 @@ def test_every_family_is_among_them():
     assert set(FAMILIES) == set(ema_optax.Decay._kinds)
 
 
+@pytest.mark.long
 def test_enough_was_tried():
     """So many cases in all, where the whole file runs."""
     if len(RAN) == 8:

@@ -274,6 +274,7 @@ class _Uneven:
         NamedSharding(AbstractMesh((3,), ("x",)), P("x")),
         NamedSharding(MESH, P(None, "x")),  # of an array with two axes
     ],
+    ids=["over 2", "over 3", "two axes"],
 )
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_sharding_that_does_not_fit_is_no_damage(root, sharding, verify):

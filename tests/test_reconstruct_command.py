@@ -136,6 +136,7 @@ def test_whole_models(run: Path, tmp_path: Path, capsys: Any):
             assert row[figure] == pytest.approx(getattr(exact, figure), rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_what_a_checkpoint_says_of_itself(run: Path, tmp_path: Path, capsys: Any):
     """Its decay and step, how it was made; whole, and plain params for Orbax."""
@@ -486,6 +487,7 @@ def test_progress_on_a_terminal(run: Path, tmp_path: Path, monkeypatch, capsys: 
         assert f"{tmp_path / name}/width-0.07/400" in out
 
 
+@pytest.mark.long
 def test_as_a_user_runs_it(run: Path, tmp_path: Path):
     """In a process of its own: a table on stdout, stderr empty, and on the CPU."""
     command = [str(run / "snapshots"), "--width", "0.05", "0.15", "--out", "averages"]

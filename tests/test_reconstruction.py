@@ -93,6 +93,7 @@ def test_the_published_errors():
         assert low <= np.linalg.norm(x) <= high + 1e-9
 
 
+@pytest.mark.long
 def test_512_snapshots_are_solved_to_six_digits():
     """A condition number of 8e9: against the same equations, refined in longdouble."""
     steps, exponents = _schedule(512)
@@ -757,6 +758,7 @@ print("all the same")
 """
 
 
+@pytest.mark.long
 def test_with_shardings_it_is_placed_like_the_params():
     """On eight devices, whole or part by part, from host arrays or sharded ones."""
     done = subprocess.run(
@@ -950,6 +952,7 @@ def test_a_plan_counts_what_is_averaged():
     assert reconstruction.plan([30, 10, 20, 10], **few).steps == (10, 20, 30)
 
 
+@pytest.mark.long
 def test_a_plan_knows_the_rounding_of_what_it_saves():
     """bfloat16 narrows what is reachable; a snapshot at every step is the most."""
     for dtype in ("bfloat16", "float32"):

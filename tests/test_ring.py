@@ -91,6 +91,7 @@ def test_slots_are_copies_in_the_dtype_of_the_params(path, dtype):
         assert shadow_params(state, params)["w"].dtype == dtype
 
 
+@pytest.mark.long
 def test_float64_stays():
     """Copies and mean."""
     with enable_x64(True):
@@ -114,6 +115,7 @@ def test_equal_copies_are_their_own_mean():
         np.testing.assert_array_equal(shadow_params(state)["w"], value)
 
 
+@pytest.mark.long
 def test_what_is_not_finite_takes_the_copy_before():
     """One that never was finite is left out of the mean, and not all of it is NaN."""
     path = jnp.asarray(
@@ -157,6 +159,7 @@ def test_only_numbers_that_the_mask_has_are_kept():
     assert (int(read["n"]), float(read["scale"])) == (7, 2.0)
 
 
+@pytest.mark.long
 def test_stacked_states_are_read_alike():
     """Of members under vmap each is the mean of its own."""
     members = jnp.asarray(drifting(3, 4))[:, None] * jnp.arange(1.0, 4)[:, None]
@@ -217,6 +220,7 @@ def test_one_program_for_all_steps_without_a_sync(path):
     assert_same(again, transform.init(params))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("every", [1, 3])
 def test_slots_in_the_memory_of_the_host(path, every):
     """Where JAX has one: the same numbers; an abstract init knows where, too."""
@@ -362,6 +366,7 @@ def saved(runs, tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [0, 1, 2, 5, 6, 7])
 def test_a_resumed_run_repeats_the_bits(runs, tmp_path, at):
     """Saved and resumed at any step, it goes on as if it had not stopped."""
@@ -413,6 +418,7 @@ def test_inspect_names_the_ring(saved, capsys):
         (ema_optax.bema_params(), r"of ring\(k=3, every=2\).*has bema_params\(every"),
         (optax.identity(), r"of ring\(k=3, every=2\).*has no ring"),
     ],
+    ids=["another k", "another every", "ema_params", "bema_params", "no average"],
 )
 def test_resuming_with_another_average_is_refused(saved, average, message):
     """The error names that of the checkpoint and that of the chain."""
@@ -435,6 +441,7 @@ def test_what_can_go_on_is_accepted(runs, saved):
             )
 
 
+@pytest.mark.long
 def test_a_changed_run_takes_what_fits(runs, saved):
     """The ring of the params that stay goes on; that of a new one starts as it."""
     more = {**make_params(), "head": jnp.full(2, 7.0)}
@@ -467,6 +474,7 @@ def test_a_manager_of_orbax_saves_it_in_the_background(runs, tmp_path):
     assert_same(shadow, shadow_params(runs[7][1], runs[7][0]))
 
 
+@pytest.mark.long
 def test_beside_a_named_average(tmp_path):
     """Both are saved, each under its name, and both are resumed."""
     optimizer = chain(optax.chain(ema_optax.ema_params({"ema": 0.9}), ring(2)))

@@ -7,7 +7,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ema_optax.interop import Rule, Rules, read_rules
@@ -68,6 +68,7 @@ axes = st.integers(1, 4)
 dtypes = st.sampled_from(DTYPES)
 
 
+@settings(deadline=None)
 @given(o=axes, i=axes, dtype=dtypes)
 def test_a_linear_layer_is_transposed(o, i, dtype):
     """And what is beside it stays as it lies."""
@@ -79,6 +80,7 @@ def test_a_linear_layer_is_transposed(o, i, dtype):
     )
 
 
+@settings(deadline=None)
 @given(
     shape=st.lists(axes, min_size=3, max_size=5).map(tuple),
     dtype=dtypes,
@@ -93,6 +95,7 @@ def test_convolutions_have_their_channels_last(shape, dtype):
     assert bits(tree) == bits({"conv/kernel": expected})
 
 
+@settings(deadline=None)
 @given(h=axes, d=axes, i=axes, dtype=dtypes)
 def test_heads_have_an_axis(h, d, i, dtype):
     """Of a query, whose rows in the file are head by head."""
@@ -103,6 +106,7 @@ def test_heads_have_an_axis(h, d, i, dtype):
     assert bits(tree) == bits({"query/kernel": expected})
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 12), o=axes, i=axes, dtype=dtypes)
 def test_layers_are_stacked(n, o, i, dtype):
     """By number, 10 after 9; with a layout and without."""
@@ -119,6 +123,7 @@ def test_layers_are_stacked(n, o, i, dtype):
     )
 
 
+@settings(deadline=None)
 @given(n=axes, m=axes, o=axes)
 def test_stacks_of_stacks(n, m, o):
     """Experts in layers: two numbers, two axes."""
@@ -134,6 +139,8 @@ def test_stacks_of_stacks(n, m, o):
     )
 
 
+@pytest.mark.long
+@settings(deadline=None)
 @given(
     heads=st.lists(axes, min_size=3, max_size=3).map(tuple),
     d=axes,
@@ -164,6 +171,7 @@ def test_grouped_queries_are_fused_and_stacked(heads, d, n, i, dtype):
     assert bits(tree) == bits({"h/qkv": expected})
 
 
+@settings(deadline=None)
 @given(n=axes, i=axes, d=axes, h=axes, dtype=dtypes)
 def test_a_fused_tensor_is_split_and_stacked(n, i, d, h, dtype):
     """As in GPT-2, whose c_attn is query, key and value along the last axis."""
@@ -182,6 +190,8 @@ def test_a_fused_tensor_is_split_and_stacked(n, i, d, h, dtype):
         assert bits({"": tree[f"h/{part}/kernel"]}) == bits({"": expected})
 
 
+@pytest.mark.long
+@settings(deadline=None)
 @given(lengths=st.lists(axes, min_size=2, max_size=4).map(tuple), o=axes, dtype=dtypes)
 def test_unequal_parts_are_split(lengths, o, dtype):
     """By their lengths, with no layout: einops is not asked."""
@@ -197,6 +207,7 @@ key = st.text("ab1_#*", min_size=1, max_size=5).filter(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.lists(key, min_size=1, max_size=4).map(tuple), axes))
 def test_without_rules_names_become_paths(shapes):
     """Dots are slashes, arrays stay."""
@@ -266,7 +277,11 @@ def test_wildcards_carry_over_in_order(pattern, path, name, expected):
     assert list(rules.to_names({expected: ()})) == [name]
 
 
-@pytest.mark.parametrize("name", ["h.00.w", "h.01.w", "h.-1.w", "h.٣.w", "h..w"])
+@pytest.mark.parametrize(
+    "name",
+    ["h.00.w", "h.01.w", "h.-1.w", "h.٣.w", "h..w"],
+    ids=["two zeros", "leading zero", "negative", "Arabic digit", "no digit"],
+)
 def test_numbers_are_plain(name):
     """What would not come back as it was is no number."""
     with pytest.raises(ValueError, match="fits no name"):

@@ -61,6 +61,15 @@ def test_uniform_and_decays():
         (lambda x: 2.0, [1, 2], r"in \[0, 1\], got"),
         (lambda x: math.nan, [1, 2], r"in \[0, 1\], got"),
     ],
+    ids=[
+        "misspelt",
+        "number",
+        "descending",
+        "no steps",
+        "fractional steps",
+        "function above 1",
+        "function of nan",
+    ],
 )
 def test_what_is_refused(schedule, steps, error):
     """With what was given, and what is known."""

@@ -34,6 +34,7 @@ def _state(decay=0.5, wrap=lambda t: t):
         lambda t: optax.MultiSteps(t, 1),
         lambda t: optax.with_extra_args_support(t),
     ],
+    ids=["alone", "nested chain", "named_chain", "masked", "MultiSteps", "extra args"],
 )
 def test_found_anywhere(wrap):
     """In every kind of state that holds it, in the params' structure and dtypes."""
@@ -103,6 +104,13 @@ def test_params_that_look_like_named_shadows_are_params():
         ),
         (_state(), {"v": jnp.ones(2), "n": 1}, "'w' is only in the shadow"),
         (_state(), [jnp.ones(2), 1], "'n' and 1 more is only in the shadow"),
+    ],
+    ids=[
+        "optimizer without a shadow",
+        "no state",
+        "another shape",
+        "another name",
+        "another structure",
     ],
 )
 def test_what_does_not_fit_is_named(state, params, wrong):

@@ -211,6 +211,7 @@ def as_a_stranger(folder, step):
     return done.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_a_stranger_gets_no_average_for_the_model(tmp_path):
     """Whoever loads a snapshot without this library meets an error."""
     save_snapshots(tmp_path, [4], {"w": jnp.ones(2)})
@@ -219,6 +220,7 @@ def test_a_stranger_gets_no_average_for_the_model(tmp_path):
     assert {line.split()[0] for line in lines} == {"error"}, lines
 
 
+@pytest.mark.long
 def test_a_stranger_gets_the_one_average_that_was_saved(tmp_path):
     """`save_average`: by every name, stored once, and nothing is overwritten."""
     rng = np.random.default_rng(0)
@@ -255,6 +257,7 @@ def test_a_stranger_gets_the_one_average_that_was_saved(tmp_path):
         assert float(total) == pytest.approx(float(tree["w"].sum()), rel=1e-6)
 
 
+@pytest.mark.long
 def test_an_average_beside_its_params(tmp_path):
     """`save_average(params=…)`: each under its name; params fill what is not averaged.
 
@@ -276,6 +279,7 @@ def test_an_average_beside_its_params(tmp_path):
         assert float(total) == 2  # of w
 
 
+@pytest.mark.long
 def test_training_goes_on_while_they_are_written(tmp_path):
     """Two managers in the background at once, unwaited for: each step is as it was.
 
@@ -344,6 +348,7 @@ def test_threads_that_await_one_folder(tmp_path):
     )  # for those who come later
 
 
+@pytest.mark.long
 def test_a_run_and_its_snapshot_in_one_step(tmp_path):
     """Two items of a Composite, step after step; each is whole."""
     params, args = {"w": jnp.ones(5000)}, ocp.args.Composite
@@ -616,6 +621,7 @@ def test_a_damaged_manifest_is_found_at_once(four):
     assert [s.step for s in checkpoint.snapshots(four)][::2] == [10, 20, 40]
 
 
+@pytest.mark.long
 def test_stopped_and_resumed_the_snapshots_are_the_same(tmp_path):
     """Bit for bit; a manager passes over a step that is there: it is not replaced."""
 
@@ -717,6 +723,7 @@ def test_irregular_snapshots_are_kept_sensibly(at_most, name):
     assert len(kept) >= at_most / 4 or name == "a long gap"
 
 
+@pytest.mark.long
 def test_a_manager_keeps_snapshots(tmp_path):
     """The policy as Orbax calls it, beside an interval of saves and a resumed run."""
     params = {"w": jnp.ones(3)}

@@ -246,6 +246,17 @@ TREES = models(2)
             r"'w' is float32\[2\] in it and float32\[4,3\] in the models",
         ),
     ],
+    ids=[
+        "one model",
+        "no models",
+        "no evaluate",
+        "misspelt method",
+        "stock without start",
+        "uniform with start",
+        "two structures",
+        "start lacks a leaf",
+        "start of another shape",
+    ],
 )
 def test_what_is_refused(given, arguments, message):
     """Models that are none or do not fit, and what a method lacks."""

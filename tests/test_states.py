@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import ema_optax
-from ema_optax._placement.placement import in_host_memory
+from ema_optax._placement.rules import in_host_memory
 from tests import older
 
 PARAMS = {"w": jnp.ones(2)}

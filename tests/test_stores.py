@@ -68,7 +68,9 @@ def test_without_the_client_of_buckets_its_extra_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", [pathlib.Path("gs://b/run"), epath.Path("gs://b/run").absolute()]
+    "path",
+    [pathlib.Path("gs://b/run"), epath.Path("gs://b/run").absolute()],
+    ids=["pathlib", "absolute"],
 )
 def test_a_url_that_became_a_path(path, tmp_path, monkeypatch):
     """Pathlib makes one slash of two, and `absolute()` a path of this machine."""

@@ -25,6 +25,7 @@ def _nested(depth):
         ({1, 2}, "a set of 2"),
         ([0] * 33, "a list of 33"),
     ],
+    ids=["line break", "None", "tuple", "nested list", "dict", "set", "long list"],
 )
 def test_brief(value, expected):
     """A few words."""
@@ -38,7 +39,11 @@ def test_brief_is_safe():
     assert text.brief([10**5000]) == "[a very large int]"
 
 
-@pytest.mark.parametrize("value", ["x" * 10**6, b"x" * 10**6, ["x" * 99] * 32, 10**999])
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, b"x" * 10**6, ["x" * 99] * 32, 10**999],
+    ids=["text", "bytes", "list", "number"],
+)
 def test_brief_is_bounded(value):
     """With a sign where it was cut."""
     assert len(text.brief(value)) == 101

@@ -29,7 +29,7 @@ from ema_optax import _cli as cli
 from ema_optax import checkpoint
 from ema_optax._checkpoint import manifest, sealed, untrusted
 from tests import launch
-from tests.untrusted_reader import PARAMS, TRANSFORM, readers
+from tests.programs.untrusted_reader import PARAMS, TRANSFORM, readers
 
 PACKAGE = pathlib.Path(ema_optax.__file__).parent
 
@@ -446,7 +446,8 @@ def test_floods_in_bounded_memory(whole, tmp_path):
         flood(shutil.copytree(whole, tmp_path / str(number)))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "tests.untrusted_reader", "1024", str(whole)),
+            *(sys.executable, "-m", "tests.programs.untrusted_reader"),
+            *("1024", str(whole)),
             *(str(tmp_path / str(number)) for number in range(len(FLOODS))),
         ],
         env=launch.on_cpu(),  # a GPU's driver takes addresses by the terabyte
@@ -506,6 +507,7 @@ def test_the_memory_is_really_bounded():
     assert "MemoryError" in done.stderr
 
 
+@pytest.mark.long
 def test_as_many_leaves_as_are_written_are_read(tmp_path):
     """Where the bounds are is no matter of taste: what we write is within them."""
     content = {"trees": {"params": _leaves(50_000)}}
@@ -733,6 +735,7 @@ def test_a_tree_as_deep_as_is_read(tmp_path):
     np.testing.assert_array_equal(*map(jax.tree.leaves, (got, params)))
 
 
+@pytest.mark.long
 def test_small_leaves_that_compress_are_not_too_many(tmp_path):
     """OCDBT keeps zeros of less than 1 kB in next to nothing: no bomb of ours."""
     params = {str(n): jnp.zeros(250) for n in range(300)}
@@ -765,6 +768,7 @@ def _sources():
     return [(path, ast.parse(path.read_text())) for path in PACKAGE.rglob("*.py")]
 
 
+@pytest.mark.long
 def test_nothing_that_runs_code_is_imported_or_called():
     """No pickle and its kin, no eval, exec, compile, __import__ or os.system."""
     for path, tree in _sources():
@@ -785,6 +789,7 @@ def test_nothing_that_runs_code_is_imported_or_called():
                         assert ast.unparse(keyword.value) == "False", path
 
 
+@pytest.mark.long
 def test_modules_are_imported_by_names_that_are_ours():
     """`importlib.import_module` takes names of ours, but for a user's own evaluation.
 

@@ -77,6 +77,7 @@ def test_a_fold_stands_for_the_updates_of_its_window_since_the_last(path, n, eve
             np.testing.assert_allclose(expected, params.mean(axis=0), rtol=1e-14)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("before", [2**24, 10 * 2**24, 2**31 - 40])
 @pytest.mark.parametrize("n", [5, 2**20 + 1])
 def test_exact_where_float32_cannot_count(before, n):
@@ -126,6 +127,7 @@ def test_windows_may_start_later(path):
     np.testing.assert_array_equal(found[8], held[8])
 
 
+@pytest.mark.long
 def test_steps_of_any_kind():
     """Floats that are whole, and integers that float64 cannot hold."""
     for step in (13.0, np.float32(13), np.uint8(13), 5 * 10**30 + 3, 5 * 2**60 + 3):
@@ -182,6 +184,7 @@ def test_what_it_averages_over():
     np.testing.assert_allclose(middle.weights, [0] * 30 + [1 / 3] * 3, rtol=1e-14)
 
 
+@pytest.mark.long
 def test_figures_of_a_window(path):
     """β of the newest update, and nothing of the initial params."""
     state, held = follow(ema_params(window(5)), path[:9])

@@ -1,7 +1,7 @@
 """The versions that the suite runs with.
 
 python -m tests.versions lowest       the lowest that are declared, for pip -c
-python -m tests.versions row lowest   what is installed, as a row of the README's table
+python -m tests.versions row lowest   what is installed, as a row of docs/versions.md
 """
 
 import importlib.metadata
@@ -12,7 +12,7 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# The README's columns, after which versions and which Python.
+# The table's columns, after which versions and which Python.
 COLUMNS = (
     *("jax", "optax", "numpy", "orbax-checkpoint", "tensorstore", "xxhash"),
     *("flax", "matplotlib", "scikit-learn", "rich", "safetensors"),
@@ -26,7 +26,7 @@ def lowest() -> dict[str, str]:
     users = [  # TensorFlow and Google's client bring libraries, and are tested apart
         requirement
         for extra, requirements in extras.items()
-        if extra not in ("dev", "gcs", "tensorflow")
+        if extra not in ("dev", "docs", "gcs", "tensorflow")
         for requirement in requirements
     ]
     return dict(
@@ -37,7 +37,7 @@ def lowest() -> dict[str, str]:
 
 
 def row(which: str) -> str:
-    """What this environment has, as the README's table says it."""
+    """What this environment has, as the table of docs/versions.md says it."""
     python = ".".join(platform.python_version_tuple()[:2])
     versions = (importlib.metadata.version(name) for name in COLUMNS)
     return f"| {which} | {python} | {' | '.join(versions)} |"
@@ -50,7 +50,7 @@ if __name__ == "__main__":
                 print(f"{name}=={version}")
         case ["row", which]:
             print(row(which))
-            if row(which) not in (ROOT / "README.md").read_text().splitlines():
-                print("The README's table says something else.")
+            if row(which) not in (ROOT / "docs/versions.md").read_text().splitlines():
+                print("docs/versions.md says something else.")
         case _:
             sys.exit(__doc__)

@@ -1,4 +1,4 @@
-"""An average inside an optimizer state: what it is, and how it is read."""
+"""The interface of an average inside an optimizer state: its data, how it is read."""
 
 # pyright: strict, reportMissingTypeStubs=false
 
@@ -19,16 +19,16 @@ class Average(abc.ABC):
     """One average of a state.
 
     Attributes:
-        path: Of its state inside the optimizer state.
-        name: Where the state has several; else empty.
+        path: Path of its state inside the optimizer state.
+        name: Its name, where the state has several; else empty.
         count: int32[], the number of updates seen.
-        made_by: What the transform was given; None by hand.
-        tree: What the state keeps, with placeholders where a leaf is not averaged; of
-            several params its shapes alone.
-        is_computed: Whether the shadow is computed when it is read, from what stays
-            part of the optimizer state.
-        fields: Those of the state that it is computed from. They start as the params.
-        source: What that is, in errors.
+        made_by: Arguments of the transform; None for a state made by hand.
+        tree: The tree that the state keeps, with placeholders where a leaf is not
+            averaged; of several params the shapes alone.
+        is_computed: Whether reading computes the shadow, from fields that stay part of
+            the optimizer state.
+        fields: Those fields of the state. They start as the params.
+        source: Name of what they hold, in errors.
         where: Its place in errors.
     """
 
@@ -53,27 +53,27 @@ class Average(abc.ABC):
 
     @property
     def decay(self) -> Decay | None:
-        """The decay, where it can be written down."""
+        """The decay; None where the state does not record it."""
         return None
 
     @abc.abstractmethod
     def read(self, params: optax.Params | None) -> optax.Params:
-        """Returns the shadow, in float32 or wider, where the params live.
+        """Reads the shadow, in float32 or wider, where the params live.
 
         Args:
             params: The live params; None for the shadow as it is kept.
 
         Raises:
-            ValueError: If it cannot be read without them.
+            ValueError: If it cannot be read without params.
         """
 
     def kept(self, params: optax.Params) -> optax.Params:
-        """Returns what is folded, which may be corrected where the shadow is read."""
+        """Reads the average as it is folded, before any correction."""
         return self.read(params)
 
     @abc.abstractmethod
     def decay_at(self, count: jax.Array) -> jax.Array | None:
-        """Returns the weight that the update `count` left to the shadow, or None."""
+        """Returns the weight that the update `count` left to the shadow; or None."""
 
     @abc.abstractmethod
     def weight_of_fold(self, count: jax.Array) -> jax.Array | None:
@@ -81,8 +81,8 @@ class Average(abc.ABC):
 
     @abc.abstractmethod
     def log_kept(self, steps: jax.Array) -> jax.Array:
-        """Returns the log of what each of the updates left of all before it."""
+        """Returns the log of the share that each update left of all before it."""
 
     def is_rounded_by_chance(self, dtype: np.dtype) -> bool:
-        """Returns whether a shadow of a dtype is rounded stochastically."""
+        """Whether a shadow of a dtype is rounded stochastically."""
         return dtype.name == "bfloat16"

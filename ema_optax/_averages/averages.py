@@ -20,7 +20,7 @@ from ema_optax._averages.states import (
 )
 from ema_optax._decays.decay import Decay
 from ema_optax._messages import arguments
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from ema_optax._trees import mistaken, naming, trees
 
 
@@ -31,19 +31,18 @@ class EmaAverage(Average):
 
     @property
     def decay(self) -> Decay | None:
-        """The decay, where it can be written down."""
+        """The decay; None where the state does not record it."""
         return self.made_by.decay(self.name) if self.made_by else None
 
     def read(self, params: optax.Params | None) -> optax.Params:
-        """Returns the shadow; where there are params, where those live."""
+        """Reads the shadow; with params, moves it to where they live."""
         shardings = self.made_by.shardings if self.made_by else None
         if shardings is None or params is None:
             return self.tree
         leaves, structure = jax.tree.flatten(self.tree, is_leaf=trees.is_placeholder)
         pairs = zip(leaves, shardings, strict=True)
-        return jax.tree.unflatten(
-            structure, [placement.gather(leaf, sharding) for leaf, sharding in pairs]
-        )
+        gathered = [leaf_placement.gather(leaf, sharding) for leaf, sharding in pairs]
+        return jax.tree.unflatten(structure, gathered)
 
     def decay_at(self, count: jax.Array) -> jax.Array | None:
         """Returns β at an update; None where the decay is unknown."""
@@ -61,21 +60,22 @@ class EmaAverage(Average):
         return jnp.log1p(-self.decay.newest_weight(steps))
 
     def is_rounded_by_chance(self, dtype: np.dtype) -> bool:
-        """Returns whether a shadow of a dtype is rounded stochastically."""
-        asked = self.made_by is not None and self.made_by.rounding == "stochastic"
+        """Whether a shadow of a dtype is rounded stochastically."""
+        record = self.made_by
+        stochastic = record is not None and record.rounding == "stochastic"
         return super().is_rounded_by_chance(dtype) or (
-            asked and dtype.name == "float32"
+            stochastic and dtype.name == "float32"
         )
 
 
 class Kind(NamedTuple):
-    """What a kind of state does with its averages; a new kind is a row of `KINDS`.
+    """How a kind of state gives and takes its averages; a new kind is a row of `KINDS`.
 
     Attributes:
-        averages: From the path of a state and the state to its averages.
-        without: From a state to the part that is stored as optimizer state.
-        put_back: From that part, the state as it was, and the tree of each average to
-            the state.
+        averages: Lists the averages of a state at a path.
+        without: Reduces a state to the part that is stored as optimizer state.
+        put_back: Rebuilds the state from that part, the state as it was, and the tree
+            of each average.
     """
 
     averages: Callable[[str, Any], list[Average]]
@@ -93,12 +93,12 @@ def _shadows_of(path: str, state: EmaParamsState) -> list[Average]:
 
 
 def _put_shadows_back(
-    rest: EmaParamsState, old: EmaParamsState, found: Sequence[optax.Params]
+    rest: EmaParamsState, old: EmaParamsState, shadows: Sequence[optax.Params]
 ) -> EmaParamsState:
     old_shadow: Any = old.shadow
-    shadow: Any = found[0]
+    shadow: Any = shadows[0]
     if isinstance(old, NamedShadowsState):
-        shadow = dict(zip(old_shadow, found, strict=True))
+        shadow = dict(zip(old_shadow, shadows, strict=True))
     shadow = packing.packed_like(shadow, old_shadow)
     return old._replace(count=rest.count, shadow=shadow)
 
@@ -123,7 +123,7 @@ KINDS: Mapping[type, Kind] = {
 }
 
 
-# How the places of averages end that cannot be given names.
+# Ends of the places of averages that cannot have names.
 _WITHOUT_NAMES = (bema.CALLED, rings.CALLED)
 
 
@@ -142,12 +142,12 @@ class Averages:
             if _kind(node):
                 where = trees.path_name(path)
                 warn_unless_last(opt_state, path, where, lambda n: _kind(n) is not None)
-        self._found = [
+        self._of_nodes = [
             (kind.averages(trees.path_name(path), node), kind) if kind else ([], None)
             for path, node in pairs
             for kind in [_kind(node)]
         ]
-        self._averages = [average for found, _ in self._found for average in found]
+        self._averages = [each for listed, _ in self._of_nodes for each in listed]
 
     def __iter__(self) -> Iterator[Average]:
         return iter(self._averages)
@@ -164,7 +164,7 @@ class Averages:
         """Returns the averages of a name, as `naming.chosen` takes it, or the only one.
 
         Raises:
-            ValueError: If there is none, or several and none was named.
+            ValueError: If there is none, or there are several and no name is given.
         """
         if not self._averages:
             raise ValueError(self.none())
@@ -188,7 +188,7 @@ class Averages:
         return [average for average in self if naming.tree_of(average.name) == tree]
 
     def none(self) -> str:
-        """Returns what to say where there is no average."""
+        """Writes the error for a state without an average."""
         return mistaken.without_average(
             self._opt_state,
             self._params,
@@ -202,32 +202,32 @@ class Averages:
             self._structure,
             [
                 kind.without(node) if kind else node
-                for node, (_, kind) in zip(self._nodes, self._found, strict=True)
+                for node, (_, kind) in zip(self._nodes, self._of_nodes, strict=True)
             ],
         )
 
     def put_back(
         self, rest: optax.OptState, shadows: Sequence[optax.Params]
     ) -> optax.OptState:
-        """Returns the optimizer state with shadows in the places of these.
+        """Rebuilds the optimizer state with other shadows.
 
         Args:
-            rest: Like what `rest` returns.
-            shadows: The tree of each average, in their order; one that is computed is
-                not used.
+            rest: A tree as `rest` returns it.
+            shadows: The tree of each average, in their order; not used where the
+                shadow is computed.
 
         Raises:
-            ValueError: If they are not as many as the averages.
+            ValueError: If there are not as many as averages.
         """
         if len(shadows) != len(self):
             raise ValueError(f"{len(self)} averages take as many, got {len(shadows)}.")
         left = iter(shadows)
         nodes = [
-            kind.put_back(node, old, [next(left) for _ in found]) if kind else node
-            for node, old, (found, kind) in zip(
+            kind.put_back(node, old, [next(left) for _ in listed]) if kind else node
+            for node, old, (listed, kind) in zip(
                 self._structure.flatten_up_to(rest),
                 self._nodes,
-                self._found,
+                self._of_nodes,
                 strict=True,
             )
         ]
@@ -240,12 +240,12 @@ def find(
     call: str = "shadow_params(opt_state, params)",
     params: object = None,
 ) -> Averages:
-    """Returns all averages of an optimizer state, found in one search.
+    """Finds all averages of an optimizer state in one search.
 
     Args:
         opt_state: The optimizer state, or the state of an average itself.
-        call: What the user calls with it, for errors.
-        params: What the user passed as params, for errors.
+        call: The user's call, for errors.
+        params: The user's params, for errors.
 
     Raises:
         TypeError: If it is an optimizer, or an object of Flax NNX.
@@ -255,7 +255,7 @@ def find(
 
 
 def joined(shadows: Mapping[str, optax.Params]) -> optax.Params:
-    """Returns the one tree of shadows that cover disjoint leaves.
+    """Joins shadows that cover disjoint leaves into one tree.
 
     Args:
         shadows: Trees of one structure by the places of their averages, not copied.

@@ -1,4 +1,4 @@
-"""The transform that averages the params, its states, and the bare fold."""
+"""`ema_params`, the transform that averages the params, and the bare fold."""
 
 import functools
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ from ema_optax._decays.decay import Decay, check_decay, check_wide_enough
 from ema_optax._decays.decays import DecayLike, as_decay
 from ema_optax._messages import arguments
 from ema_optax._messages.text import brief
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from ema_optax._trees import selection, trees
 
-_STATIC = ("every", "overwrite_every")  # for optax.inject_hyperparams
+_STATIC = ("every", "overwrite_every")  # static_args of optax.inject_hyperparams
 
 
 def ema_params(
@@ -68,13 +68,14 @@ def ema_params(
         decay: A float β in [0, 1), which means `warmup(β)`; a `Decay`; any callable
             from the 1-based step to β; or a dict from names to these, for several
             shadows in one pass.
-        mask: What is averaged: a tree of bools like the params (or a prefix of it), or
-            a function from params to one.
-        every: When: at every `every`-th update, ≥ 1. The average stays as long: each
-            fold takes the product of the decays. Other updates cost nothing.
-        overwrite_every: After every that many updates the params become the shadow.
-        shadow_dtype: How the shadow is stored: as "bfloat16", "float32" or "float64".
-            None is float32 for narrower params and their own dtype otherwise.
+        mask: Leaves that are averaged: a tree of bools like the params (or a prefix of
+            it), or a function from params to one.
+        every: Updates between folds, ≥ 1. The average stays as long: each fold takes
+            the product of the decays. Other updates cost nothing.
+        overwrite_every: Updates, ≥ 1, between those after which the params become the
+            shadow; None leaves the params alone.
+        shadow_dtype: Dtype of the shadow: "bfloat16", "float32" or "float64". None is
+            float32 for narrower params and their own dtype otherwise.
         rounding: "stochastic" for float32 shadows that would stand still; None rounds
             bfloat16 ones so, and wider ones to nearest.
         pack_small: Whether shadows of small leaves share a few arrays.
@@ -150,7 +151,7 @@ def ema_params(
             starts = [
                 leaf
                 if trees.is_placeholder(leaf)
-                else placement.put_as_shadow(fold.start(leaf, dtype), sharding)
+                else leaf_placement.put_as_shadow(fold.start(leaf, dtype), sharding)
                 for leaf, sharding in zip(
                     leaves, shardings or [None] * len(leaves), strict=True
                 )
@@ -159,7 +160,9 @@ def ema_params(
             return packing.pack(tree, layout) if layout else tree
 
         chosen = selection.averaged_only(params, mask)
-        shardings = placement.leaf_shardings(chosen, shadow_sharding, params_sharding)
+        shardings = leaf_placement.leaf_shardings(
+            chosen, shadow_sharding, params_sharding
+        )
         leaves, structure = jax.tree.flatten(chosen, is_leaf=trees.is_placeholder)
         layout = None
         if arguments.flag(pack_small, "pack_small"):
@@ -176,8 +179,9 @@ def ema_params(
         check_state(state, EmaParamsState, "ema_params")
         count = jnp.asarray(optax.safe_increment(state.count))
         shardings = state.made_by.shardings if state.made_by else None
-        if shardings is None and shadow_sharding is not None:  # by hand, or unpickled
-            shardings = placement.leaf_shardings(
+        # A state that was made by hand, or unpickled, does not know its shardings.
+        if shardings is None and shadow_sharding is not None:
+            shardings = leaf_placement.leaf_shardings(
                 selection.averaged_only(params, mask), shadow_sharding, params_sharding
             )
         shadows = fold_update(
@@ -207,7 +211,7 @@ def update_shadow(
     *,
     count: ArrayLike | None = None,
 ) -> Any:
-    """One fold with a given β: s + (1−β)·(p − s), for loops without Optax.
+    """Folds params into a shadow once: s + (1−β)·(p − s), for loops without Optax.
 
     For target networks, and for what `ema_params` cannot see: statistics, params that
     are changed by hand. Leaves of the shadow that are no floating or complex arrays,
@@ -280,10 +284,10 @@ def _decays_by_name(
 def _recordable(
     given: DecayLike | Mapping[str, DecayLike], decays: Mapping[str, Decay]
 ) -> dict[str, Decay | None]:
-    """Returns the decays that can be written down; None for the others.
+    """Selects the decays that the state can record; None for the others.
 
-    An array is none of them even where its value is known now: the same transform is
-    made again with a traced one, and its states must be of one structure.
+    An array is not recorded, even where its value is known now: the same transform may
+    be made again with a traced one, and their states must have one structure.
     """
     arguments = given if isinstance(given, Mapping) else {"": given}
     return {
@@ -300,9 +304,9 @@ def _shadows_by_name(
     if not several:
         return [shadow]
     if not isinstance(shadow, Mapping) or set(shadow) != set(decays):
-        found = sorted(shadow) if isinstance(shadow, Mapping) else type(shadow).__name__
+        names = sorted(shadow) if isinstance(shadow, Mapping) else type(shadow).__name__
         raise ValueError(
-            f"The state holds the shadows {found}, ema_params was given decays for "
+            f"The state holds the shadows {names}, ema_params was given decays for "
             f"{sorted(decays)}. Use the names that the state was made with, or call "
             "optimizer.init(params) to start new shadows as copies of the params."
         )
@@ -310,11 +314,11 @@ def _shadows_by_name(
 
 
 def _kinds(
-    chosen: Any, shardings: placement.LeafShardings | None, params_sharding: Any
+    chosen: Any, shardings: leaf_placement.LeafShardings | None, params_sharding: Any
 ) -> list[tuple[Any, ...] | None]:
-    """Returns for each leaf what those packed with it share; None to leave it apart."""
+    """Returns for each leaf the kind it is packed with; None to leave it apart."""
     _, leaves, _ = trees.flatten(chosen)
-    devices = placement.replicated_on(chosen, params_sharding)
+    devices = leaf_placement.replicated_on(chosen, params_sharding)
     return [
         None
         if trees.is_placeholder(leaf) or (shardings and shardings[i]) or on is None
@@ -328,9 +332,9 @@ def _overwriting(
     params: Any,
     shadow: Any,
     due: jax.Array,
-    shardings: placement.LeafShardings | None,
+    shardings: leaf_placement.LeafShardings | None,
 ) -> Any:
-    """Returns the updates that make the params the shadow where that is due."""
+    """Replaces updates, where due, by those that make the params the shadow."""
     leaves, structure = jax.tree.flatten(shadow, is_leaf=trees.is_placeholder)
     old = structure.flatten_up_to(params)
     deltas = structure.flatten_up_to(updates)
@@ -348,15 +352,13 @@ def _overwriting(
     def jumps(
         shadows: list[Any], params: list[Any], deltas: list[Any]
     ) -> list[jax.Array]:
-        there = [
-            placement.gather(s, placed[i]) for s, i in zip(shadows, apart, strict=True)
-        ]
+        gathered = map(leaf_placement.gather, shadows, [placed[i] for i in apart])
         return [
             _difference_to(*pair).astype(delta.dtype)
-            for *pair, delta in zip(there, params, deltas, strict=True)
+            for *pair, delta in zip(gathered, params, deltas, strict=True)
         ]
 
-    if apart:  # fetched only where it is due: one conditional, not one a leaf
+    if apart:  # one conditional for all leaves fetches them only where due
         operands = [[tree[i] for i in apart] for tree in (leaves, old, deltas)]
         chosen = jax.lax.cond(due, jumps, lambda *x: x[2], *operands)
         for i, delta in zip(apart, chosen, strict=True):

@@ -52,7 +52,7 @@ def bema_params(
     What is read thus follows the live params between folds, too. The state holds two
     trees, s and p₀.
 
-    s starts as p₀. t counts updates, so inside `optax.MultiSteps` the real ones.
+    s starts as p₀. t counts updates, inside `optax.MultiSteps` the real ones.
     Elements of p that are not finite are left out: in a fold s holds there, and where
     p or p₀ is not finite, or the sum is not in the params' dtype, s alone is read.
     Integer, bool and PRNG-key leaves, and those the mask leaves out, are not averaged.
@@ -61,7 +61,7 @@ def bema_params(
     It is read with `name="ema"`, and BEMA from its own part of the state.
 
     Args:
-        every: Fold at every `every`-th update, ≥ 1. Unlike in `ema_params`, b does not
+        every: Updates between folds, ≥ 1. Unlike in `ema_params`, b does not
             depend on it: rarer folds make a longer average.
         ema_power: κ ≥ 0. With 0, s is the params at the last fold.
         bias_power: η ≥ 0. With 0, a = 1 at every t, the whole correction; a large one,
@@ -102,7 +102,7 @@ def bema_params(
 
     def init(params: Any) -> Any:
         chosen = selection.averaged_only(params, mask)
-        # Both in buffers of their own: a step may donate params and state together.
+        # Each in buffers of its own: a step may donate params and state together.
         average = jax.tree.map(lambda p: fold.start(p, dtype), chosen)
         anchor = jax.tree.map(lambda p: fold.copied(p, jnp.result_type(p)), chosen)
         return BemaParamsState(jnp.zeros([], jnp.int32), average, anchor, made_by)
@@ -153,13 +153,13 @@ class BemaAverage(Average):
         return self.path + CALLED
 
     def read(self, params: optax.Params | None) -> optax.Params:
-        """Returns s + a·(p − p₀), in float32 or wider, in arrays of its own.
+        """Computes s + a·(p − p₀), in float32 or wider, in arrays of its own.
 
         Args:
-            params: The live params p. The state may be several, stacked by `jax.vmap`.
+            params: The live params p; stacked where the state is, by `jax.vmap`.
 
         Raises:
-            ValueError: If there are none, they do not fit, or the state was made by
+            ValueError: If they are missing or do not fit, or the state was made by
                 hand.
         """
         if params is None:
@@ -222,21 +222,21 @@ def _corrected(
     dtype = np.promote_types(trees.wide(average.dtype), slot)
     s, p, p0 = (jnp.asarray(x).astype(dtype) for x in (average, param, anchor))
     a = _bias_weight(record, count).astype(dtype)
-    a = a.reshape(a.shape + (1,) * (s.ndim - a.ndim))  # of stacked states
+    a = a.reshape(a.shape + (1,) * (s.ndim - a.ndim))  # where states are stacked
     moved = s + a * (p - p0)
-    # As the model will hold it: float16 ends at 65504, and the sum goes beyond p.
+    # In the dtype of the model: float16 ends at 65504, and the sum goes beyond p.
     return jnp.where(jnp.isfinite(moved.astype(slot)), moved, s)
 
 
 def _newest_weight(record: BemaMadeBy, count: ArrayLike) -> jax.Array:
-    """The weight of new params in the fold at t: b = max((ρ + γt)^−κ, min)."""
+    """Computes the weight of new params in the fold at t: b = max((ρ + γt)^−κ, min)."""
     return jnp.maximum(
         _age(record, count) ** -record.ema_power, record.min_newest_weight
     )
 
 
 def _bias_weight(record: BemaMadeBy, count: ArrayLike) -> jax.Array:
-    """What counts of the way from p₀ when read at t: a = (ρ + γt)^−η."""
+    """Computes the share of the way from p₀ to add at t: a = (ρ + γt)^−η."""
     return _age(record, count) ** -record.bias_power
 
 

@@ -1,4 +1,4 @@
-"""What is done to arrays only where it is due, and leaves them in place elsewhere."""
+"""Changes of arrays only where due, without copying them where not."""
 
 import functools
 from collections.abc import Callable
@@ -13,15 +13,17 @@ from jax.core import Tracer
 def where_due(
     change: Callable[[Any, Any], Any], due: jax.Array, held: Any, operands: Any
 ) -> Any:
-    """Returns `change(held, operands)` where that is due, and `held` elsewhere.
+    """Returns `change(held, operands)` where due, and `held` where not.
 
-    A loop of one round or none: it keeps what it carries in place. A conditional copies
-    it twice, due or not, compiled for an H100 by jax 0.10.2: for GPT-2 small 4 trees of
-    traffic where nothing is due, or two copies inside the host's memory.
+    It is a loop of one round or none, which leaves its carry in place. A conditional
+    would copy it twice, due or not, as jax 0.10.2 compiles it for an H100: for GPT-2
+    small 4 trees of traffic where nothing is due, or two copies inside the host's
+    memory.
 
     Args:
-        change: Uses nothing traced but its arguments, or there were no derivatives.
-        due: bool[]. If XLA knew it, it would unroll the loop.
+        change: A function that uses nothing traced but its arguments, so that there are
+            derivatives.
+        due: bool[]. XLA must not know its value, or it unrolls the loop.
         held: Arrays, which `change` returns in the same shapes, dtypes and memories.
         operands: Other arrays that `change` needs.
     """
@@ -41,7 +43,7 @@ def _derivative(
     primals: tuple[Any, Any, Any],
     tangents: tuple[Any, Any, Any],
 ) -> tuple[Any, Any]:
-    """That of a conditional: a loop of unknown length has none in reverse mode."""
+    """Derives a conditional instead: a loop of unknown length has no reverse mode."""
 
     def either(due: jax.Array, held: Any, operands: Any) -> Any:
         return jax.lax.cond(due, change, lambda held, _: held, held, operands)

@@ -18,7 +18,7 @@ _STREAMS = 16  # different sequences of rounding noise
 
 
 def check_shadow_dtype(shadow_dtype: DTypeLike | None) -> np.dtype | None:
-    """Returns `shadow_dtype` as a dtype, or None.
+    """Checks `shadow_dtype`, and returns it as a dtype or None.
 
     Raises:
         ValueError: If a shadow cannot be kept in that dtype.
@@ -40,7 +40,7 @@ def check_shadow_dtype(shadow_dtype: DTypeLike | None) -> np.dtype | None:
 
 
 def check_rounding(rounding: str | None, shadow_dtype: np.dtype | None) -> bool:
-    """Returns whether float32 shadows are rounded by chance.
+    """Checks `rounding`; whether float32 shadows are rounded stochastically.
 
     Raises:
         ValueError: If there is no such rounding, or it would freeze the shadow.
@@ -59,11 +59,11 @@ def check_rounding(rounding: str | None, shadow_dtype: np.dtype | None) -> bool:
 
 
 def stored_dtype(dtype: DTypeLike, shadow_dtype: np.dtype | None = None) -> np.dtype:
-    """Returns the dtype of the shadow of params of `dtype`.
+    """Returns the dtype in which the shadow of a param is stored.
 
     Args:
-        dtype: Floating or complex dtype of a param.
-        shadow_dtype: What `ema_params` was asked for; None means float32 where params
+        dtype: Floating or complex dtype of the param.
+        shadow_dtype: As in `ema_params`; None means float32 where params
             are narrower and their own dtype otherwise. Complex params are stored as
             complex64 or, where either dtype has 64-bit parts, complex128.
 
@@ -78,15 +78,15 @@ def stored_dtype(dtype: DTypeLike, shadow_dtype: np.dtype | None = None) -> np.d
 
 
 def start(param: ArrayLike, shadow_dtype: np.dtype | None) -> Any:
-    """Returns a copy of a param as a shadow, in a buffer of its own, sharded alike."""
+    """Copies a param as a shadow, into a buffer of its own, sharded alike."""
     return copied(param, stored_dtype(jnp.result_type(param), shadow_dtype))
 
 
 def copied(param: ArrayLike, dtype: DTypeLike) -> Any:
-    """Returns a copy of a param in a dtype, in a buffer of its own, sharded alike.
+    """Copies a param in a dtype, into a buffer of its own, sharded alike.
 
-    Of an abstract param an abstract one: there is nothing to copy, and zeros would be
-    an average of what no model held.
+    The copy of an abstract param is abstract: zeros in its place would be an average of
+    params that no model held.
     """
     if isinstance(param, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(param.shape, dtype, sharding=param.sharding)
@@ -94,7 +94,7 @@ def copied(param: ArrayLike, dtype: DTypeLike) -> Any:
 
 
 class Weight(NamedTuple):
-    """The weight w of new params, to be counted from the nearer end.
+    """The weight w of new params, counted from the nearer end of [0, 1].
 
     Attributes:
         near_new: Whether w > ½: the fold is then p + (w − 1)·(p − s), which is p to the
@@ -107,13 +107,14 @@ class Weight(NamedTuple):
 
 
 def split_weight(newest_weight: ArrayLike) -> Weight:
-    """Returns a scalar weight w in [0, 1] as `fold` takes it."""
+    """Splits a scalar weight w in [0, 1] for `fold`."""
     w = jnp.asarray(newest_weight, float)  # float32, or float64 where x64 is enabled
     return Weight(w > 0.5, jnp.where(w > 0.5, w - 1, w))
 
 
-# Traced and lowered once per shape, not once per leaf. Of `lax` alone: `jnp.where` and
-# `jnp.isfinite` are calls of their own, which XLA copies and inlines for each leaf.
+# With jit, traced and lowered once for each shape, not for each leaf. It uses `lax`
+# alone: `jnp.where` and `jnp.isfinite` are calls that XLA copies and inlines for each
+# leaf.
 @functools.partial(jax.jit, static_argnames="stochastic")
 def fold(
     shadow: jax.Array,
@@ -131,9 +132,9 @@ def fold(
     Args:
         shadow: Floating or complex array s.
         param: Array p of the same shape, any floating or complex dtype.
-        weight: What `split_weight` made of w.
-        seed: uint32 scalar that differs between folds and between leaves; decides how
-            stochastic rounding falls, and is not used without it.
+        weight: w, from `split_weight`.
+        seed: uint32 scalar that differs between folds and between leaves, for
+            stochastic rounding.
         stochastic: Whether float32 is rounded stochastically; bfloat16 always is, wider
             and complex shadows never.
     """
@@ -159,10 +160,10 @@ def _is_finite(x: jax.Array) -> jax.Array:
 
 
 def _as_held(param: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Returns a param in a wider dtype, rounded as the model holds it.
+    """Widens a param, rounded as the model holds it.
 
-    XLA leaves out the rounding of a sum to 16 bits where it is widened again, and the
-    shadow would fold what no model ever held.
+    XLA leaves out the rounding of a sum to 16 bits where it is widened again. The
+    shadow would then fold values that no model held.
     """
     wide = param.astype(dtype)
     kind = jnp.finfo(param.dtype) if jnp.issubdtype(param.dtype, jnp.floating) else None
@@ -172,13 +173,13 @@ def _as_held(param: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def fold_seeds(count: ArrayLike, leaves: int) -> list[jax.Array]:
-    """Returns a seed for each of so many leaves, in the fold at update `count`.
+    """Returns a seed for each leaf, in the fold at update `count`.
 
-    Leaves of the same shape whose seeds are equal share one compiled kernel, so only a
-    few differ: a salt for each made 300 like leaves take nine times as long to compile.
+    Leaves of one shape whose seeds are equal share a compiled kernel, so only 16 seeds
+    differ: with one for each leaf, 300 like leaves took nine times as long to compile.
     """
     seed = _mix(jnp.asarray(count).astype(jnp.uint32))
-    # From numbers that no count reaches: no leaf's seed returns at another.
+    # From numbers that no count reaches: the seed of one leaf is never that of another.
     salts = _mix(np.arange(_STREAMS, dtype=np.uint32) + np.uint32(0x9E37_79B9))
     salted = [seed ^ salt for salt in salts]
     return [salted[leaf % _STREAMS] for leaf in range(leaves)]
@@ -188,10 +189,10 @@ def fold_seeds(count: ArrayLike, leaves: int) -> list[jax.Array]:
 def _round_stochastically(x: jax.Array, seed: ArrayLike) -> jax.Array:
     """Rounds float32 to a value that bfloat16 holds, up or down by chance.
 
-    The chance of rounding up is the share of the way there, so the mean over many folds
-    is right where rounding to nearest would never move. The 16 random bits are a hash
-    of the element's index and the seed: no key, and the same after a resume or on
-    another mesh.
+    The chance of rounding up is the share of the way there, so that the mean over many
+    folds is right where rounding to nearest would never move the shadow. The 16 random
+    bits are a hash of the element's index and the seed: no key, and the same after a
+    resume or on another mesh.
     """
     noise = _random_bits(x.shape, seed) >> 16
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -204,7 +205,7 @@ def _round_stochastically(x: jax.Array, seed: ArrayLike) -> jax.Array:
 
 @_round_stochastically.defjvp
 def _unrounded(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    """The derivative of the fold without its rounding, which steps: straight through.
+    """Derives the fold as if it were not rounded: straight through the steps.
 
     Source: Bengio et al. 2013, arXiv:1308.3432.
     """
@@ -213,10 +214,10 @@ def _unrounded(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
 
 @jax.custom_jvp
 def _dithered(change: jax.Array, base: jax.Array, seed: ArrayLike) -> jax.Array:
-    """Returns a change with noise as wide as the gap to the next float32 on its way.
+    """Adds noise to a change, as wide as the gap to the next float32 on its way.
 
-    The sum, rounded to nearest, then moves by chance where it would not, and by the
-    change on average. It never moves the other way, and what does not change gets no
+    The sum, rounded to nearest, then moves by chance where it would stand still, and by
+    the change on average. It never moves the other way, and a change of 0 gets no
     noise: constant params are a fixed point, and a weight of 1 copies exactly.
     """
     bits = jax.lax.bitcast_convert_type(base, jnp.int32)
@@ -235,7 +236,7 @@ def _undithered(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
 
 
 def _random_bits(shape: tuple[int, ...], seed: ArrayLike) -> jax.Array:
-    """Returns uint32 for each element, a hash of its index and the seed."""
+    """Hashes the index of each element and the seed to uint32."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
@@ -245,7 +246,7 @@ def _random_bits(shape: tuple[int, ...], seed: ArrayLike) -> jax.Array:
 
 
 def _mix(x: jax.Array | np.ndarray) -> Any:
-    """A 32-bit integer hash with low bias.
+    """Hashes 32-bit integers with low bias.
 
     Source: Chris Wellons, "Prospecting for hash functions" (lowbias32).
     """

@@ -1,4 +1,4 @@
-"""How a shadow does, in figures that a logger can take at every step."""
+"""Figures on how well a shadow follows its params, for a logger at every step."""
 
 import math
 from collections.abc import Sequence
@@ -11,20 +11,21 @@ from ema_optax._averages import averages
 from ema_optax._averages.average import Average
 from ema_optax._trees import mistaken, trees
 
-_BLOCK = 4096  # updates whose decays are looked at together
+_BLOCK = 4096  # updates whose decays are computed together
 _NOTHING_LEFT = -100.0  # as the log of a weight: below what float32 can show
 
 
 def metrics(
     opt_state: optax.OptState, params: optax.Params, *, name: str | None = None
 ) -> dict[str, jax.Array]:
-    """Returns scalars that tell whether a shadow follows its params.
+    """Computes scalars that show whether a shadow follows its params.
 
-    For any logger's scalar call; can be jitted. Over the averaged leaves, with s the
-    shadow, p the params, and elements that are not finite left out of sums:
+    They fit any logger's scalar call, and the function can be jitted. Over the averaged
+    leaves, with s the shadow, p the params, and elements that are not finite left out
+    of sums:
 
-    - `decay`: β at the newest update; of `bema_params` 1 − b at its newest fold.
-    - `initial_weight`: what the shadow still holds of the initial params, Πβ over its
+    - `decay`: β at the newest update; for `bema_params` 1 − b at its newest fold.
+    - `initial_weight`: the share of the initial params in the shadow, Πβ over its
       folds.
     - `distance`: ‖p − s‖ / ‖s‖.
     - `dead_zone`: the distance |p − s| / |s| of an element below which its shadow does
@@ -34,12 +35,13 @@ def metrics(
     - `nonfinite_params`, `nonfinite_shadow`: numbers of elements.
 
     `decay`, `initial_weight` and `dead_zone` are left out where the state does not know
-    its decay: a callable or an injected one. `initial_weight` and `dead_zone` are of
-    folds, so `every` is in them.
+    its decay: a callable or an injected one. `initial_weight` and `dead_zone` are those
+    of folds, and so depend on `every`.
 
-    Of `bema_params` s is the average before its correction: that is what is folded, and
-    stands still where folds are too small. What `shadow_params` adds to it follows the
-    params at every update. Of `ring` there are `distance` and the numbers of elements.
+    For `bema_params` s is the average before its correction: folds change it, and it
+    stands still where they are too small. The correction that `shadow_params` adds
+    follows the params at every update. For `ring` there are `distance` and the numbers
+    of elements.
 
     Args:
         opt_state: The optimizer state.
@@ -67,30 +69,30 @@ def metrics(
     >>> int(found["nonfinite_params"]), int(found["nonfinite_shadow"])
     (1, 0)
     """
-    found = averages.find(opt_state, call="metrics(opt_state, params)", params=params)
-    if name is not None or len(found.names) < 2:
-        return _metrics(found.of(name), params)
+    listed = averages.find(opt_state, call="metrics(opt_state, params)", params=params)
+    if name is not None or len(listed.names) < 2:
+        return _metrics(listed.of(name), params)
     return {
         f"{key}/{what}" if key else what: value
-        for key in found.names
+        for key in listed.names
         for what, value in _metrics(
-            [average for average in found if average.name == key], params
+            [average for average in listed if average.name == key], params
         ).items()
     }
 
 
-def _metrics(found: Sequence[Average], params: optax.Params) -> dict[str, jax.Array]:
-    shadow = averages.joined({each.where: each.kept(params) for each in found})
+def _metrics(chosen: Sequence[Average], params: optax.Params) -> dict[str, jax.Array]:
+    shadow = averages.joined({each.where: each.kept(params) for each in chosen})
     shadow = trees.arranged(shadow, params)
     difference = trees.difference(shadow, params, ("shadow", "params"))
     if difference:
         raise ValueError(mistaken.misfit(shadow, params, difference))
     figures: dict[str, jax.Array] = {}
-    first = found[0]
+    first = chosen[0]
     alike = all(
         (type(each), each.decay, each.made_by)
         == (type(first), first.decay, first.made_by)
-        for each in found
+        for each in chosen
     )
     count = first.count
     if jnp.ndim(count):
@@ -133,17 +135,17 @@ def _metrics(found: Sequence[Average], params: optax.Params) -> dict[str, jax.Ar
 
 
 def _half_ulp(shadow: jax.Array, average: Average) -> float:
-    """Returns half an ulp of 1 in a shadow's dtype; 0 where chance decides."""
+    """Returns half an ulp of 1 in a shadow's dtype; 0 where rounding is stochastic."""
     if average.is_rounded_by_chance(shadow.dtype):
         return 0.0
     return math.ldexp(1.0, -jnp.finfo(shadow.dtype).nmant - 1)
 
 
 def _total_log(average: Average) -> jax.Array:
-    """Returns the log of what is left of the initial params, of any kind of average.
+    """Sums the log of the share of the initial params, for any kind of average.
 
-    Few have a closed form for it, so all updates are looked at, in blocks, until
-    nothing is left.
+    Few decays have a closed form for it, so the logs of all updates are summed, in
+    blocks, until nothing is left.
     """
     folded = average.count - average.count % (average.every or 1)
 

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import optax
 
-_WATCHES = ("MonitorState", "SnapshotState")  # of Optax: updates pass through these
+_WATCHES = ("MonitorState", "SnapshotState")  # of Optax; they leave updates alone
 
 
 class OrderWarning(UserWarning):
-    """An average comes before transforms that change the updates, in the same chain.
+    """Warns of an average before transforms of its chain that change the updates.
 
     Chained before the optimizer, `ema_params` averages params + gradients, which no
     model holds. Where it is meant so, or where a tuple holds states of separate
@@ -29,13 +29,13 @@ def warn_unless_last(
 ) -> None:
     """Warns if transforms that change updates come after an average in its chain.
 
-    Only the state is known: what comes after is told by the types of Optax's states.
-    Those of a user's own transforms say nothing of what they do.
+    Only the state is known. The types of Optax's states show which transforms come
+    after; those of a user's own transforms do not show what they do.
 
     Args:
         opt_state: The optimizer state.
-        path: Of the average's state in it.
-        where: The same in words.
+        path: Key path of the average's state in it.
+        where: The same path as text.
         is_average: Whether a node is the state of an average.
     """
     node: Any = opt_state
@@ -51,7 +51,7 @@ def warn_unless_last(
             return
         node = child
     if not _lacks_a_rate(before):
-        # Alone it says nothing: `scale` and `identity` have the same state.
+        # `scale` and `identity` have the same state, and only the first would matter.
         after = tuple(each for each in after if type(each) is not optax.EmptyState)
     changing = next(filter(None, (_changing(each, is_average) for each in after)), None)
     if changing:
@@ -66,9 +66,9 @@ def warn_unless_last(
 
 
 def _lacks_a_rate(before: tuple[Any, ...]) -> bool:
-    """Returns whether the last of some states is of an update that is not yet scaled.
+    """Whether the last of some states leaves updates without a learning rate.
 
-    As `scale_by_adam` alone is; `adam` is a chain of its own, with the rate in it.
+    So does `scale_by_adam` alone; `adam` is a chain of its own, with the rate in it.
     """
     return (
         bool(before)
@@ -84,11 +84,11 @@ def _child(node: Any, key: Any) -> Any:
         return getattr(node, key.name)
     if isinstance(key, jax.tree_util.DictKey):
         return node[key.key]
-    return None  # a node of somebody's own, which does not say what it holds
+    return None  # a custom node, which does not show its children
 
 
 def _changing(node: Any, is_average: Callable[[Any], bool]) -> str | None:
-    """Returns the type of the first state in a node whose transform changes updates."""
+    """Names the type of the first state in a node whose transform changes updates."""
     inside = jax.tree.leaves(node, is_leaf=is_average)
     if any(map(is_average, inside)):  # an optimizer of its own beside this one
         return None
@@ -103,5 +103,5 @@ def _changing(node: Any, is_average: Callable[[Any], bool]) -> str | None:
         children = list(node)
     elif isinstance(node, Mapping):
         children = list(node.values())
-    found = (_changing(child, is_average) for child in children)
-    return next(filter(None, found), None)
+    names = (_changing(child, is_average) for child in children)
+    return next(filter(None, names), None)

@@ -1,4 +1,4 @@
-"""Small leaves of a tree side by side in flat buffers, and the tree that they are."""
+"""Packs small leaves of a tree side by side into flat buffers, and unpacks them."""
 
 import functools
 import math
@@ -11,18 +11,18 @@ from jax.core import Tracer
 
 from ema_optax._trees import trees
 
-# Bytes of the largest leaf that is packed. From benchmarks/optimizer_step.py: what a
-# kernel and a dispatch for each leaf cost is saved, and each byte is copied once more.
+# Bytes of the largest leaf that is packed, from benchmarks/optimizer_step.py: packing
+# saves a kernel and a dispatch for each leaf, and copies each byte once more.
 SMALL = 64 * 1024
-_SPECS = ("sharding", "sharding_names", "out_sharding")  # of Flax's variables
+_SPECS = ("sharding", "sharding_names", "out_sharding")  # metadata of Flax's variables
 
 
 class Group(NamedTuple):
     """Leaves that lie one after the other in one buffer.
 
     Attributes:
-        leaves: Their numbers, placeholders counted, as `trees.flatten` does.
-        shapes: Their shapes.
+        leaves: Numbers of the leaves, placeholders counted, as in `trees.flatten`.
+        shapes: Shapes of the leaves.
     """
 
     leaves: tuple[int, ...]
@@ -33,15 +33,15 @@ class Layout(NamedTuple):
     """Where each leaf of a tree lies; hashable.
 
     Attributes:
-        structure: Of the tree; placeholders count as leaves.
-        groups: Those that share a buffer. The others lie apart, in their order.
+        structure: Structure of the tree; placeholders count as leaves.
+        groups: Leaves that share a buffer. The others lie apart, in their order.
     """
 
     structure: Any
     groups: tuple[Group, ...]
 
     def apart(self) -> list[int]:
-        """Returns the numbers of the leaves that are in no group."""
+        """Lists the numbers of the leaves that are in no group."""
         packed = {i for group in self.groups for i in group.leaves}
         return [i for i in range(self.structure.num_leaves) if i not in packed]
 
@@ -52,7 +52,7 @@ class Packed:
     Attributes:
         flat: One array of one dimension for each group of the layout.
         apart: The other leaves, placeholders among them.
-        layout: Which is which.
+        layout: Where each leaf lies.
     """
 
     def __init__(self, flat: Any, apart: Any, layout: Layout) -> None:
@@ -61,13 +61,13 @@ class Packed:
     def __repr__(self) -> str:
         return f"Packed(flat={self.flat!r}, apart={self.apart!r})"
 
-    def __reduce__(self) -> Any:  # a structure with nodes of its own cannot be pickled
+    def __reduce__(self) -> Any:  # a structure with custom nodes cannot be pickled
         numbers = range(self.layout.structure.num_leaves)
         skeleton = jax.tree.unflatten(self.layout.structure, numbers)
         return _unpickle, (self.flat, self.apart, skeleton, self.layout.groups)
 
     def tree(self) -> Any:
-        """Returns the tree, with arrays for what is packed; or abstract ones."""
+        """Unpacks the tree; where the buffers are abstract, its leaves are."""
         leaves: list[Any] = [None] * self.layout.structure.num_leaves
         for i, leaf in zip(self.layout.apart(), self.apart, strict=True):
             leaves[i] = leaf
@@ -79,15 +79,15 @@ class Packed:
         return jax.tree.unflatten(self.layout.structure, leaves)
 
     def outline(self) -> Any:
-        """Returns the tree with shapes and dtypes for what is packed: no array is cut.
+        """Unpacks the tree with abstract leaves: no array is cut.
 
-        What only compares trees takes this one.
+        It is for comparing trees.
         """
         flat = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.flat)
         return Packed(flat, self.apart, self.layout).tree()
 
     def columns(self) -> list[tuple[Any, tuple[int, ...]]]:
-        """Returns each array that is folded, and the leaves that lie in it."""
+        """Lists each array that is folded, with the numbers of the leaves in it."""
         groups = [group.leaves for group in self.layout.groups]
         return [
             *zip(self.flat, groups, strict=True),
@@ -99,14 +99,14 @@ class Packed:
         ]
 
     def with_columns(self, arrays: Sequence[Any]) -> "Packed":
-        """Returns the same with other arrays, in the order of `columns`."""
+        """Replaces the arrays, in the order of `columns`."""
         flat, rest = arrays[: len(self.flat)], iter(arrays[len(self.flat) :])
         apart = [x if trees.is_placeholder(x) else next(rest) for x in self.apart]
         return Packed(tuple(flat), tuple(apart), self.layout)
 
 
 def check_can_pack(params: Any) -> None:
-    """Refuses params whose packed shadow would lose what is known of each leaf.
+    """Refuses params whose leaves carry what packing would lose.
 
     Raises:
         ValueError: If they are Optax's stand-in for params, or Flax's variables that
@@ -119,8 +119,8 @@ def check_can_pack(params: Any) -> None:
         )
     nodes = jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "get_metadata"))
     for node in nodes:
-        known = node.get_metadata() if hasattr(node, "get_metadata") else {}
-        if any(known.get(key) is not None for key in _SPECS):
+        metadata = node.get_metadata() if hasattr(node, "get_metadata") else {}
+        if any(metadata.get(key) is not None for key in _SPECS):
             raise ValueError(
                 "pack_small keeps no partition specs, which Flax's variables have here "
                 "(with_partitioning): shadows would lie whole on every device. Leave "
@@ -129,12 +129,12 @@ def check_can_pack(params: Any) -> None:
 
 
 def plan(tree: object, kinds: Sequence[Hashable | None]) -> Layout:
-    """Returns a layout in which small leaves of one kind share a buffer.
+    """Plans a layout in which small leaves of one kind share a buffer.
 
     Args:
-        tree: Of arrays and placeholders.
-        kinds: For each leaf, placeholders counted, what those that share a buffer have
-            in common, such as dtype and devices; None for those that share none.
+        tree: A tree of arrays and placeholders.
+        kinds: For each leaf, placeholders counted, a value that leaves of one buffer
+            have in common, such as dtype and devices; None for leaves to keep apart.
     """
     _, leaves, structure = trees.flatten(tree)
     members: dict[Hashable, list[int]] = {}
@@ -152,10 +152,10 @@ def plan(tree: object, kinds: Sequence[Hashable | None]) -> Layout:
 
 
 def pack(tree: object, layout: Layout) -> Packed:
-    """Returns a tree in a layout.
+    """Packs a tree in a layout.
 
-    Leaves may all have the same further axes in front: of a state that is stacked, as
-    under `jax.vmap`, or replicated.
+    All leaves may have the same further axes in front: those of a state that is
+    stacked, as under `jax.vmap`, or replicated.
 
     Raises:
         ValueError: If the tree has another structure, or leaves of other shapes.
@@ -180,17 +180,17 @@ def _joined(leaves: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> jax.Arr
 
 
 def concatenated(leaves: Sequence[Any]) -> jax.Array:
-    """Returns arrays of any shapes as one of one dimension, of a dtype they all fit."""
+    """Joins arrays of any shapes into one flat array, in a dtype that fits all."""
     flat = [jnp.ravel(leaf) for leaf in leaves]
     if any(isinstance(leaf, Tracer) for leaf in flat):
-        # One kernel: jnp's own goes by sixteens.
+        # In one kernel: jnp.concatenate joins sixteen at a time.
         dtype = jnp.result_type(*flat)
         return jax.lax.concatenate([leaf.astype(dtype) for leaf in flat], 0)
     return jnp.concatenate(flat)
 
 
 def unpacked(node: Any) -> Any:
-    """Returns what may be packed, or a dict of it, as trees."""
+    """Unpacks a shadow, or each shadow of a dict; others are returned as they are."""
     if isinstance(node, Packed):
         return node.tree()
     if _is_dict_of_packed(node):
@@ -199,11 +199,13 @@ def unpacked(node: Any) -> Any:
 
 
 def packed_like(value: Any, node: Any) -> Any:
-    """Returns a tree, or a dict of trees, packed as `node` is; None as it is.
+    """Packs a tree, or each tree of a dict, as `node` is packed.
 
     Args:
-        value: A tree, or where `node` is a dict of packed trees, a dict of trees.
-        node: What may be packed. Where it is not, the value is returned as it is.
+        value: A tree, or where `node` is a dict of packed trees, a dict of trees; None
+            is returned as it is.
+        node: A shadow, or a dict of shadows. Where it is not packed, the value is
+            returned as it is.
     """
     if isinstance(value, Packed) or value is None:
         return value
@@ -222,11 +224,11 @@ def _part(flat: Any, start: int, shape: tuple[int, ...]) -> Any:
     if isinstance(flat, jax.ShapeDtypeStruct):
         shape = (*flat.shape[:-1], *shape)
         return jax.ShapeDtypeStruct(shape, flat.dtype, sharding=flat.sharding)
-    front = jnp.shape(flat)[:-1]  # of a state that is stacked or replicated
+    front = jnp.shape(flat)[:-1]  # axes of a state that is stacked or replicated
     if front:
         size = math.prod(shape)
         return jnp.reshape(flat[..., start : start + size], (*front, *shape))
-    # Compiled once for each shape, not for each place.
+    # With a traced start, it is compiled once for each shape, not for each place.
     return _sliced(flat, start, shape)
 
 

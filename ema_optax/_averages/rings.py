@@ -1,4 +1,4 @@
-"""The last k params as they were, whose mean is computed when it is read."""
+"""`ring`, which keeps the last k params; reading computes their mean."""
 
 import dataclasses
 import functools
@@ -20,10 +20,10 @@ from ema_optax._averages.update import (
     new_params,
     require_params,
 )
-from ema_optax._placement import placement, transfers
+from ema_optax._placement import leaf_placement, transfers
 from ema_optax._trees import selection, trees
 
-_STATIC = ("k", "every")  # for optax.inject_hyperparams
+_STATIC = ("k", "every")  # static_args of optax.inject_hyperparams
 
 
 def ring(
@@ -56,7 +56,7 @@ def ring(
 
     Args:
         k: Number of copies, ≥ 1. The state is k times the params that are averaged.
-        every: A copy is taken at every `every`-th update, ≥ 1.
+        every: Updates between copies, ≥ 1.
         mask: Which leaves are averaged, as in `ema_params`.
         shadow_sharding: Where each copy lives, as in `ema_params`:
             `placement.over_axis("data")` splits it, `placement.in_host_memory()` takes
@@ -85,9 +85,9 @@ def ring(
     k = check_period(k, "k", _STATIC, one="the newest copy alone")
     made_by = RingMadeBy(k, check_period(every, "every", _STATIC))
 
-    def placed(params: Any) -> placement.LeafShardings | None:
+    def placed(params: Any) -> leaf_placement.LeafShardings | None:
         chosen = selection.averaged_only(params, mask)
-        return placement.leaf_shardings(chosen, shadow_sharding, params_sharding)
+        return leaf_placement.leaf_shardings(chosen, shadow_sharding, params_sharding)
 
     def init(params: Any) -> Any:
         shardings = placed(params)
@@ -110,7 +110,8 @@ def ring(
         check_state(state, RingState, "ring")
         count = jnp.asarray(optax.safe_increment(state.count))
         shardings = state.made_by.shardings if state.made_by else None
-        if shardings is None and shadow_sharding is not None:  # by hand, or unpickled
+        # A state that was made by hand, or unpickled, does not know its shardings.
+        if shardings is None and shadow_sharding is not None:
             shardings = placed(params)
         slots = _updated(state, updates, params, count, made_by, shardings)
         return updates, RingState(count, slots, made_by.at(shardings))
@@ -130,7 +131,7 @@ def average_of(path: str, state: RingState) -> "RingAverage":
 
 @dataclasses.dataclass(frozen=True)
 class RingAverage(Average):
-    """The average of a `RingState`: the mean of what is in its slots."""
+    """The average of a `RingState`: the mean of the params in its slots."""
 
     made_by: RingMadeBy | None
     is_computed = True
@@ -144,10 +145,10 @@ class RingAverage(Average):
         return self.path + CALLED
 
     def read(self, params: optax.Params | None) -> optax.Params:
-        """Returns the mean, in float32 or wider, in arrays of its own.
+        """Computes the mean, in float32 or wider, in arrays of its own.
 
         Args:
-            params: Not needed. The state may be several, stacked by `jax.vmap`.
+            params: Not used. The state may be stacked by `jax.vmap`.
 
         Raises:
             ValueError: If the state was made by hand.
@@ -164,36 +165,37 @@ class RingAverage(Average):
         shardings = self.made_by.shardings or [None] * len(leaves)
         for i, (leaf, sharding) in enumerate(zip(leaves, shardings, strict=True)):
             if not trees.is_placeholder(leaf):
-                slots = placement.put_on_device(leaf, _of_slots(sharding))
-                leaves[i] = placement.put_as_param(
+                slots = leaf_placement.put_on_device(leaf, _of_slots(sharding))
+                leaves[i] = leaf_placement.put_as_param(
                     _mean(slots, self.count, every), sharding
                 )
         return jax.tree.unflatten(structure, leaves)
 
     def decay_at(self, count: jax.Array) -> jax.Array | None:
-        """Returns None: what is oldest leaves whole."""
+        """Returns None: the oldest copy leaves all at once."""
 
     def weight_of_fold(self, count: jax.Array) -> jax.Array | None:
         """Returns None: nothing is folded into anything."""
 
     def log_kept(self, steps: jax.Array) -> jax.Array:
-        """Returns what the first fold leaves of the initial params: nothing."""
+        """Returns −inf at folds: the first leaves nothing of the initial params."""
         assert self.made_by is not None
         return jnp.where(steps % self.made_by.every == 0, -jnp.inf, 0.0)
 
 
-def _copies(param: Any, k: int, sharding: placement.LeafSharding | None) -> Any:
-    """Returns k copies of a param, in a buffer of their own, sharded alike."""
+def _copies(param: Any, k: int, sharding: leaf_placement.LeafSharding | None) -> Any:
+    """Copies a param k times, into one buffer, sharded alike."""
     shape, dtype = (k, *jnp.shape(param)), jnp.result_type(param)
-    home = getattr(param, "sharding", None)
+    own = getattr(param, "sharding", None)
     if isinstance(param, jax.ShapeDtypeStruct):
-        home = sharding.shadow if sharding else home
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=home and _with_axis(home))
+        own = sharding.shadow if sharding else own
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=own and _with_axis(own))
     copies = jnp.broadcast_to(jnp.asarray(param, dtype), shape)
-    if sharding is None and not isinstance(param, Tracer) and placement.is_bound(param):
-        # XLA may have chosen another sharding for them.
-        return copies if home is None else jax.device_put(copies, _with_axis(home))
-    return placement.put_as_shadow(copies, _of_slots(sharding))
+    is_traced = isinstance(param, Tracer)
+    if sharding is None and not is_traced and leaf_placement.is_bound(param):
+        # XLA may have chosen another sharding for the copies than the param's own.
+        return copies if own is None else jax.device_put(copies, _with_axis(own))
+    return leaf_placement.put_as_shadow(copies, _of_slots(sharding))
 
 
 def _updated(
@@ -202,9 +204,9 @@ def _updated(
     params: optax.Params,
     count: jax.Array,
     made_by: RingMadeBy,
-    shardings: placement.LeafShardings | None,
+    shardings: leaf_placement.LeafShardings | None,
 ) -> optax.Params:
-    """Returns the slots after an update, one of them written where that is due."""
+    """Updates the slots: writes one of them where a copy is due."""
     outline = matching_leaves(_outline(state), params)
     averaged = [i for i, x in enumerate(outline) if not trees.is_placeholder(x)]
     sharding = {i: shardings[i] if shardings else None for i in averaged}
@@ -223,11 +225,11 @@ def _updated(
         folds, new = given
         return {i: _written(x, new[i], folds, sharding[i]) for i, x in held.items()}
 
-    # True at every update for every=1, which XLA does not know.
+    # For every=1 it is always True, but XLA must not know: it would unroll the loop.
     is_due = count > 0 if made_by.every == 1 else count % made_by.every == 0
     slots = {i: leaves[i] for i in averaged}
-    whole = {i: placement.whole_until_fold(new[i], sharding[i]) for i in averaged}
-    # As shadows are folded: in the host's memory by groups, each in a loop of its own.
+    whole = {i: leaf_placement.whole_until_fold(new[i], sharding[i]) for i in averaged}
+    # In the host's memory by groups, each in a loop of its own, as `fold_update` does.
     for group in transfers.host_groups(whole, sharding):
         held = {i: slots.pop(i) for i in group}
         for i, x in due.where_due(write, is_due, held, (folds, whole)).items():
@@ -245,14 +247,14 @@ def _written(
     slots: jax.Array,
     param: jax.Array,
     folds: jax.Array,
-    sharding: placement.LeafSharding | None,
+    sharding: leaf_placement.LeafSharding | None,
 ) -> jax.Array:
-    """Returns the slots with a param in that of fold number `folds`, from 1."""
+    """Writes a param into the slot of fold number `folds`, counted from 1."""
     k = slots.shape[0]
     before = jax.lax.dynamic_index_in_dim(slots, (folds - 2) % k, keepdims=False)
-    before = placement.put_on_device(before, sharding)
-    new = placement.put_on_device(param.astype(slots.dtype), sharding)
-    new = placement.put_as_shadow(
+    before = leaf_placement.put_on_device(before, sharding)
+    new = leaf_placement.put_on_device(param.astype(slots.dtype), sharding)
+    new = leaf_placement.put_as_shadow(
         jax.lax.select(jnp.isfinite(new), new, before), sharding
     )
     return jax.lax.dynamic_update_index_in_dim(slots, new, (folds - 1) % k, 0)
@@ -260,11 +262,13 @@ def _written(
 
 @functools.partial(jax.jit, static_argnames="every")
 def _mean(slots: jax.Array, count: jax.Array, every: int) -> jax.Array:
-    """Returns the mean of the filled slots; of stacked states that of each."""
+    """Computes the mean of the filled slots; for stacked states, of each."""
     if jnp.ndim(count):
         return jax.vmap(functools.partial(_mean, every=every))(slots, count)
     k, folds = slots.shape[0], count // every
-    age = (folds - 1 - jnp.arange(k)) % k  # in folds; without any, slot k−1 is as init
+    age = (
+        folds - 1 - jnp.arange(k)
+    ) % k  # in folds; before the first, slot k−1 is init
     filled = (age < jnp.maximum(folds, 1)).reshape(k, *[1] * (slots.ndim - 1))
     x = slots.astype(trees.wide(slots.dtype))
     newest = jax.lax.dynamic_index_in_dim(x, (folds - 1) % k, keepdims=False)
@@ -275,7 +279,7 @@ def _mean(slots: jax.Array, count: jax.Array, every: int) -> jax.Array:
 
 
 def _outline(state: RingState) -> optax.Params:
-    """Returns the shapes of the mean; those of stacked states are stacked."""
+    """Returns the mean as abstract arrays; for stacked states, stacked ones."""
     axis = jnp.ndim(state.count)
 
     def of(slots: Any) -> jax.ShapeDtypeStruct:
@@ -286,14 +290,16 @@ def _outline(state: RingState) -> optax.Params:
 
 
 def _of_slots(
-    sharding: placement.LeafSharding | None,
-) -> placement.LeafSharding | None:
-    """Returns the shardings of a leaf with an axis of slots in front."""
-    return sharding and placement.LeafSharding(*map(_with_axis, sharding))
+    sharding: leaf_placement.LeafSharding | None,
+) -> leaf_placement.LeafSharding | None:
+    """Adds an axis of slots in front to the shardings of a leaf."""
+    return sharding and leaf_placement.LeafSharding(*map(_with_axis, sharding))
 
 
 def _with_axis(sharding: Sharding) -> Sharding:
     if not isinstance(sharding, NamedSharding) or not len(sharding.spec):
-        return sharding  # as XLA writes it, or a step would compile twice
+        return (
+            sharding  # XLA writes it so too; two spellings would compile a step twice
+        )
     spec = PartitionSpec(None, *sharding.spec)
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)

@@ -1,4 +1,4 @@
-"""Find the shadow in any optimizer state, and put it where the model expects params."""
+"""Reads the shadow from any optimizer state, and puts it where a model has params."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from ema_optax._trees import mistaken, naming, trees
 def shadow_params(
     opt_state: Any, params: Any = None, *, name: str | None = None, copy: bool = True
 ) -> Any:
-    """Returns the shadow found anywhere in an optimizer state.
+    """Reads the shadow from an optimizer state, wherever it is in it.
 
     Works through `optax.chain`, `MultiSteps`, `masked`, `inject_hyperparams` and every
     other state that is a pytree. Shadows of disjoint parts of the params, as under
@@ -29,13 +29,13 @@ def shadow_params(
         params: The live params. With them the result has exactly their structure and
             dtypes, and the leaves that are not averaged are theirs. Needed with
             `bema_params`, whose shadow is computed from them.
-        name: Which shadow, where the decays were given by name or there are several: as
-            on disk `"fast"`, or the name of its tree, `"shadow/fast"`. `"shadow"` is
-            the only one, or the one without a name; `"params"` are the params.
-        copy: Whether the arrays are copies. Without, what needs no cast and no transfer
-            is the state's and the params' own: for an evaluation between two steps, it
-            saves the memory of a tree. Then donate neither of them while the result is
-            used.
+        name: Name of the shadow, needed where there are several: as on disk `"fast"`,
+            or the name of its tree, `"shadow/fast"`. `"shadow"` is the only one, or the
+            one without a name; `"params"` are the params.
+        copy: Whether the arrays are copies. With False, arrays that need no cast and no
+            transfer are those of the state and the params, which saves the memory of a
+            tree in an evaluation between two steps. Donate neither of the two while the
+            result is used.
 
     Returns:
         A tree like the params. Without `params`: the shadow as it is stored, with
@@ -43,7 +43,7 @@ def shadow_params(
 
     Raises:
         ValueError: If there is no shadow or no such name, if there are several and none
-            was named, or if the params do not fit it or are missing.
+            was named, or if the params are missing or do not fit it.
 
     >>> import optax, ema_optax
     >>> params = {"w": jnp.ones(2, jnp.bfloat16), "steps": jnp.int32(7)}
@@ -57,7 +57,7 @@ def shadow_params(
 def read(
     opt_state: Any, params: Any, name: str | None, call: str, copy: bool = True
 ) -> Any:
-    """Returns the shadow as `shadow_params` does, for a call that errors name."""
+    """Reads the shadow as `shadow_params` does; errors name another call."""
     mistaken.check_opt_state(opt_state, "shadow_params(opt_state, params)")
     copy = arguments.flag(copy, "copy")
     if name == naming.PARAMS:
@@ -67,8 +67,8 @@ def read(
                 "shadow_params(opt_state, params, name='params')."
             )
         return jax.tree.map(lambda leaf: _own(leaf, copy), params)
-    found = averages.find(opt_state, call=call, params=params).of(name)
-    shadow = averages.joined({each.where: each.read(params) for each in found})
+    chosen = averages.find(opt_state, call=call, params=params).of(name)
+    shadow = averages.joined({each.where: each.read(params) for each in chosen})
     if params is None:
         return jax.tree.map(lambda leaf: _own(leaf, copy), shadow)
     shadow = trees.arranged(shadow, params)
@@ -82,7 +82,7 @@ def read(
 
 
 def with_shadow(train_state: Any, *, name: str | None = None, copy: bool = True) -> Any:
-    """Returns a train state whose params are the shadow, for evaluation.
+    """Puts the shadow in the place of a train state's params, for evaluation.
 
     Keep training from the original: the result's optimizer state still belongs to the
     raw params.
@@ -91,7 +91,7 @@ def with_shadow(train_state: Any, *, name: str | None = None, copy: bool = True)
         train_state: Anything with `params` and `opt_state`: Flax's `TrainState`, a
             dataclass, a NamedTuple, or a dict with these keys.
         name: Which shadow, as in `shadow_params`.
-        copy: Whether its arrays are copies, as in `shadow_params`. Without, donate
+        copy: Whether its arrays are copies, as in `shadow_params`. With False, donate
             neither of the two train states while both are used.
 
     Raises:

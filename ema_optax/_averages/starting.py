@@ -1,4 +1,4 @@
-"""Puts an average that a program has into a fresh optimizer state, with its count."""
+"""Starts an optimizer state from an average that a program has, with its count."""
 
 # pyright: reportMissingTypeStubs=false
 
@@ -15,12 +15,12 @@ from ema_optax._averages.average import Average
 from ema_optax._decays.decay import Decay
 from ema_optax._messages import arguments
 from ema_optax._messages.text import brief, nearest
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from ema_optax._trees import mistaken, trees
 from ema_optax._trees.locating import under
 
 SETTLED = "settled"
-_MOST = 2**31 - 1  # where a count stays
+_MOST = 2**31 - 1  # the largest int32, where a count stays
 _CALL = "started_from(opt_state, shadow, count=…)"
 
 
@@ -31,12 +31,12 @@ def started_from(
     count: int | str,
     name: str | None = None,
 ) -> Any:
-    """Returns a fresh optimizer state that goes on with an average from elsewhere.
+    """Continues an average from elsewhere in a fresh optimizer state.
 
     The count belongs to the average: a decay that warms up is short where the count is
     small. With the shadow alone, as `state._replace(shadow=…)` puts it in, the warm-up
-    starts again, and of the old average 0.5 % is left after four updates
-    (2/11 · 3/12 · 4/13 · 5/14), unsaid.
+    starts again, without a warning: after four updates 0.5 % of the old average is left
+    (2/11 · 3/12 · 4/13 · 5/14).
 
     >>> import optax, ema_optax
     >>> params = {"w": jnp.ones(2)}
@@ -49,22 +49,22 @@ def started_from(
     Args:
         opt_state: `optimizer.init(params)`, with `ema_params` anywhere in it. Only the
             average is changed.
-        shadow: A tree like the params, of floats of any width. It is copied into the
-            dtype, and to where, the state keeps it; leaves that are not averaged are
-            not used.
-        count: How many updates the average has seen, in [0, 2³¹), each of them counted
-            where it was folded every few. `"settled"` where that is not known: the
-            smallest count at which the decay, to float32, is what it ends at.
-        name: Which shadow, as in `shadow_params`, where there are several.
+        shadow: A tree like the params, of floats of any width. It is copied, in the
+            dtype and to the devices of the state; leaves that are not averaged are not
+            used.
+        count: Number of updates that the average has seen, in [0, 2³¹); all of them
+            count where it was folded every few. `"settled"` where that is not known:
+            the smallest count at which the decay, to float32, has its final value.
+        name: Name of the shadow, as in `shadow_params`, where there are several.
 
     Raises:
-        ValueError: If the tree or a shape differs, if there is no such average or it is
-            computed when it is read, as BEMA's is, if `count` is out of range, or the
-            decay is known not to settle.
-        TypeError: If `count` or a leaf is of another kind.
+        ValueError: If the tree or a shape differs, if there is no such average, if
+            reading computes it, as with BEMA, if `count` is out of range, or the decay
+            does not settle.
+        TypeError: If `count` is no number, or a leaf is not of floats.
     """
-    found = averages.find(opt_state, call=_CALL)
-    chosen = found.of(name)
+    listed = averages.find(opt_state, call=_CALL)
+    chosen = listed.of(name)
     mistaken.check_no_nnx(shadow, "a tree of arrays", _CALL)
     for average in chosen:
         if average.is_computed:
@@ -75,11 +75,11 @@ def started_from(
                 f"count=…, {', '.join(f'{field}=…' for field in average.fields)})."
             )
     number = _number(count, chosen)
-    _check_shared(found, chosen, number)
+    _check_shared(listed, chosen, number)
     ours = {id(average) for average in chosen}
     shadows = [
         _copied(average.tree, shadow) if id(average) in ours else average.tree
-        for average in found
+        for average in listed
     ]
     counts = {under(average.path, "count") for average in chosen}
 
@@ -88,15 +88,15 @@ def started_from(
             return leaf
         return _placed(jnp.full(jnp.shape(leaf), number, leaf.dtype), leaf)
 
-    rest = jax.tree_util.tree_map_with_path(counted, found.rest())
-    return found.put_back(rest, shadows)
+    rest = jax.tree_util.tree_map_with_path(counted, listed.rest())
+    return listed.put_back(rest, shadows)
 
 
 def settled_count(decay: Decay) -> int:
-    """Returns the smallest count from which a decay is what it ends at, to float32.
+    """Finds the smallest count from which a decay has its final value, to float32.
 
     Raises:
-        ValueError: If it does not end before counts do, or ends where nothing moves.
+        ValueError: If it does not settle before counts end, or settles at β = 1.
 
     >>> from ema_optax import warmup
     >>> settled_count(warmup(0.9999))  # (1 + t)/(10 + t) ≥ 0.9999
@@ -107,7 +107,8 @@ def settled_count(decay: Decay) -> int:
     def is_settled(step: int) -> bool:
         return np.float32(decay.newest_weight(step)) == end
 
-    # From both ends, where what comes back for ever, as a window does, is another.
+    # Probes lie near both ends of the counts, where a decay that repeats for ever, as a
+    # window does, has other values.
     probes = [*(2**i for i in range(31)), *(_MOST - 2**i for i in range(30))]
     unsettled = max((step for step in probes if not is_settled(step)), default=0)
     if unsettled >= 2**30 or end == 0:
@@ -153,12 +154,14 @@ def _number(count: object, chosen: list[Average]) -> int:
     return max(counts)
 
 
-def _check_shared(found: averages.Averages, chosen: list[Average], number: int) -> None:
-    """Refuses another count for a state whose other shadows go on with one already."""
+def _check_shared(
+    listed: averages.Averages, chosen: list[Average], number: int
+) -> None:
+    """Refuses another count for a state whose other shadows have a count already."""
     for average in chosen:
         others = [
             each.name
-            for each in found
+            for each in listed
             if each.path == average.path and each.name != average.name
         ]
         if not others or isinstance(average.count, Tracer):
@@ -173,10 +176,10 @@ def _check_shared(found: averages.Averages, chosen: list[Average], number: int) 
             )
 
 
-def _copied(ours: Any, given: Any) -> Any:
-    """Returns a given tree as a shadow of ours, placeholders and all; by paths."""
+def _copied(ours: Any, theirs: Any) -> Any:
+    """Copies a tree into the structure, dtypes and places of a shadow, by paths."""
     paths, slots, structure = trees.flatten(ours)
-    pairs = zip(*trees.flatten(given)[:2], strict=True)
+    pairs = zip(*trees.flatten(theirs)[:2], strict=True)
     leaves = {path: leaf for path, leaf in pairs if not trees.is_placeholder(leaf)}
     averaged = dict(zip(paths, slots, strict=True))
     others = [path for path, slot in averaged.items() if trees.is_placeholder(slot)]
@@ -223,12 +226,12 @@ def _leaf(slot: Any, leaf: Any, path: str) -> Any:
 
 
 def _placed(array: jax.Array, slot: Any) -> jax.Array:
-    """Returns an array where another one lies, if that is bound to a place."""
+    """Moves an array to where another one lies, if that is bound to its devices."""
     sharding = getattr(slot, "sharding", None)
     if (
         isinstance(array, Tracer)
         or not isinstance(sharding, jax.sharding.Sharding)
-        or not placement.is_bound(slot)
+        or not leaf_placement.is_bound(slot)
         or array.sharding == sharding
     ):
         return array

@@ -1,4 +1,4 @@
-"""The states of averages: plain pytrees, with a static record of what made them."""
+"""The states of averages: plain pytrees, with a static record of their arguments."""
 
 # pyright: strict, reportMissingTypeStubs=false
 
@@ -10,23 +10,23 @@ import jax
 import optax
 
 from ema_optax._decays.decay import Decay
-from ema_optax._placement.placement import LeafShardings
+from ema_optax._placement.leaf_placement import LeafShardings
 
 
 class _Placed:
-    """A record that says beside its fields where shadows live.
+    """A record that knows, beside its fields, where shadows live.
 
-    A serializer of states writes the fields, and drops the rest: the next update finds
-    it again. So do pickles, as devices cannot be pickled.
+    A serializer of states writes the fields and drops the shardings; the next update
+    finds them again. So do pickles, as devices cannot be pickled.
 
     Attributes:
-        shardings: Those of each leaf; None where all shadows are with their params.
+        shardings: Shardings of each leaf; None where all shadows are with their params.
     """
 
     shardings: LeafShardings | None = None
 
     def at(self, shardings: LeafShardings | None) -> Self:
-        """Returns the same record for shadows that live somewhere."""
+        """Copies the record, with other shardings."""
         placed = type(self)(*self)  # pyright: ignore
         placed.shardings = shardings
         return placed
@@ -39,7 +39,7 @@ class _Placed:
         )
 
     def __ne__(self, other: object) -> bool:
-        return not self == other  # a tuple has its own
+        return not self == other  # a tuple has a __ne__ of its own
 
     def __hash__(self) -> int:
         return hash((*self, self.shardings))  # pyright: ignore
@@ -48,7 +48,7 @@ class _Placed:
         """Pickles the fields alone."""
 
     def __deepcopy__(self, _: object) -> Self:
-        return self  # nothing in it changes
+        return self  # it is immutable
 
 
 class _EmaFields(NamedTuple):
@@ -59,13 +59,13 @@ class _EmaFields(NamedTuple):
 
 @jax.tree_util.register_static
 class EmaMadeBy(_Placed, _EmaFields):
-    """What `ema_params` was given, kept with its state; no leaves, hashable.
+    """Arguments of `ema_params`, kept with its state; no leaves, hashable.
 
-    Text and numbers alone, which any serializer of states can write.
+    They are text and numbers alone, which any serializer of states can write.
 
     Attributes:
         decays: JSON object from the name of each shadow (`""` where it has none) to its
-            decay, or to null where that cannot be written: a callable, or an injected
+            decay, or to null where that cannot be recorded: a callable, or an injected
             array.
         every: Updates between folds.
         rounding: `"stochastic"`, or `"nearest"`, which leaves out bfloat16.
@@ -77,13 +77,13 @@ class EmaMadeBy(_Placed, _EmaFields):
         return tuple(_parsed(self.decays))
 
     def decay(self, name: str) -> Decay | None:
-        """Returns the decay of a shadow; None where it could not be written."""
+        """Returns the decay of a shadow; None where it could not be recorded."""
         return _parsed(self.decays).get(name)
 
 
 @jax.tree_util.register_static
 class BemaMadeBy(NamedTuple):
-    """What `bema_params` was given, kept with its state; no leaves, hashable."""
+    """Arguments of `bema_params`, kept with its state; no leaves, hashable."""
 
     every: int
     ema_power: float
@@ -104,23 +104,23 @@ class _RingFields(NamedTuple):
 
 @jax.tree_util.register_static
 class RingMadeBy(_Placed, _RingFields):
-    """What `ring` was given, kept with its state; no leaves, hashable.
+    """Arguments of `ring`, kept with its state; no leaves, hashable.
 
     Attributes:
-        k: Slots.
-        every: Updates between the params that are kept.
+        k: Number of slots.
+        every: Updates between copies.
     """
 
 
 class EmaParamsState(NamedTuple):
-    """State of `ema_params`.
+    """Holds the count and the shadow of `ema_params`.
 
     Attributes:
         count: int32[], the number of updates seen.
         shadow: A tree like the params, with `optax.MaskedNode()` where a leaf is not
             averaged; in a `NamedShadowsState` a dict of such trees. With `pack_small`,
             packed: read it with `ema_optax.shadow_params`.
-        made_by: What `ema_params` was given, without leaves; None by hand.
+        made_by: Arguments of `ema_params`, without leaves; None by hand.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] as in Optax
@@ -129,21 +129,21 @@ class EmaParamsState(NamedTuple):
 
 
 class NamedShadowsState(EmaParamsState):
-    """State of `ema_params` with decays by name: `shadow` maps each name to a tree.
+    """Holds the shadows of `ema_params` by the names of their decays.
 
     A type of its own, because params may be a dict of like trees themselves.
     """
 
 
 class BemaParamsState(NamedTuple):
-    """State of `bema_params`, from which `shadow_params` computes the shadow.
+    """Holds what `shadow_params` computes the average of `bema_params` from.
 
     Attributes:
         count: int32[], the number of updates seen.
         average: s, a tree like the params, with `optax.MaskedNode()` where a leaf is
             not averaged.
         anchor: p₀, the params at init in their own dtypes, with the same placeholders.
-        made_by: What `bema_params` was given, without leaves; None by hand.
+        made_by: Arguments of `bema_params`, without leaves; None by hand.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] as in Optax
@@ -153,7 +153,7 @@ class BemaParamsState(NamedTuple):
 
 
 class RingState(NamedTuple):
-    """State of `ring`, whose mean `shadow_params` computes.
+    """Holds the params of `ring`, whose mean `shadow_params` computes.
 
     Attributes:
         count: int32[], the number of updates seen.
@@ -161,7 +161,7 @@ class RingState(NamedTuple):
             params' dtypes; with `optax.MaskedNode()` where a leaf is not averaged. Fold
             number i, from 1, is in slot (i−1) mod k; the others hold the params at
             init.
-        made_by: What `ring` was given, without leaves; None by hand.
+        made_by: Arguments of `ring`, without leaves; None by hand.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] as in Optax
@@ -170,7 +170,7 @@ class RingState(NamedTuple):
 
 
 def written(decays: dict[str, Decay | None]) -> str:
-    """Returns decays by name as the JSON that `EmaMadeBy` holds."""
+    """Writes decays by name as the JSON that `EmaMadeBy` holds."""
     return json.dumps(
         {
             name: json.loads(decay.to_json()) if decay else None

@@ -9,7 +9,7 @@ import optax
 
 from ema_optax._averages import due, fold, packing
 from ema_optax._messages.text import brief, structural
-from ema_optax._placement import placement, transfers
+from ema_optax._placement import leaf_placement, transfers
 from ema_optax._trees import trees
 
 
@@ -21,19 +21,20 @@ def fold_update(
     *,
     count: jax.Array,
     every: int,
-    shardings: placement.LeafShardings | None = None,
+    shardings: leaf_placement.LeafShardings | None = None,
     stochastic: bool = False,
 ) -> list[Any]:
-    """Returns the shadows after an update, folded where one is due.
+    """Folds the params after an update into shadows, where a fold is due.
 
     Args:
         shadows: Trees like the params, with placeholders at the same leaves; or packed.
-        newest_weights: For each shadow, from the count to the weight w of new params.
-        updates: What `optax.apply_updates` will add to the params.
+        newest_weights: For each shadow, a function from the count to the weight w of
+            new params.
+        updates: Updates that `optax.apply_updates` will add to the params.
         params: The params before the update.
         count: int32[], the 1-based number of the update.
-        every: A fold is due at every `every`-th update, ≥ 1.
-        shardings: Of each leaf of a shadow and its param; None where they are alike.
+        every: Updates between folds, ≥ 1.
+        shardings: Shardings of each leaf and its param; None where they are alike.
         stochastic: Whether float32 shadows are rounded stochastically.
 
     Raises:
@@ -56,29 +57,33 @@ def fold_update(
         }
 
     def fold_there(held: dict[int, Any], given: Any) -> dict[int, Any]:
-        """Folds shadows where they are folded, and puts them where they are stored."""
+        """Folds shadows on the device, and moves them to where they are stored."""
         in_place, weights, seeds, new = given
         chosen = dict.fromkeys(parts[n] for n in held)
         gathered = {part: _gathered([new[i] for i in part]) for part in chosen}
-        there = {
-            n: placement.whole_until_fold(gathered[parts[n]], sharding[n]) for n in held
+        on_device = {
+            n: leaf_placement.whole_until_fold(gathered[parts[n]], sharding[n])
+            for n in held
         }
-        held, there = (
-            {n: placement.put_on_device(x, sharding[n]) for n, x in each.items()}
-            for each in (held, there)
+        held, on_device = (
+            {n: leaf_placement.put_on_device(x, sharding[n]) for n, x in each.items()}
+            for each in (held, on_device)
         )
-        given = weights, seeds, there
+        given = weights, seeds, on_device
         folded = {}
-        if in_place is not None:  # over what was fetched, or the device holds it twice
+        # A loop folds fetched arrays in place; else the device would hold them twice.
+        if in_place is not None:
             rows = {
                 n: s for n, s in held.items() if transfers.is_by_row(s, sharding[n])
             }
             held = {n: s for n, s in held.items() if n not in rows}
             folded = due.where_due(fold_all, in_place, rows, given)
         folded |= fold_all(held, given)
-        return {n: placement.put_as_shadow(s, sharding[n]) for n, s in folded.items()}
+        return {
+            n: leaf_placement.put_as_shadow(s, sharding[n]) for n, s in folded.items()
+        }
 
-    # True at every update for every=1, which XLA does not know.
+    # For every=1 it is always True, but XLA must not know: it would unroll the loop.
     is_due = count > 0 if every == 1 else count % every == 0
     weights = [fold.split_weight(weight(count)) for weight in newest_weights]
     given = weights, fold.fold_seeds(count, len(parts)), new
@@ -100,14 +105,15 @@ def fold_update(
 def new_params(
     updates: optax.Updates,
     params: optax.Params,
-    shardings: Mapping[int, placement.LeafSharding | None],
+    shardings: Mapping[int, leaf_placement.LeafSharding | None],
 ) -> dict[int, Any]:
-    """Returns what the model will hold, by the numbers of its averaged leaves.
+    """Computes the params after an update, by the numbers of the averaged leaves.
 
     Args:
-        updates: What `optax.apply_updates` will add to the params.
+        updates: Updates that `optax.apply_updates` will add to the params.
         params: The params before the update.
-        shardings: By the number of each averaged leaf that of its shadow and param.
+        shardings: For the number of each averaged leaf, the shardings of its shadow and
+            param.
 
     Raises:
         ValueError: If updates and params do not fit each other.
@@ -115,7 +121,7 @@ def new_params(
     old, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
     deltas = _matching_updates(updates, structure)
     return {
-        i: placement.put_as_param(optax.apply_updates(old[i], deltas[i]), sharding)
+        i: leaf_placement.put_as_param(optax.apply_updates(old[i], deltas[i]), sharding)
         for i, sharding in shardings.items()
     }
 
@@ -124,8 +130,8 @@ class _Stored:
     """A shadow as the arrays that are folded, each of one leaf or of several.
 
     Attributes:
-        arrays: Those.
-        parts: For each, the numbers of its leaves among those of the params.
+        arrays: The arrays.
+        parts: For each array, the numbers of its leaves among those of the params.
     """
 
     def __init__(self, shadow: Any, params: optax.Params) -> None:
@@ -148,7 +154,7 @@ class _Stored:
         self.parts = [part for _, part in columns]
 
     def with_arrays(self, arrays: list[Any]) -> Any:
-        """Returns the same shadow with other arrays."""
+        """Rebuilds the shadow with other arrays."""
         if isinstance(self._shadow, packing.Packed):
             return self._shadow.with_columns(arrays)
         leaves, structure = jax.tree.flatten(self._shadow, is_leaf=trees.is_placeholder)
@@ -190,10 +196,10 @@ def require_params(params: optax.Params | None, transform: str) -> None:
 
 
 def check_state(state: object, kind: type, transform: str) -> None:
-    """Refuses what is no state of a transform.
+    """Refuses an argument that is no state of a transform.
 
     Raises:
-        TypeError: If it is of another kind.
+        TypeError: If it is of another type.
     """
     if not isinstance(state, kind):
         raise TypeError(
@@ -208,13 +214,13 @@ def check_period(
     static_args: tuple[str, ...],
     one: str = "every update",
 ) -> int:
-    """Returns a number of updates as an integer.
+    """Checks a number of updates, and returns it as an integer.
 
     Args:
-        value: What was given.
-        name: The argument it was given for.
-        static_args: The arguments that `optax.inject_hyperparams` must leave alone.
-        one: What 1 means.
+        value: The argument.
+        name: Its name.
+        static_args: Arguments that `optax.inject_hyperparams` must leave alone.
+        one: Meaning of 1, for errors.
 
     Raises:
         TypeError: If it is an array.

@@ -30,7 +30,7 @@ from ema_optax._checkpoint.slots import by_path, filled, place_in_run
 from ema_optax._checkpoint.stored_names import StoredNames
 from ema_optax._checkpoint.taking import Slot, Taking, check_concrete
 from ema_optax._messages import text
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from ema_optax._trees import mistaken
 from ema_optax._trees.locating import under
 from ema_optax._trees.naming import tree_of
@@ -77,7 +77,7 @@ def restore_what_fits(
     _offer_params(taking, slots, names, manifest)
 
     def resumed_params() -> Any:
-        taking.read(item, placement.meshes_of(params), verify=verify)
+        taking.read(item, leaf_placement.meshes_of(params), verify=verify)
         return filled(params, lambda path: _param(taking, slots, path))
 
     live = None
@@ -105,7 +105,7 @@ def restore_what_fits(
         check_started(taking, ours, params_of, CALL)
     set_counts(taking, item, manifest, ours, names, of_state, verify=verify)
     live = resumed_params() if live is None else live
-    taking.read(item, placement.meshes_of((params, opt_state)), verify=verify)
+    taking.read(item, leaf_placement.meshes_of((params, opt_state)), verify=verify)
     by_slot = by_path(live)
     started_as_params = tuple(
         under(average.path, field)

@@ -17,7 +17,7 @@ from ema_optax._checkpoint.state_nodes import joined
 from ema_optax._checkpoint.stored_names import StoredNames
 from ema_optax._checkpoint.targets import Target, target_of
 from ema_optax._messages import text
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from ema_optax._trees import mistaken
 from ema_optax._trees.naming import tree_of
 
@@ -82,7 +82,7 @@ def restore_run(
     stored_paths = _in_state(manifest, names, of_state, places) if rename else {}
     for path, leaf in of_state.items():
         slots[Place(STATE, path)] = Place(STATE, stored_paths.get(path, path)), leaf
-    meshes = placement.meshes_of((params, opt_state))
+    meshes = leaf_placement.meshes_of((params, opt_state))
     leaves = read(
         item, manifest, _targets(manifest, slots, computed, meshes), verify=verify
     )

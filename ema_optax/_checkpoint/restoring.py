@@ -20,7 +20,7 @@ from ema_optax._checkpoint.processes import agreed
 from ema_optax._checkpoint.step import is_empty, is_key
 from ema_optax._checkpoint.targets import default_target, target_of
 from ema_optax._messages import text
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 from ema_optax._trees import naming, trees
 from ema_optax._trees.locating import Outline, misfit, places_of, under
 from ema_optax._trees.renaming import Renames
@@ -58,7 +58,7 @@ def restore_tree(
     slots = {trees.path_name(path): leaf for path, leaf in pairs}
     sources = _seen_from(slots, sources, manifest) if not rename else sources
     places = _places(slots, sources, rename or {}, tree)
-    wanted, meshes = {}, placement.meshes_of(like)
+    wanted, meshes = {}, leaf_placement.meshes_of(like)
     for slot, place in places.items():
         check_fits(manifest.leaf(place), slots[slot], slot, exact=False)
         wanted[slot] = place, target_of(slots[slot], manifest.leaf(place), meshes)

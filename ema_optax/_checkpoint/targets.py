@@ -13,7 +13,7 @@ from orbax.checkpoint.metadata import ShardingMetadata
 from ema_optax._checkpoint.checksums import bounds_of, whole
 from ema_optax._checkpoint.entries import LeafEntry
 from ema_optax._checkpoint.pieces import Bounds
-from ema_optax._placement import placement
+from ema_optax._placement import leaf_placement
 
 Parts: TypeAlias = Mapping[Bounds, np.ndarray]
 
@@ -45,7 +45,7 @@ class Target:
         """
         if self.sharding is None:
             return [whole(shape)]
-        if placement.is_abstract(self.sharding):
+        if leaf_placement.is_abstract(self.sharding):
             raise ValueError(
                 f"{self.sharding} has no devices. Pass concrete params, whose mesh it "
                 "is then taken to be, or call inside jax.set_mesh(mesh)."
@@ -161,11 +161,11 @@ def _sharding(leaf: Any, meshes: Sequence[Mesh]) -> Sharding | None:
     One is the count of a state beside params on a mesh: bound to a device, it could not
     be used with them.
     """
-    if not placement.is_bound(leaf):
+    if not leaf_placement.is_bound(leaf):
         return None
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, ShardingMetadata):
         sharding = sharding.to_jax_sharding()  # of a manager's item_metadata
-    if placement.is_abstract(sharding) and sharding.mesh.empty:
+    if leaf_placement.is_abstract(sharding) and sharding.mesh.empty:
         return None  # the array was made without a mesh
-    return placement.on_mesh(sharding, meshes)
+    return leaf_placement.on_mesh(sharding, meshes)

@@ -1,4 +1,4 @@
-"""What every decay can do: step → β, the weight of a fold, JSON; and their registry.
+"""The base of all decays: step → β, the weight of a fold, JSON, and their registry.
 
 A decay states log β_t (or, where it telescopes, the log of a product of several β) in
 closed form; everything else follows from it. Float32 cannot hold 1 − β for a β near 1
@@ -27,7 +27,7 @@ Scalar: TypeAlias = float | jax.Array  # an argument: a number, or a traced one
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]] | jax.Array
 _Maker = TypeVar("_Maker", bound=Callable[..., "Decay"])
 
-# What users call, by name: the classes of decays, and functions beside them.
+# Classes of decays, and functions that make decays, by the names that users call.
 MAKERS: dict[str, Callable[..., "Decay"]] = {}
 
 # The largest float64 below 1: β stays inside [0, 1) even where exp rounds up.
@@ -42,7 +42,7 @@ def maker(function: _Maker) -> _Maker:
 
 
 class Decay:
-    """The weight β kept on the old shadow at each step; frozen, comparable, JSON-able.
+    """Gives the weight β on the old shadow at each step; frozen, and JSON-able.
 
     `step` is the 1-based number of the optimizer update being folded in. Python and
     NumPy steps are answered in float64, JAX arrays and tracers in JAX's default float;
@@ -116,7 +116,7 @@ class Decay:
             t = _numbers(step, self._counts, jnp)
             return self._log_product(t, every, jnp)
         _check_steps(step)
-        with np.errstate(divide="ignore"):  # log 0 = −inf is meant: β = 0, a copy
+        with np.errstate(divide="ignore"):  # log 0 = −inf is right: β = 0, a copy
             return _plain(
                 self._log_product(_numbers(step, self._counts, np), every, np)
             )
@@ -144,14 +144,14 @@ class Decay:
         """Returns the decay that `to_json` wrote, from its text or the parsed object.
 
         Raises:
-            ValueError: If it is not such an object, naming what is wrong with it.
+            ValueError: If it is no such object; the error names the problem.
         """
         try:
             fields: Any = json.loads(text) if isinstance(text, str) else text
         except RecursionError:
             fields = None
-        given = cast(Mapping[str, Any], fields if isinstance(fields, Mapping) else {})
-        kind = given.get("kind")
+        parsed = cast(Mapping[str, Any], fields if isinstance(fields, Mapping) else {})
+        kind = parsed.get("kind")
         if not isinstance(kind, str) or kind not in Decay._kinds:
             raise ValueError(
                 f"Not a decay: {_brief(text)}. Expected a JSON object whose 'kind' "
@@ -161,7 +161,7 @@ class Decay:
             name: Decay.from_json(cast(Mapping[str, Any], value))
             if isinstance(value, Mapping)
             else value
-            for name, value in given.items()
+            for name, value in parsed.items()
             if name != "kind"
         }
         try:
@@ -177,7 +177,7 @@ class Decay:
         return f"{self.kind}({arguments})"
 
     def _set(self, **arguments: object) -> None:
-        """Fills in the frozen fields, in an `__init__` that takes something else."""
+        """Sets frozen fields, for an `__init__` whose arguments are not the fields."""
         for name, value in arguments.items():
             object.__setattr__(self, name, value)
 
@@ -216,7 +216,7 @@ def _arguments(decay: Decay) -> dict[str, Any]:
 
 
 def _as_json(value: object) -> Any:
-    """Returns a decay as a dict, and NumPy's numbers as Python's, for `json`."""
+    """Converts a decay to a dict, and NumPy's numbers to Python's, for `json`."""
     if isinstance(value, Decay):
         return {"kind": value.kind, **_arguments(value)}
     if isinstance(value, np.number):
@@ -228,7 +228,7 @@ def _as_json(value: object) -> Any:
 
 
 def _check_types(decay: type[Decay], arguments: Mapping[str, Any]) -> None:
-    """Raises TypeError for what JSON may have in place of a number or a decay."""
+    """Raises TypeError where JSON holds something else than a number or a decay."""
     fields = _fields(decay)
     for name, value in arguments.items():
         if name not in fields:
@@ -250,7 +250,7 @@ def _brief(value: object) -> str:
 
 
 def _numbers(step: ArrayLike, counted: bool, xp: ModuleType) -> Any:
-    """Returns steps as a formula takes them: as floats, or counted ones as integers.
+    """Converts steps for a formula: to floats, or to integers where it counts.
 
     Float32, JAX's default, does not tell step 2²⁴ + 1 from the one before.
     """
@@ -258,7 +258,7 @@ def _numbers(step: ArrayLike, counted: bool, xp: ModuleType) -> Any:
     if not counted or not np.can_cast(dtype, np.int64):
         return xp.asarray(step, float)  # JAX: float64 only where x64 is enabled
     if xp is jnp and not isinstance(step, jax.Array):
-        step = np.minimum(step, jnp.iinfo(int).max)  # where int32 ends, counts stay
+        step = np.minimum(step, jnp.iinfo(int).max)  # counts stay where int32 ends
     return xp.asarray(step, int)
 
 
@@ -277,12 +277,12 @@ def _plain(value: Any) -> Any:
 
 
 def is_known(*values: object) -> bool:
-    """Whether none is traced: those are only known on the device, and not checked."""
+    """Whether no value is traced: the host can check those that are not."""
     return not any(isinstance(value, Tracer) for value in values)
 
 
 def is_number(value: Scalar, what: str) -> bool:
-    """Returns whether a number is known now, and not only on the device.
+    """Checks that a value is one number; whether its value is known, not traced.
 
     Raises:
         TypeError: If it is no number, or several.

@@ -1,4 +1,4 @@
-"""Each decay with a formula of its own, once; and what a number stands for."""
+"""Decays by their formulas, and the decay that a plain number stands for."""
 
 # pyright: strict, reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # numpy leaves some types unknown; Optax has no stubs.
@@ -36,7 +36,7 @@ DecayLike: TypeAlias = Scalar | Decay | Callable[[Any], ArrayLike]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class constant(Decay):
-    """The same decay at every step: v_t = β·v_(t−1) + (1−β)·θ_t.
+    """Keeps the same weight β at every step: v_t = β·v_(t−1) + (1−β)·θ_t.
 
     Averages over about 1/(1−β) values and lags β/(1−β) steps. It keeps β^t of the
     initial params; `warmup` and `debiased` do not wait that out.
@@ -62,7 +62,7 @@ class constant(Decay):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class warmup(Decay):
-    """min(β, (1+t)/(offset+t)): short averages while there is little to average.
+    """Averages over little while there is little: min(β, (1+t)/(offset+t)).
 
     Args:
         decay: β in [0, 1) that the warm-up ends at.
@@ -99,7 +99,7 @@ class warmup(Decay):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class debiased(Decay):
-    """β(1−β^(t−1))/(1−β^t): the constant average without any of the initial params.
+    """Leaves the initial params out of a constant average: β(1−β^(t−1))/(1−β^t).
 
     The same average as Adam's moments, started at zero and divided by 1−β^t.
 
@@ -128,7 +128,7 @@ class debiased(Decay):
 
 @maker
 def uniform() -> Decay:
-    """(t−1)/t: the plain mean of all params so far (Polyak–Ruppert, SWA).
+    """Takes the plain mean of all params so far: (t−1)/t (Polyak–Ruppert, SWA).
 
     >>> uniform()(step=4)
     0.75
@@ -138,7 +138,7 @@ def uniform() -> Decay:
 
 @dataclasses.dataclass(frozen=True, repr=False, init=False)
 class power(Decay):
-    """(1−1/t)^(γ+1): weights ∝ t^γ, an average that grows with the run.
+    """Averages over a fixed share of the run: (1−1/t)^(γ+1), weights ∝ t^γ.
 
     Needs no cap and no warm-up: the first fold copies.
 
@@ -194,10 +194,10 @@ class power(Decay):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class inverse_power(Decay):
-    """clip(1 − (1+(t−1)/inv_gamma)^(−power), min_decay, decay); the first step copies.
+    """Rises by a power law: clip(1 − (1+(t−1)/inv_gamma)^(−power), min_decay, decay).
 
     Args:
-        decay: Largest β, in [0, 1).
+        decay: Largest β, in [0, 1). The first step copies the params, β = 0.
         inv_gamma: Time scale of the ramp in updates, > 0.
         power: How fast it approaches 1, > 0; 2/3 for runs of a million steps, 3/4 for
             shorter ones.
@@ -238,7 +238,7 @@ class inverse_power(Decay):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ramp(Decay):
-    """β(1 − e^(−t/τ)): an exponential approach to β.
+    """Rises exponentially to β: β(1 − e^(−t/τ)).
 
     Args:
         decay: β in [0, 1) that the ramp approaches.
@@ -271,7 +271,7 @@ class ramp(Decay):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class cosine(Decay):
-    """1 − (1−start)(1+cos(πt/steps))/2: from `start` to 1, for target networks.
+    """Rises by a cosine from `start` to 1: 1 − (1−start)(1+cos(πt/steps))/2.
 
     Args:
         start: β at the start of the run, in [0, 1).
@@ -301,7 +301,7 @@ class cosine(Decay):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class half_life(Decay):
-    """Halve the weight of a step every `steps` updates: β = 2^(−1/steps).
+    """Halves the weight of a step every `steps` updates: β = 2^(−1/steps).
 
     Args:
         steps: Half-life in optimizer updates, > 0. For a half-life in samples, divide
@@ -329,7 +329,7 @@ class half_life(Decay):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class fraction(Decay):
-    """2^(−1/(f·t)): a half-life that is always the fraction f of the run so far.
+    """Has a half-life of a fraction f of the run so far: 2^(−1/(f·t)).
 
     Close to `power(exponent=ln 2/f − 1)`.
 
@@ -359,11 +359,11 @@ class fraction(Decay):
 
 
 def as_decay(decay: DecayLike, call: str = "ema_params") -> Decay:
-    """Returns what a call understands by `decay`: a float β means `warmup(β)`.
+    """Converts an argument to a decay: a float β means `warmup(β)`.
 
     Args:
-        decay: What the caller was given.
-        call: The caller's name, for its errors.
+        decay: The argument.
+        call: Name of the function that takes it, for errors.
 
     Raises:
         TypeError: If it is no decay, or an array narrower than float32.
@@ -383,12 +383,12 @@ def as_decay(decay: DecayLike, call: str = "ema_params") -> Decay:
         return schedule(decay)
     raise TypeError(
         f"{call} takes as a decay a number β in [0, 1), one of ema_optax's decays, or "
-        f"a callable step → β; got {_got(decay)}"
+        f"a callable step → β; got {_instead(decay)}"
     )
 
 
-def _got(given: object) -> str:
-    """Returns what was given in place of a decay, and the call that works."""
+def _instead(given: object) -> str:
+    """Describes an argument that is no decay, and the call that works."""
     if isinstance(given, optax.GradientTransformation):
         return (
             "an optimizer. Chain the average after it: optax.chain(optimizer, "

@@ -1,4 +1,4 @@
-"""Decays made from another decay: later in the run, or for another batch size."""
+"""Decays derived from another decay: later in the run, or for another batch size."""
 
 # pyright: strict
 
@@ -24,7 +24,7 @@ from ema_optax._decays.windows import window
 
 @dataclasses.dataclass(frozen=True, repr=False, init=False)
 class start_after(Decay):
-    """Copy the params up to and including `step`, then average with `decay`.
+    """Copies the params up to and including `step`, then averages with `decay`.
 
     The inner decay counts from there: `start_after(uniform(), 1000)` is the mean of
     the params after updates 1001, 1002, … (SWA).
@@ -60,7 +60,7 @@ class start_after(Decay):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class scaled(Decay, kind="scale_to_batch"):
-    """The decay that `scale_to_batch` makes of most: each β to the power `factor`."""
+    """What `scale_to_batch` derives from most decays: each β to the power `factor`."""
 
     decay: Decay
     factor: Scalar
@@ -75,7 +75,7 @@ class scaled(Decay, kind="scale_to_batch"):
 
 @maker
 def scale_to_batch(decay: DecayLike, factor: Scalar) -> Decay:
-    """β^factor: the same average over samples after the batch grew by `factor`.
+    """Keeps an average over as many samples in batches `factor` as large: β^factor.
 
     In a `warmup` only the final β is scaled: its ramp is a share of the run so far. Of
     a `window` the length is divided by the factor.
@@ -101,7 +101,7 @@ def scale_to_batch(decay: DecayLike, factor: Scalar) -> Decay:
             f"{inner!r} is relative to the length of the run, which changes with the "
             "batch by itself: use it unscaled. scale_to_batch is for decays in updates."
         )
-    whole = scaled(inner, factor)
+    of_all_steps = scaled(inner, factor)  # checks the factor
     if isinstance(inner, window):
         return _scaled_window(inner, factor)
     if _is_later_window(inner):
@@ -112,11 +112,11 @@ def scale_to_batch(decay: DecayLike, factor: Scalar) -> Decay:
         )
     if isinstance(inner, warmup):
         return warmup(inner.decay**factor, inner.offset)
-    return whole
+    return of_all_steps
 
 
 def _within(step: int | jax.Array, t: Floats) -> int | jax.Array:
-    """Returns a number of updates in the integers of others, if those are integers."""
+    """Clips a number of updates to the integer dtype of steps; as it is for floats."""
     if not isinstance(step, (int, float)) or not jnp.issubdtype(t.dtype, jnp.integer):
         return step
     most = int(jnp.iinfo(t.dtype).max)  # beyond it no step is counted
@@ -124,10 +124,10 @@ def _within(step: int | jax.Array, t: Floats) -> int | jax.Array:
 
 
 def _scaled_window(inner: window, factor: Scalar) -> window:
-    """Returns a window of as many samples.
+    """Scales a window to as many samples.
 
     Raises:
-        ValueError: If that is no whole number of updates.
+        ValueError: If its length is no whole number of updates.
         TypeError: If the factor is traced.
     """
     if not is_known(factor):
@@ -135,7 +135,7 @@ def _scaled_window(inner: window, factor: Scalar) -> window:
             "scale_to_batch's factor of a window cannot be traced: its length is a "
             "plain number. Call scale_to_batch outside jit and vmap."
         )
-    length = min(inner.n / float(factor), 2.0**31)  # which window refuses
+    length = min(inner.n / float(factor), 2.0**31)  # window refuses 2³¹
     n = max(round(length), 1)
     if not math.isclose(n, length, rel_tol=1e-12):
         near = dict.fromkeys((max(math.floor(length), 1), math.ceil(length)))

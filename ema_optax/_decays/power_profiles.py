@@ -12,7 +12,7 @@ _WIDEST = 1 / math.sqrt(12)  # the width of the plain mean, exponent 0
 
 
 def width_from_exponent(exponent: float) -> float:
-    """Returns the width of the profile t^γ: its standard deviation over the run.
+    """Converts an exponent to a width: the standard deviation of t^γ over the run.
 
     Args:
         exponent: γ > −1.
@@ -30,7 +30,7 @@ def width_from_exponent(exponent: float) -> float:
 
 
 def exponent_from_width(width: float) -> float:
-    """Returns the exponent γ ≥ 0 whose profile t^γ has the given width.
+    """Converts a width to the exponent γ ≥ 0 whose profile t^γ has it.
 
     Args:
         width: Standard deviation over the run's length, in (0, 0.2886…].

@@ -1,4 +1,4 @@
-"""What a decay does over a whole run: the weight of every past step."""
+"""Profiles of decays: the weight of every step of a run in the shadow."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from ema_optax._messages import arguments
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """The weights of all past params in a shadow.
+    """Holds the weights of all past params in a shadow, and what they amount to.
 
     The initial params count as a step at time 0 in `mean_age`, `width` and
     `effective_size`, so that the weights sum to 1.
@@ -32,7 +32,7 @@ class Profile:
 
 
 def profile(decay: DecayLike, steps: int, every: int = 1) -> Profile:
-    """Returns the weight of every step in the shadow after `steps` updates.
+    """Computes the weight of every step in the shadow after `steps` updates.
 
     Args:
         decay: A decay; a float β means `warmup(β)`, as in `ema_params`.
@@ -54,7 +54,7 @@ def profile(decay: DecayLike, steps: int, every: int = 1) -> Profile:
     every = arguments.whole(every, "every", 1, "every=1 is every update.")
     folds = np.arange(every, steps + 1, every)
     logs = as_decay(decay, "profile").log_product(folds, every)
-    # What later folds leave of this one: Σ of the logs after it.
+    # Log of the share of each fold that the later ones keep: Σ of the logs after it.
     kept_log = np.append(np.cumsum(logs[::-1])[::-1], 0.0)
     weights = np.zeros(steps)
     weights[folds - 1] = -np.expm1(logs) * np.exp(kept_log[1:])

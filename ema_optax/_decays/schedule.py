@@ -1,4 +1,4 @@
-"""β from any callable: what is no decay of ours, such as a schedule of Optax."""
+"""Decays from callables step → β, such as the schedules of Optax."""
 
 # pyright: strict, reportUnknownMemberType=false
 # jax.numpy leaves some types unknown.
@@ -23,7 +23,7 @@ from ema_optax._decays.decay import (
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class schedule(Decay, registered=False):  # a callable is never made from JSON
+class schedule(Decay, registered=False):  # JSON cannot hold a callable
     """β_t from any callable step → β; the one decay that cannot become JSON."""
 
     function: Callable[[Any], ArrayLike]
@@ -40,7 +40,7 @@ class schedule(Decay, registered=False):  # a callable is never made from JSON
         decay = call(steps)
         if isinstance(decay, float):  # does not depend on the step
             return jnp.full_like(t, log_of(decay))
-        # A decay outside [0, 1] turns the shadow into NaN at once, not slowly wrong.
+        # A decay outside [0, 1] makes the shadow NaN at once, rather than slowly wrong.
         decay = jnp.where((decay >= 0) & (decay <= 1), decay, jnp.nan)
         return jnp.log1p(decay - 1).astype(t.dtype)
 
@@ -49,6 +49,6 @@ class schedule(Decay, registered=False):  # a callable is never made from JSON
         check_wide_enough(value)
         if isinstance(value, (int, float, np.ndarray, np.generic)):
             value = float(value)
-            if value != 1.0:  # a schedule may end at 1: the shadow then stays
+            if value != 1.0:  # allowed: a schedule may end at 1, and the shadow stays
                 check_decay(value, f"The callable decay, at step {step},")
         return value

@@ -1,4 +1,4 @@
-"""The mean of a window of updates, which begins again where it ends."""
+"""The mean of a window of updates; the next window begins where one ends."""
 
 # pyright: strict
 
@@ -15,11 +15,11 @@ _LONGEST = 2**31 - 1  # where counts of updates end
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class window(Decay):
-    """(p−1)/p at update p of a window: the plain mean since the window began.
+    """Takes the plain mean since a window of n updates began: (p−1)/p at update p.
 
     Windows are of n updates, one after the other. The first of each copies, so after
-    updates n, 2n, … the shadow is the mean of the params after exactly the last n, and
-    in between that of the ones since the window began. With `start_after(window(n),
+    updates n, 2n, … the shadow is the mean of the params after exactly the last n. In
+    between it is the mean of those since the window began. With `start_after(window(n),
     step)` the first window begins after that step.
 
     With `every=k` each fold stands for the updates of its window since the fold before:
@@ -35,7 +35,7 @@ class window(Decay):
         n: Length of a window in updates, a whole number in [1, 2³¹).
 
     Raises:
-        ValueError, TypeError: If `n` is no such number, or not known outside jit.
+        ValueError, TypeError: If `n` is no such number, or is traced.
 
     Source: the mean of the latest weights, Izmailov et al. 2018, arXiv:1803.05407.
 

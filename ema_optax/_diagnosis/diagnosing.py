@@ -34,7 +34,7 @@ def diagnose(
     maximize: bool = False,
     batch_sizes: tuple[int, int] | None = None,
 ) -> Diagnosis:
-    """Tells why an average is worse than the raw weights: causes and remedies.
+    """Finds why an average is worse than the raw weights: causes and remedies.
 
     From the state and the params alone:
 
@@ -63,11 +63,11 @@ def diagnose(
         params: The live params.
         evaluate: From params to a loss: a number; two numbers or more, such as one for
             each batch; or a `reconstruction.Score(value, error)`.
-            Called seven times for each shadow, at λ = 0, 1, ½, ¼, ¾, −¼, 1¼. What it
-            raises, or a value that is not finite, is told, and the others go on. Two
+            Called seven times for each shadow, at λ = 0, 1, ½, ¼, ¾, −¼, 1¼. An error,
+            or a value that is not finite, is reported, and the other points go on. Two
             values differ where they do by twice the standard error of the difference;
             without one, what is left beside a cubic through the points is taken for it.
-        name: Which shadow. None takes each of them.
+        name: Name of the shadow. None takes each of them.
         maximize: Whether larger values of `evaluate` are better, as of an accuracy.
         batch_sizes: The batch size that the decay was chosen for, and that of the run.
 
@@ -130,7 +130,7 @@ def diagnose(
 
 @dataclasses.dataclass
 class _Seen:
-    """What was seen so far, of one state and its params."""
+    """Collects findings on one state and its params."""
 
     opt_state: Any
     params: Any
@@ -144,7 +144,7 @@ class _Seen:
     unchecked: list[str] = dataclasses.field(default_factory=list)
 
     def look_at(self, chosen: Sequence[Average], name: str | None) -> None:
-        """Adds what the averages of one name tell; several are of disjoint leaves."""
+        """Checks the averages of one name; several are of disjoint leaves."""
         kept = {each.where: _kept(each, self.params) for each in chosen}
         shadow = trees.arranged(averages.joined(kept), self.params)
         difference = trees.difference(shadow, self.params, ("shadow", "params"))
@@ -239,14 +239,14 @@ def _record(average: Average, label: str) -> Record:
 
 
 def _kept(average: Average, params: Any) -> Any:
-    """Returns what is folded: of BEMA the average without its correction."""
+    """Returns the average as it is folded: for BEMA, without its correction."""
     return average.tree if average.is_computed else average.read(params)
 
 
 def _between(chosen: Sequence[Average], params: Any, at: float) -> Any:
-    """Returns s + λ(p − s) like the params, in arrays of its own.
+    """Computes s + λ(p − s) like the params, in arrays of its own.
 
-    What is not averaged is that of the params. At 0 and 1 exact to the bit.
+    Leaves that are not averaged are the params'. It is exact to the bit at 0 and 1.
     """
     shadow = averages.joined({each.where: each.read(params) for each in chosen})
     shadow = trees.arranged(shadow, params)
@@ -266,7 +266,7 @@ def _between(chosen: Sequence[Average], params: Any, at: float) -> Any:
 
 
 def _counts(opt_state: optax.OptState, found: averages.Averages) -> dict[str, int]:
-    """Returns the counts of updates in a state, but those of the averages, by path."""
+    """Lists the counts of updates in a state by path, without those of the averages."""
     ours = {under(each.path, records.COUNT) for each in found}
     counts = {}
     for key_path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:

@@ -1,4 +1,4 @@
-"""What a diagnosis says: findings, the figures behind them, as text and as JSON."""
+"""The result of a diagnosis: findings and their figures, as text and as JSON."""
 
 # pyright: strict
 
@@ -20,7 +20,7 @@ _ORDER: Mapping[str, int] = {"problem": 0, "warning": 1, "note": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One cause, and what to do.
+    """Names one cause, its figures, and what to do.
 
     Attributes:
         what: Its key, such as `"initial_weight"` or `"lag"`.
@@ -42,7 +42,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """All that was found of the averages of a state; `str` of it is for people.
+    """Holds all findings on the averages of a state; `str` of it is for people.
 
     Attributes:
         findings: The worst first; empty where nothing is wrong.
@@ -50,7 +50,7 @@ class Diagnosis:
             initial_weight, mean_age, effective_size, distance and others, where known.
         evaluated: For each shadow the points s + λ(p − s) that were evaluated: `at`,
             `value`, `standard_error` and `problem`.
-        unchecked: What could not be looked at, and why.
+        unchecked: Checks that were not possible, and why.
     """
 
     findings: tuple[Finding, ...]
@@ -84,7 +84,7 @@ class Diagnosis:
 
 
 def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Returns findings, the worst first, and else as they came."""
+    """Sorts findings: the worst first, those of one severity as they came."""
     return tuple(sorted(findings, key=lambda each: _ORDER[each.severity]))
 
 

@@ -118,7 +118,7 @@ class Pairs:
         }
 
     def check(self) -> Iterator[Finding]:
-        """Yields what the leaves tell."""
+        """Yields the findings on the leaves."""
         find, record = self.record.finding, self.record
         if not self.elements:
             yield find(
@@ -232,7 +232,7 @@ def norms_in(paths: Iterable[str]) -> list[str]:
 
 
 def stale_statistics(record: Record, paths: list[str]) -> Finding:
-    """Returns the finding of statistics that are read from the params."""
+    """Builds the finding on statistics that are read from the params."""
     return record.finding(
         "batch_stats",
         "warning",

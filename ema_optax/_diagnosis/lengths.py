@@ -21,7 +21,7 @@ LAST = 2**31 - 1  # where a count stays
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """What `profile` says of an average, without the weight of each step.
+    """The length of an average, as in `Profile`, without the weight of each step.
 
     Attributes:
         initial_weight: Weight of the initial params.
@@ -35,7 +35,7 @@ class Length:
 
 
 def length(decay: Decay, count: int, every: int) -> Length:
-    """Returns how long an average is.
+    """Computes how long an average is.
 
     Args:
         decay: Its decay.
@@ -69,7 +69,7 @@ def weight_of_fold(decay: Decay, count: int, every: int) -> float:
 
 
 def updates_until(decay: Decay, every: int, initial_weight: float) -> int | None:
-    """Returns the smallest count at which less of the initial params is left.
+    """Finds the smallest count at which less of the initial params is left.
 
     None if counts end before.
 

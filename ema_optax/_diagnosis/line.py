@@ -41,7 +41,7 @@ class Point:
 
 
 def evaluated(evaluate: Callable[[Any], Any], params: Any, at: float) -> Point:
-    """Returns a point; an error of `evaluate` is kept in it.
+    """Evaluates a point; an error of `evaluate` is kept in it.
 
     Raises:
         TypeError: If `evaluate` returns what is no score.
@@ -58,7 +58,7 @@ def evaluated(evaluate: Callable[[Any], Any], params: Any, at: float) -> Point:
 def check(
     record: Record, points: list[Point], *, maximize: bool, norms: list[str]
 ) -> Iterator[Finding]:
-    """Yields what the points of one shadow tell.
+    """Yields the findings on the points of one shadow.
 
     Args:
         record: Of the average.

@@ -1,4 +1,4 @@
-"""What a decay and a count tell without the arrays: start, lag, size, other counts."""
+"""Checks of a decay and a count, without arrays: start, lag, size, other counts."""
 
 import dataclasses
 import math
@@ -102,7 +102,7 @@ def check(
     others: Mapping[str, int],
     batch_sizes: tuple[int, int] | None = None,
 ) -> Iterator[Finding]:
-    """Yields what a record tells.
+    """Yields the findings on a record.
 
     Args:
         record: Of one average.
@@ -116,7 +116,7 @@ def check(
 
 
 def why_unknown(label: str) -> str:
-    """Returns why start and lag of a shadow could not be looked at."""
+    """Writes why start and lag of a shadow could not be checked."""
     whose = f" of {one_line(label)!r}" if label else ""
     return (
         f"weight on the initial params, lag and dead zone{whose}: the decay is not "

@@ -1,4 +1,4 @@
-"""What kind of thing an argument has to be, said by the error where it is another."""
+"""Checks of arguments: each returns the value, or raises an error with an example."""
 
 import operator
 import os
@@ -22,14 +22,14 @@ def path(value: object, name: str, example: str) -> str:
     'run/checkpoints'
     """
     if isinstance(value, (str, os.PathLike)):
-        found = os.fspath(cast("str | os.PathLike[Any]", value))
-        if isinstance(found, str) and found:
-            return found
+        text = os.fspath(cast("str | os.PathLike[Any]", value))
+        if isinstance(text, str) and text:
+            return text
     raise TypeError(f"{name} is a path such as {example!r}, got {brief(value)}.")
 
 
 def local_file(value: object, name: str, example: str) -> Path:
-    """Returns a file of this machine, its path whole and with `~` replaced.
+    """Returns the absolute path of a file of this machine, with `~` replaced.
 
     Raises:
         TypeError: If it is no path.
@@ -48,7 +48,7 @@ def whole(value: object, name: str, least: int, example: str) -> int:
     """Returns a whole number; a scalar integer of NumPy or JAX is one too.
 
     Raises:
-        TypeError: If it is of another kind; True is no number.
+        TypeError: If it is something else; True is no number.
         ValueError: If it is less than `least`.
 
     >>> whole(np.int64(300), "step", 0, "step=300")
@@ -57,14 +57,14 @@ def whole(value: object, name: str, least: int, example: str) -> int:
     kind = getattr(value, "dtype", None)
     if not isinstance(value, bool) and kind != np.bool_:
         try:
-            found = operator.index(cast(SupportsIndex, value))
+            number = operator.index(cast(SupportsIndex, value))
         except Exception:  # whatever an array or a tracer raises
             pass
         else:
-            if found >= least:
-                return found
+            if number >= least:
+                return number
             raise ValueError(
-                f"{name} must be a whole number ≥ {least}, got {found}. {example}"
+                f"{name} must be a whole number ≥ {least}, got {number}. {example}"
             )
     raise TypeError(
         f"{name} must be a whole number ≥ {least}, got {brief(value)}. {example}"
@@ -105,7 +105,7 @@ def dtype(value: object, name: str) -> Any:
     try:
         if isinstance(value, (str, type, np.dtype)) or hasattr(value, "dtype"):
             return jnp.dtype(cast(Any, value))
-    except Exception:  # NumPy raises what it happens to meet
+    except Exception:  # NumPy raises errors of several types
         pass
     raise TypeError(
         f"{name} must be a dtype such as 'float32' or jax.numpy.bfloat16, got "
@@ -114,10 +114,10 @@ def dtype(value: object, name: str) -> Any:
 
 
 def numbers(value: object, name: str) -> np.ndarray:
-    """Returns numbers, one or an array of them, as float64.
+    """Returns a number, or an array of numbers, as float64.
 
     Raises:
-        TypeError: If they are none.
+        TypeError: If it is no number.
 
     >>> numbers([1, 2], "steps")
     array([1., 2.])
@@ -133,7 +133,7 @@ def numbers(value: object, name: str) -> np.ndarray:
 
 
 def ascending(value: object, name: str) -> np.ndarray:
-    """Returns steps, at least one, as integers.
+    """Returns steps as an array of integers, at least one.
 
     Raises:
         ValueError: If they are not ascending whole numbers ≥ 0.
@@ -156,10 +156,10 @@ def ascending(value: object, name: str) -> np.ndarray:
 
 
 def one_number(value: object, name: str) -> None:
-    """Refuses what is not one number, Python's or that of an array, traced or not.
+    """Refuses anything but one number: of Python, or an array without axes, or traced.
 
     Raises:
-        TypeError: If it is none, or several; True is no number.
+        TypeError: If it is no number, or several; True is no number.
 
     >>> one_number([0.9], "factor")
     Traceback (most recent call last):

@@ -1,9 +1,9 @@
-"""Which installation brings a Python module that is missing."""
+"""Errors for missing Python modules, with the installation that brings them."""
 
 import contextlib
 from collections.abc import Iterator
 
-# The extras in pyproject.toml, by the modules that this library imports of them.
+# The extra in pyproject.toml that brings each module.
 EXTRAS = {
     "rich": "cli",
     "shtab": "cli",
@@ -24,13 +24,13 @@ REQUIRED = ("etils", "jax", "numpy", "optax", "orbax", "tensorstore", "xxhash")
 def advice(
     caller: str, error: ModuleNotFoundError, *, extra: str | None = None
 ) -> str | None:
-    """Returns one line on the missing module and how to install it.
+    """Writes one line on the missing module and how to install it.
 
     Args:
         caller: What needs the module, as the user called it.
         error: From its import.
-        extra: The extras that the caller needs in all, `"cli,tensorflow"`; None names
-            that of the module alone.
+        extra: All extras that the caller needs, `"cli,tensorflow"`; None names the
+            extra of the module alone.
 
     Returns:
         The line, or None where no installation helps: a module of this library.
@@ -51,7 +51,7 @@ def advice(
 
 @contextlib.contextmanager
 def needed_by(caller: str, otherwise: str = "") -> Iterator[None]:
-    """Says in an import's error who needs the module and how to install it.
+    """Adds to an import's error who needs the module and how to install it.
 
         with extras.needed_by("ema_optax.safetensors.export"):
             from safetensors.numpy import save_file

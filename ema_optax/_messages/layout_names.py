@@ -1,6 +1,7 @@
 """Names of the layouts of other programs' checkpoints, and what each is.
 
-Apart from what finds them, which needs Orbax: a command's help lists them without.
+They are apart from the code that finds them, which needs Orbax: the help of commands
+lists them without it.
 """
 
 LAYOUTS = {

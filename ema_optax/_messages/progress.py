@@ -12,7 +12,7 @@ _T = TypeVar("_T")
 
 
 class Report(Protocol):
-    """Reports how much of the work is done, and what is worth a word beside the bar."""
+    """Reports how much of the work is done, with a note beside the bar."""
 
     def __call__(self, done: int, note: str | None = None) -> None:
         """Reports."""
@@ -21,14 +21,15 @@ class Report(Protocol):
 
 @contextlib.contextmanager
 def shown(progress: Progress, text: str, total: int | None) -> Iterator[Report]:
-    """Gives the function that reports work, to a bar that goes away at the end.
+    """Draws a bar until the work is done, and gives the function that moves it.
 
     Args:
         progress: True draws anywhere, and leaves the last state where stderr is no
             terminal; False draws nowhere; None draws where stderr is a terminal and
             rich is installed. A function is called with the work done and all of it.
-        text: What the work is.
-        total: All of the work. Where it is not known, functions get the work done.
+        text: Name of the work, beside the bar.
+        total: All of the work; None where it is not known, and functions get the work
+            done in its place.
 
     Raises:
         ModuleNotFoundError: If a bar was asked for, and rich is missing.
@@ -73,13 +74,14 @@ def shown(progress: Progress, text: str, total: int | None) -> Iterator[Report]:
 def tracked(
     items: Iterable[_T], text: str, progress: Progress
 ) -> Generator[_T, None, None]:
-    """Yields the items, and reports how many there were.
+    """Yields items, and reports how many it has yielded.
 
-    Close it where an error may leave it unfinished: a traceback keeps the bar alive.
+    Close the generator where an error may leave it unfinished: a traceback keeps the
+    bar alive.
 
     Args:
         items: Any iterable; where it has a length, the bar has an end.
-        text: What is done with them.
+        text: Name of the work, beside the bar.
         progress: As in `shown`.
     """
     total = len(items) if isinstance(items, Sized) else None

@@ -9,11 +9,12 @@ _ITEMS = 32  # of a list or tuple that is written out
 
 
 def brief(value: object, limit: int = 100) -> str:
-    """Returns a value as Python writes it, of a few words however large it is.
+    """Writes a value as Python does, in a few words however large it is.
 
-    Containers in it are not followed, so that their depth does not matter; a dict or a
-    long list is given by its length. Text is cut off after `limit` characters. Of what
-    Python writes by its elements, or by an address, only the kind is told.
+    Containers inside it become `…`, so that their depth does not matter; a dict or a
+    long list is given by its length. Text is cut off after `limit` characters. Objects
+    that Python would write with all their elements, or by an address, become the name
+    of their type.
 
     >>> brief("kernel"), brief([1, [2]]), brief({"a": 1}), brief("a" * 9, limit=4)
     ("'kernel'", '[1, …]', 'a dict of 1', "'aaa…")
@@ -45,10 +46,10 @@ def brief(value: object, limit: int = 100) -> str:
 
 
 def one_line(error: object, limit: int | None = 300) -> str:
-    r"""Returns an error, or any text, on one line.
+    r"""Writes an error, or any text, on one line.
 
-    It is cut off after `limit` characters, as TensorStore's errors are of several
-    pages; None is all of it.
+    It is cut off after `limit` characters, as TensorStore's errors fill several pages;
+    None keeps all of it.
 
     >>> one_line(ValueError("one\n  two"))
     'one two'
@@ -58,7 +59,7 @@ def one_line(error: object, limit: int | None = 300) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns a sentence with the names most like one, or the first few of them.
+    """Writes a sentence with the names most like one, or the first few of them.
 
     >>> nearest("shadwo", ["params", "shadow"])
     "The nearest are 'shadow'."
@@ -71,15 +72,15 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def nearest_names(
     name: str, names: Iterable[str], *, count: int = 3, cutoff: float = 0.3
 ) -> list[str]:
-    """Returns the names most like one, the most alike first.
+    """Finds the names most like one, the most alike first.
 
-    `cutoff` is how alike they have to be, from 0 to 1, which is the same.
+    `cutoff` is how alike they have to be, from 0 to 1, which means equal.
     """
     return difflib.get_close_matches(name[:200], list(names), count, cutoff)
 
 
 def some(names: Iterable[str], most: int = 3) -> str:
-    """Returns the first names, and how many more there are.
+    """Writes the first names, and how many more there are.
 
     >>> some("abcde"), some("ab")
     ('a, b, c and 2 more', 'a, b')
@@ -90,7 +91,7 @@ def some(names: Iterable[str], most: int = 3) -> str:
 
 
 def percent(share: float) -> str:
-    """Returns a share of one in percent, or `""` where that rounds to nothing.
+    """Writes a share of one in percent, or `""` where that rounds to nothing.
 
     >>> percent(0.123), percent(0.0001)
     ('12.3%', '')
@@ -100,13 +101,13 @@ def percent(share: float) -> str:
 
 
 def _is_plain(value: object) -> bool:
-    """Returns whether Python writes a value shortly and for people to read."""
+    """Whether Python writes a value in a few words for people to read."""
     plain = (str, bytes, bool, int, float, complex, os.PathLike)
     return value is None or isinstance(value, plain) or hasattr(value, "to_json")
 
 
 def structural(error: object) -> str:
-    """Returns what JAX says of two trees that differ, without the arrays in them.
+    """Shortens JAX's error on two trees that differ to what it expected, on one line.
 
     >>> structural("Expected list, got {'w': Array([1.], dtype=float32)}.")
     'Expected list.'

@@ -1,4 +1,4 @@
-"""Whether what is compiled leaves an array in another memory than the device's."""
+"""Whether compiled programs keep arrays in other memories than the device's."""
 
 import concurrent.futures
 import functools
@@ -12,14 +12,14 @@ from jax.sharding import SingleDeviceSharding
 
 @functools.cache
 def is_kept(kind: str | None, platform: str) -> bool:
-    """Returns whether a result of a compiled program lies in the memory asked for.
+    """Whether a result of a compiled program lies in the memory asked for.
 
     GPUs and TPUs have such memories. On CPUs some versions of JAX compile the transfer
-    away, without an error: what compiles there is asked.
+    away, without an error: there a small program is compiled and asked.
 
     Args:
-        kind: "pinned_host", or what else `Sharding.memory_kind` may be.
-        platform: Of the devices.
+        kind: `Sharding.memory_kind`, such as "pinned_host".
+        platform: Platform of the devices, such as "cpu".
     """
     if platform != "cpu" or kind is None or kind == "device":
         return True
@@ -30,15 +30,15 @@ def is_kept(kind: str | None, platform: str) -> bool:
 
 def _compiled_kind(kind: str) -> str | None:
     device = jax.local_devices(backend="cpu")[0]
-    here = SingleDeviceSharding(device)
-    there = here.with_memory_kind(kind)
-    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=here)
-    compiled = jax.jit(lambda x: jax.device_put(x, there)).lower(number).compile()
+    on_device = SingleDeviceSharding(device)
+    in_memory = on_device.with_memory_kind(kind)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=on_device)
+    compiled = jax.jit(lambda x: jax.device_put(x, in_memory)).lower(number).compile()
     return compiled.output_shardings.memory_kind
 
 
 def warn_of(kinds: Iterable[str | None]) -> None:
-    """Warns whoever calls `init` that shadows stay in the memory of the device."""
+    """Warns the caller of `init` that shadows stay in the memory of the device."""
     memories = " and ".join(sorted({str(kind) for kind in kinds}))
     warnings.warn(
         f"The shadow stays in device memory: on CPUs, what this JAX {jax.__version__} "

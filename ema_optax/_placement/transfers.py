@@ -1,4 +1,4 @@
-"""In which groups shadows come from the host's memory to the device and go back."""
+"""Groups of shadows that come from the host's memory to the device and go back."""
 
 # pyright: strict
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 import jax
 
-from ema_optax._placement.placement import LeafSharding
+from ema_optax._placement.leaf_placement import LeafSharding
 
 # Bytes that are on a device at once on their way from the host's memory and back.
 _TOGETHER = 2**25
-_GROUPS = 16  # where that would be more: each is a loop to compile and to begin
+_GROUPS = 16  # at most, of more bytes then: each is a loop to compile and to begin
 
 
 def host_groups(
@@ -21,11 +21,11 @@ def host_groups(
 
     Args:
         arrays: Shadows by number.
-        shardings: For each number that of the shadow and its param.
+        shardings: For each number, the shardings of the shadow and its param.
 
     Returns:
-        Groups of numbers: each of at most 32 MiB on a device, or a 16th of all that
-        is there, or one larger array.
+        Groups of numbers: each of at most 32 MiB on a device, or a 16th of all
+        shadows there, or one larger array.
     """
     sizes: dict[int, int] = {}
     for n, array in arrays.items():
@@ -46,11 +46,11 @@ def host_groups(
 
 
 def is_by_row(array: jax.Array, sharding: LeafSharding | None) -> bool:
-    """Returns whether what a device holds of an array is stored row by row everywhere.
+    """Whether each device stores its part of an array row by row, on any platform.
 
     TPUs store rows in tiles of 128, and transpose an array where that pads less. A loop
-    over an array in device memory would have it transposed back, and that in the host's
-    memory as well: 2.8 trees for 1.0.
+    over such an array in device memory would transpose it back, and do so in the host's
+    memory as well: 2.8 trees instead of 1.0.
     """
     shape = sharding.shadow.shard_shape(array.shape) if sharding else array.shape
     return len(shape) < 2 or shape[-1] % 128 == 0

@@ -27,9 +27,9 @@ def choice(found: Choice, *, over: str | None = None, ax: Axes | None = None) ->
 
     A bar is a score ± its standard error; where the evaluation gave a number for each
     batch, ± that of its difference from the best, in which the batches are alike.
-    Points that cannot be told from the best are
-    filled, others hollow, and what failed is a cross at the bottom. Where several
-    things were searched, lines stand at the best of each of the others.
+    Points whose difference from the best may be noise are filled, others are hollow,
+    and failures are crosses at the bottom. Where several things were searched, lines
+    stand at the best of each of the others.
 
     Args:
         found: What `reconstruction.choose` returned.
@@ -139,7 +139,7 @@ def _mark(ax: Axes, best: Point, names: Sequence[str], *, is_best: bool) -> None
 
 
 def _at(point: Point, names: Sequence[str]) -> float:
-    """Returns where a point stands: names stand side by side, as they were tried."""
+    """Places a point on the x axis: names side by side, as they were tried."""
     if isinstance(point.value, str):
         return float(names.index(point.value))
     return float(point.value)

@@ -206,7 +206,7 @@ def _of_runs(
     widths: Sequence[float] | np.ndarray,
     values: Sequence[Accuracy] | np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns mean, least and greatest value at each width; refuses what cannot be."""
+    """Computes mean, least and greatest value at each width; checks the arguments."""
     at = np.asarray(widths, np.float64)
     if at.ndim != 1 or at.size == 0 or len(values) != at.size:
         raise ValueError(

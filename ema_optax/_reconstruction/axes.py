@@ -1,4 +1,4 @@
-"""What can be chosen among: widths, window lengths, schedules, and extrapolations."""
+"""Axes that `choose` searches: widths, window lengths, schedules, extrapolations."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -26,7 +26,7 @@ Among = Sequence[str | Decay] | None
 
 
 def widths(snapshots: Sequence[Snapshot], between: Between) -> Axis:
-    """Returns the widths that snapshots give with a profile error of 5 % or less.
+    """Builds the axis of the widths that snapshots give with a profile error ≤ 5 %.
 
     Raises:
         ValueError: If there are none, or `between` is outside them.
@@ -35,8 +35,8 @@ def widths(snapshots: Sequence[Snapshot], between: Between) -> Axis:
     steps = [s.step for s in ordered]
     exponents = [s.exponent for s in ordered]
     ridge = max(map(rounding, ordered))
-    found = reachable(steps, exponents, steps[-1], ridge=ridge)
-    if found is None or found[0] == found[1]:
+    ends = reachable(steps, exponents, steps[-1], ridge=ridge)
+    if ends is None or ends[0] == ends[1]:
         tracked = sorted({round(width_from_exponent(g), 3) for g in exponents})
         raise ValueError(
             f"These {len(ordered)} snapshots, tracked at width "
@@ -44,7 +44,7 @@ def widths(snapshots: Sequence[Snapshot], between: Between) -> Axis:
             "choose from. Track two widths, and save more snapshots: see "
             "reconstruction.plan."
         )
-    low, high = _inside(between, *found, "widths that these snapshots give")
+    low, high = _inside(between, *ends, "widths that these snapshots give")
 
     def coefficients(width: Value) -> np.ndarray:
         exponent = exponent_from_width(cast(float, width))
@@ -56,7 +56,7 @@ def widths(snapshots: Sequence[Snapshot], between: Between) -> Axis:
 
 
 def windows(checkpoints: Ingredients, between: Between) -> Axis:
-    """Returns the plain means of the last n checkpoints.
+    """Builds the axis of the plain means of the last n checkpoints.
 
     Raises:
         ValueError: If there are fewer than two, or `between` is outside them.
@@ -75,7 +75,7 @@ def windows(checkpoints: Ingredients, between: Between) -> Axis:
 
 
 def extrapolations(checkpoints: Ingredients, between: Between) -> Axis:
-    """Returns θ̄ + α·(θ̄ − θ̄'), of the means of the newer and of the older half.
+    """Builds the axis of θ̄ + α·(θ̄ − θ̄'), the means of the newer and the older half.
 
     With an odd number of checkpoints the one in the middle is in the newer half.
 
@@ -95,12 +95,12 @@ def extrapolations(checkpoints: Ingredients, between: Between) -> Axis:
 
 
 def schedules(checkpoints: Ingredients, among: Among) -> Axis:
-    """Returns the schedules of a merge by their names.
+    """Builds the axis of the schedules of a merge, by their names.
 
     `NAME` is over all checkpoints, `NAME@N` over the last N.
 
     Raises:
-        ValueError: If one is none, or N is not of these checkpoints.
+        ValueError: If a name is no schedule, or N is not of these checkpoints.
     """
     steps = [int(step) for step in checkpoints.steps]
     count = _several(checkpoints, "schedule")
@@ -129,7 +129,7 @@ def _named(schedule: object) -> str:
 
 
 def _weights(schedule: str | Decay, steps: Sequence[int]) -> np.ndarray:
-    """Returns the weights of a schedule, 0 before its window."""
+    """Computes the weights of a schedule, 0 before its window."""
     if isinstance(schedule, Decay):
         return decay_coefficients(schedule, steps)
     name, at, number = schedule.partition("@")
@@ -152,7 +152,7 @@ def _weights(schedule: str | Decay, steps: Sequence[int]) -> np.ndarray:
 
 
 def checked_over(over: object) -> tuple[str, ...]:
-    """Returns the names of what is searched.
+    """Checks `over`, one name or several, and returns the names.
 
     Raises:
         TypeError: If it is neither a name nor several.
@@ -165,13 +165,13 @@ def checked_over(over: object) -> tuple[str, ...]:
         or not all(isinstance(name, str) for name in names)
     ):
         raise TypeError(f"over is one of {OVER}, or several; got {brief(over)}.")
-    found = tuple(map(str, names))
-    for name in found:
+    checked = tuple(map(str, names))
+    for name in checked:
         if name not in OVER:
             raise ValueError(f"over={name!r} is none of {OVER}. {nearest(name, OVER)}")
-    if len(set(found)) < len(found):
+    if len(set(checked)) < len(checked):
         raise ValueError(f"over={brief(over)} has a name twice.")
-    return found
+    return checked
 
 
 def _several(checkpoints: Ingredients, over: str) -> int:
@@ -199,7 +199,7 @@ def _inside(between: object, low: float, high: float, what: str) -> tuple[float,
 
 
 def _up(number: float) -> float:
-    """Returns a number in four digits that is no less than it."""
+    """Rounds a number up to four digits."""
     neat = float(f"{number:.4g}")
     step = 10.0 ** (np.floor(np.log10(abs(number))) - 3)
     return neat if neat >= number else float(f"{neat + step:.4g}")

@@ -1,7 +1,7 @@
-"""The evaluations of a choice in a file, so that a run that stopped goes on.
+"""The log of a choice: its evaluations in a file, from which a stopped run goes on.
 
-Lines of JSON: what is chosen from first, then one for each evaluation, written with one
-call and synced. A line that was cut off by a crash is dropped. The file holds no code.
+The first line of JSON says what is chosen from. Each evaluation adds a line, written
+with one call and synced. A line that a crash cut off is dropped.
 """
 
 import json
@@ -18,11 +18,11 @@ from ema_optax._reconstruction.scores import Score, of_samples
 from ema_optax._reconstruction.searching import Value
 
 _KIND = "ema_optax.choose"
-_LARGEST = 2**26  # bytes that are read
+_LARGEST = 2**26  # bytes; a larger file is no log of evaluations
 
 
 class Entry(NamedTuple):
-    """An evaluation: what was tried, and its score, or why there is none."""
+    """One evaluation: the value that was tried, and its score or its failure."""
 
     over: str
     value: Value
@@ -34,29 +34,29 @@ class Log:
     """The file of one choice.
 
     Attributes:
-        entries: What it held when it was opened.
+        entries: Evaluations that the file held when it was opened.
     """
 
     def __init__(self, file: object, sources: Mapping[str, str]) -> None:
-        """Opens a file, or begins it.
+        """Opens a log, or begins one.
 
         Args:
-            file: Its path, on this machine.
-            sources: A fingerprint of what each name is chosen from.
+            file: Path on this machine.
+            sources: For each name that is searched, the fingerprint of its trees.
 
         Raises:
             OSError: If it cannot be read or written.
-            ValueError: If it is the log of another choice, or none.
+            ValueError: If it is the log of another choice, or no log.
         """
         self._file = arguments.local_file(file, "log", "choice.jsonl")
         head = _line({_KIND: 1, "sources": dict(sources)})
         content = _content(self._file)
-        whole = content[: content.rfind(b"\n") + 1]
-        if not whole and head.startswith(content):  # nothing, or a part of its head
+        complete = content[: content.rfind(b"\n") + 1]
+        if not complete and head.startswith(content):  # empty, or cut off in its head
             self._write(head, keep=0)
             self.entries: list[Entry] = []
             return
-        first, *others = [_parsed(line) for line in whole.splitlines()] or [None]
+        first, *others = [_parsed(line) for line in complete.splitlines()] or [None]
         if not isinstance(first, dict) or _KIND not in first:
             raise ValueError(
                 f"log={str(self._file)!r} is a file of something else, and stays as it "
@@ -74,23 +74,23 @@ class Log:
             self._entry(number, content)
             for number, content in enumerate(others, start=2)
         ]
-        if len(whole) < len(content):
-            self._write(b"", keep=len(whole))
+        if len(complete) < len(content):
+            self._write(b"", keep=len(complete))
 
     def append(self, entry: Entry) -> None:
-        """Writes an evaluation at the end."""
+        """Appends an evaluation, and waits until the disk has it."""
         score = entry.score
-        said: dict[str, Any] = {"over": entry.over, "value": entry.value}
+        fields: dict[str, Any] = {"over": entry.over, "value": entry.value}
         if score is not None:
-            said |= {"score": score.value, "error": score.error}
-            said |= {"samples": score.samples} if score.samples else {}
+            fields |= {"score": score.value, "error": score.error}
+            fields |= {"samples": score.samples} if score.samples else {}
         else:
-            said["failure"] = entry.failure
-        self._write(_line(said))
+            fields["failure"] = entry.failure
+        self._write(_line(fields))
 
     def _write(self, line: bytes, keep: int | None = None) -> None:
-        """Writes a line at the end, of the first `keep` bytes where that is given."""
-        if jax.process_index() != 0:
+        """Appends a line; first cuts the file to `keep` bytes where that is given."""
+        if jax.process_index() != 0:  # all processes evaluate; one of them writes
             return
         file = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -147,7 +147,9 @@ def _entry(content: object) -> Entry | None:
     if isinstance(failure, str):
         return Entry(over, value, None, failure)
     if isinstance(samples, list):
-        return Entry(over, value, _of(samples), None) if _are(samples) else None
+        return (
+            Entry(over, value, _mean(samples), None) if _are_samples(samples) else None
+        )
     if not _is_number(score) or (error is not None and not _is_number(error)):
         return None
     if error is not None and error < 0:
@@ -155,11 +157,11 @@ def _entry(content: object) -> Entry | None:
     return Entry(over, value, Score(score, error), None)
 
 
-def _of(samples: Sequence[float]) -> Score:
+def _mean(samples: Sequence[float]) -> Score:
     return of_samples([float(x) for x in samples])
 
 
-def _are(samples: Sequence[object]) -> bool:
+def _are_samples(samples: Sequence[object]) -> bool:
     return len(samples) > 1 and all(map(_is_number, samples))
 
 

@@ -1,4 +1,4 @@
-"""What was chosen, by which evaluations: as values, as text, as JSON."""
+"""The result of `choose`: the best average and the others, as text and as JSON."""
 
 import dataclasses
 import json
@@ -10,21 +10,22 @@ import numpy as np
 
 from ema_optax._reconstruction.scores import Score, are_tied, difference
 from ema_optax._reconstruction.searching import Value, best_of
+from ema_optax._reconstruction.weights import noise_gain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Point:
-    """An average that was tried.
+    """One average that `choose` tried.
 
     Attributes:
-        over: What its value is of: `width`, `last`, `schedule` or `alpha`.
+        over: The axis of its value: `width`, `last`, `schedule` or `alpha`.
         value: The width, the number of checkpoints, the name of the schedule, or α.
         coefficients: float64[trees], the weight of each tree, with sum 1.
-        steps: Of the trees: of the snapshots of a width, else of the checkpoints.
-        exponents: γ of the snapshots; None of checkpoints.
+        steps: The step of each tree: snapshots for a width, else checkpoints.
+        exponents: γ of each snapshot; None for checkpoints.
         score: What the evaluation returned, or the mean of it; NaN where it failed.
         error: Standard error of the score; None where it is not known.
-        samples: What the score is the mean of; None where it is not known.
+        samples: The numbers whose mean the score is; None where they are not known.
         failure: Why there is no score; None where there is one.
     """
 
@@ -40,8 +41,8 @@ class Point:
 
     @property
     def noise_gain(self) -> float:
-        """‖coefficients‖₂: what multiplies noise that the trees do not share."""
-        return float(np.linalg.norm(self.coefficients))
+        """‖coefficients‖₂, the factor of noise that the trees do not share."""
+        return noise_gain(self.coefficients)
 
     @property
     def scored(self) -> Score | None:
@@ -56,11 +57,12 @@ class Choice:
     """The average that an evaluation chose.
 
     Attributes:
-        points: All that were tried, in that order; names of one average have one score.
-        best: The one with the best score; of equal ones, that in their middle.
-        ties: The other points that noise keeps from being told from the best: they
-            differ from it by at most two standard errors of the difference.
-        tree: The average itself, like the params.
+        points: All points, in the order in which they were tried; names of one average
+            have one score.
+        best: The point with the best score; of equal ones, the one in their middle.
+        ties: The other points that noise hides from the best: they differ from it by at
+            most two standard errors of the difference.
+        tree: The best average itself, like the params.
         step: Its last step.
         evaluations: How many of the points were evaluated, those of a log among them.
         maximize: Whether greater scores are better.
@@ -77,7 +79,7 @@ class Choice:
     origin: Mapping[str, str]
 
     def against_best(self, point: Point) -> tuple[float, float]:
-        """Returns how far the score of a point is above the best one, and its noise.
+        """Compares the score of a point with the best: their difference and its noise.
 
         Args:
             point: One of the points, with a score.
@@ -96,7 +98,7 @@ class Choice:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What to save as `extra` beside the tree: how it was made and chosen."""
+        """How the tree was made and chosen, to save as `extra` beside it."""
         best = _point(self.best, whole=True)
         return {
             "chosen": {
@@ -109,7 +111,7 @@ class Choice:
         }
 
     def to_json(self) -> str:
-        """Returns all of it but the tree as JSON text."""
+        """Writes the choice as JSON text, without the tree."""
         content = {
             "best": _point(self.best, whole=True),
             "ties": [_point(point) for point in self.ties],
@@ -154,12 +156,12 @@ class Choice:
 
 
 def shown(value: Value) -> str:
-    """Returns a value as text."""
+    """Writes a value as text."""
     return value if isinstance(value, str) else f"{value:g}"
 
 
 def ordered(points: tuple[Point, ...]) -> list[Point]:
-    """Returns points by what they are of, and ascending; names as they were tried."""
+    """Sorts points by axis and then by value; names stay as they were tried."""
     names = list(dict.fromkeys(point.over for point in points))
 
     def key(point: Point) -> tuple[int, float]:
@@ -170,7 +172,7 @@ def ordered(points: tuple[Point, ...]) -> list[Point]:
 
 
 def best_point(points: tuple[Point, ...], *, maximize: bool) -> Point | None:
-    """Returns the best point; None if none has a score."""
+    """Finds the best point; None if no point has a score."""
     good = [point for point in points if point.failure is None]
     if not good:
         return None
@@ -186,7 +188,7 @@ def best_point(points: tuple[Point, ...], *, maximize: bool) -> Point | None:
 
 
 def ties_of(points: tuple[Point, ...], best: Point) -> tuple[Point, ...]:
-    """Returns the other points that cannot be told from the best."""
+    """Lists the other points whose difference from the best may be noise."""
     assert best.scored is not None
     return tuple(
         point
@@ -198,7 +200,7 @@ def ties_of(points: tuple[Point, ...], best: Point) -> tuple[Point, ...]:
 
 
 def _point(point: Point, *, whole: bool = False) -> dict[str, Any]:
-    """Returns a point as JSON; `whole` with the trees that it is a sum of."""
+    """Returns a point as a dict for JSON; `whole` adds its trees and coefficients."""
     failed = point.failure is not None
     content: dict[str, Any] = {
         "over": point.over,

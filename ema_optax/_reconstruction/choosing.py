@@ -40,28 +40,28 @@ def choose(
     out: Any = None,
     progress: Progress = False,
 ) -> Choice:
-    """Returns the average with the best evaluation, of those that a source can give.
+    """Chooses the average with the best evaluation, of those that a source can give.
 
     An interval is searched by a coarse grid, even in the logarithm of a width, and
-    then by halving the gaps beside the best. That ends where noise hides what is left,
-    or with the budget. Averages are made `at_once` in one pass over the disk, in
-    float64 and compared with checksums; memory holds so many, and one tree of the
-    source.
+    then by halving the gaps beside the best. The search ends where noise hides the
+    differences that are left, or with the budget. One pass over the disk makes
+    `at_once` averages, in float64 and checked against checksums; memory holds them and
+    one tree of the source.
 
     Args:
         source: `reconstruction.Snapshot`s, for `over="width"`; or the folder of a run,
             whose steps this library saved.
-        evaluate: From params to a score: a number; two numbers or more, such as one
-            for each batch, whose mean is the score and whose spread its noise; or a
-            `Score(value, error)`. If it raises, or its score is not finite, the average
-            stays among the points without one.
+        evaluate: A function from params to a score: a number; two numbers or more, such
+            as one for each batch, whose mean is the score and whose spread its noise;
+            or a `Score(value, error)`. If it raises, or its score is not finite, the
+            average stays among the points without a score.
         over: What is chosen, or several of them:
             `"width"`: σ_rel, of the snapshots; as far as their profile error is ≤ 5 %.
             `"last"`: n of the plain mean of the last n checkpoints.
             `"schedule"`: one of `among`.
             `"alpha"`: α of θ̄ + α·(θ̄ − θ̄'), where θ̄ and θ̄' are the means of the newer
             and of the older half of the checkpoints; from −1, which is θ̄', to 1.
-        budget: Evaluations at most, ≥ 3; those of a log count.
+        budget: Largest number of evaluations, ≥ 3; those of a log count.
         maximize: Whether greater scores are better.
         between: (low, high) to search, instead of all that the source gives.
         among: Schedules, as `schedule_coefficients` takes them by name or as decays;
@@ -83,7 +83,7 @@ def choose(
     Raises:
         CorruptCheckpointError: If data on disk is not what was saved, with the step.
         FileExistsError: If `out` has steps, before anything is evaluated.
-        TypeError: If `evaluate` returns what is no score.
+        TypeError: If `evaluate` returns something that is no score.
         ValueError: If there is nothing to choose from, an argument is outside what the
             source gives, the log is that of another choice, or no average could be
             evaluated.
@@ -108,20 +108,20 @@ def choose(
     budget = arguments.whole(budget, "budget", _LEAST, "budget=12 is usual.")
     at_once = arguments.whole(at_once, "at_once", 1, "at_once=3 is usual.")
     maximize = arguments.flag(maximize, "maximize")
-    given = _opened(source, names, tree, item, params)
-    searched = _axes(given, names, between, among)
+    opened = _opened(source, names, tree, item, params)
+    searched = _axes(opened, names, between, among)
     shares = _shares(searched, budget)
-    made_ofs = {name: made_of for name, (made_of, _) in given.items()}
-    for made_of in made_ofs.values():
-        made_of.check()
-    step = int(max(max(made_of.steps) for made_of in made_ofs.values()))
+    sources = {name: of_name for name, (of_name, _) in opened.items()}
+    for of_name in sources.values():
+        of_name.check()
+    step = int(max(max(of_name.steps) for of_name in sources.values()))
     if out is not None:
         ingredients.check_free(arguments.path(out, "out", "chosen"), step)
     trials = Trials(
-        evaluate, made_ofs, searched, maximize=maximize, at_once=at_once, log=log
+        evaluate, sources, searched, maximize=maximize, at_once=at_once, log=log
     )
     with shown(progress, "choosing", budget) as report:
-        spare = 0  # what a search that ended early leaves to those after it
+        spare = 0  # evaluations that searches which ended early leave to the next
         for name, share in shares.items():
             trials.search(name, share, spare, report)
             spare += share - trials.counts[name]
@@ -132,26 +132,26 @@ def choose(
             f"None of {len(points)} averages could be evaluated. The first, "
             f"{points[0].over} {choices.shown(points[0].value)}: {points[0].failure}"
         )
-    made_of = made_ofs[best.over]
-    found = Choice(
+    chosen_from = sources[best.over]
+    choice = Choice(
         points=points,
         best=best,
         ties=choices.ties_of(points, best),
-        tree=made_of.summed(best.coefficients[None])[0],
-        step=int(max(made_of.steps)),
+        tree=chosen_from.summed(best.coefficients[None])[0],
+        step=int(max(chosen_from.steps)),
         evaluations=trials.evaluations(),
         maximize=maximize,
-        origin=made_of.origin,
+        origin=chosen_from.origin,
     )
     if out is not None:
         decay = power(cast(float, best.value)) if best.over == "width" else None
         ingredients.save(
-            out, found.tree, step=found.step, decay=decay, extra=found.provenance
+            out, choice.tree, step=choice.step, decay=decay, extra=choice.provenance
         )
-    return found
+    return choice
 
 
-_Given = dict[str, tuple[Ingredients, list[Snapshot]]]
+_Opened = dict[str, tuple[Ingredients, list[Snapshot]]]
 
 
 def _opened(
@@ -160,20 +160,20 @@ def _opened(
     tree: str,
     item: str | None,
     params: optax.Params | None,
-) -> _Given:
-    """Returns what each name is chosen from, and its snapshots."""
+) -> _Opened:
+    """Opens the trees that each name is chosen from, and the snapshots of a width."""
     if not isinstance(source, (list, tuple)):
         run = arguments.path(source, "source", "run/checkpoints")
         tree = arguments.a_name(tree, "tree", "params")
-        found: _Given = {}
+        opened: _Opened = {}
         if "width" in names:
-            snapshots, made_of = ingredients.snapshots_of(run, item, params)
-            found["width"] = made_of, snapshots
+            snapshots, summed = ingredients.snapshots_of(run, item, params)
+            opened["width"] = summed, snapshots
         others = [name for name in names if name != "width"]
         if others:
-            made_of = ingredients.checkpoints_of(run, tree, item, params)
-            found |= {name: (made_of, []) for name in others}
-        return {name: found[name] for name in names}
+            summed = ingredients.checkpoints_of(run, tree, item, params)
+            opened |= {name: (summed, []) for name in others}
+        return {name: opened[name] for name in names}
     listed = cast(Sequence[Any], source)
     odd = [each for each in listed if not isinstance(each, Snapshot)]
     if odd or not listed:
@@ -191,7 +191,7 @@ def _opened(
 
 
 def _axes(
-    given: _Given, names: Sequence[str], between: Any, among: axes.Among
+    opened: _Opened, names: Sequence[str], between: Any, among: axes.Among
 ) -> dict[str, Axis]:
     lines = [name for name in names if name != "schedule"]
     if between is not None and len(lines) != 1:
@@ -204,22 +204,22 @@ def _axes(
             f"among={brief(among)} are schedules, and over={brief(list(names))} has "
             "no 'schedule'."
         )
-    made: dict[str, Axis] = {}
+    searched: dict[str, Axis] = {}
     for name in names:
-        made_of, snapshots = given[name]
+        checkpoints, snapshots = opened[name]
         if name == "width":
-            made[name] = axes.widths(snapshots, between)
+            searched[name] = axes.widths(snapshots, between)
         elif name == "last":
-            made[name] = axes.windows(made_of, between)
+            searched[name] = axes.windows(checkpoints, between)
         elif name == "alpha":
-            made[name] = axes.extrapolations(made_of, between)
+            searched[name] = axes.extrapolations(checkpoints, between)
         else:
-            made[name] = axes.schedules(made_of, among)
-    return made
+            searched[name] = axes.schedules(checkpoints, among)
+    return searched
 
 
 def _shares(searched: Mapping[str, Axis], budget: int) -> dict[str, int]:
-    """Returns how many of the evaluations each axis may take.
+    """Shares the budget of evaluations among the axes.
 
     Raises:
         ValueError: If the budget is too small for all of them.
@@ -239,7 +239,7 @@ def _shares(searched: Mapping[str, Axis], budget: int) -> dict[str, int]:
 
 
 def _least(axis: Axis) -> int:
-    """Returns how many evaluations an axis needs; of names, the different ones."""
+    """Counts the evaluations that an axis needs: for names, one a different average."""
     if not axis.names:
         return min(_LEAST, len(axis.grid(_LEAST)))
     different: list[np.ndarray] = []

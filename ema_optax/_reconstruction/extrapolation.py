@@ -13,9 +13,10 @@ def extrapolated(
     origin: Sequence[float] | np.ndarray,
     alpha: float,
 ) -> np.ndarray:
-    """Returns the weights of θ̄ + α(θ̄ − θ̄'), which goes on from an older mean.
+    """Extrapolates from an older mean of checkpoints through a newer: θ̄ + α(θ̄ − θ̄').
 
-    c + α(c − c'). They sum to 1, some are negative, and the noise gain grows with α.
+    The weights c + α(c − c') sum to 1. Some are negative, and the noise gain grows with
+    α.
 
     Args:
         coefficients: c, the weights of θ̄, [checkpoints], with sum 1.
@@ -46,25 +47,6 @@ def extrapolated(
     if not np.isfinite(float(alpha)):
         raise ValueError(f"alpha is how far to go, such as 0.3; got {float(alpha)}.")
     return c + float(alpha) * (c - start)
-
-
-def noise_gain(coefficients: Sequence[float] | np.ndarray) -> float:
-    """Returns what a merge multiplies independent noise of the checkpoints by, ‖c‖₂.
-
-    1/√n for the plain mean of n, 1 for one checkpoint alone.
-
-    Args:
-        coefficients: [checkpoints].
-
-    >>> noise_gain([0.25, 0.25, 0.25, 0.25]), noise_gain([2.0, -1.0]) > 2
-    (0.5, True)
-    """
-    numbers = arguments.numbers(coefficients, "coefficients")
-    if numbers.ndim != 1:
-        raise ValueError(
-            f"coefficients are one number a checkpoint, got {brief(coefficients)}."
-        )
-    return float(np.linalg.norm(numbers))
 
 
 def _weights(value: object, name: str) -> np.ndarray:

@@ -1,15 +1,13 @@
-"""The trees that averages are made of: of snapshots, or of the checkpoints of a run."""
+"""Trees that an average is merged from: snapshots, or the checkpoints of a run."""
 
 import dataclasses
 import importlib
 import os
 import types
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,19 +16,19 @@ from ema_optax._reconstruction.merging import merge
 from ema_optax._reconstruction.slots import Slots
 from ema_optax._reconstruction.sums import InMemory, Source
 from ema_optax._reconstruction.widths import Snapshot
-from ema_optax._trees import selection, trees
+from ema_optax._trees import trees
 
 
 @dataclasses.dataclass(frozen=True)
 class Ingredients:
-    """Trees that are summed, and what a sum is like.
+    """Trees to merge, and the structure of the result.
 
     Attributes:
-        steps: Of the trees, in order.
-        exponents: Of snapshots; None of checkpoints.
+        steps: The step of each tree, in order.
+        exponents: The exponent γ of each snapshot; None for checkpoints.
         trees: Trees of arrays, or sources.
-        like: What a sum is like; None as in `merge`.
-        origin: Where they come from, for people.
+        like: Params that give the result its structure; None as in `merge`.
+        origin: Where the trees come from, for people to read.
     """
 
     steps: tuple[float, ...]
@@ -45,35 +43,25 @@ class Ingredients:
         first = _shapes(sources[0])
         for step, source in zip(self.steps, sources, strict=True):
             names = f"tree of step {self.steps[0]:g}", f"tree of step {step:g}"
-            apart = trees.difference(first, _shapes(source), names)
-            if apart:
+            difference = trees.difference(first, _shapes(source), names)
+            if difference:
                 raise ValueError(
-                    f"These are not of one model: {apart}. Leave the steps of another "
-                    "run out, or move them to a folder of their own."
+                    f"These are not of one model: {difference}. Leave the steps of "
+                    "another run out, or move them to a folder of their own."
                 )
         Slots(self.trees, self.like, None)
 
     def summed(self, weights: np.ndarray) -> list[Any]:
-        """Returns a tree for each row of weights, in one pass over those that count.
+        """Merges the trees once for each row of weights, in one pass over them.
 
         Args:
             weights: float64[results, trees].
         """
-        used = np.flatnonzero(np.any(weights != 0, axis=0))
-        given = [self.trees[i] for i in used.tolist()]
-        # 0·inf is NaN: a tree that one of the sums leaves out may have diverged.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "invalid value", RuntimeWarning)
-            found = merge(given, weights[:, used], params=self.like)
-        for row, result in enumerate(found):
-            alone = weights[row : row + 1]
-            if len(found) > 1 and np.any(alone[:, used] == 0) and not _finite(result):
-                found[row] = self.summed(alone)[0]
-        return found
+        return merge(self.trees, weights, params=self.like)
 
     def fingerprint(self) -> str:
-        """Returns what tells these trees, and their contents, from others."""
-        import xxhash  # with the first digest, and not with ema_optax
+        """Computes a digest of the steps, exponents and contents of the trees."""
+        import xxhash  # loaded with the first digest, not with ema_optax
 
         digest = xxhash.xxh3_128(repr((self.steps, self.exponents)).encode())
         for tree in self.trees:
@@ -86,7 +74,7 @@ def of_snapshots(
     like: optax.Params | None,
     origin: Mapping[str, str] | None = None,
 ) -> Ingredients:
-    """Returns snapshots as ingredients, in the order of their steps."""
+    """Wraps snapshots as ingredients, in the order of their steps."""
     ordered = sorted(snapshots, key=lambda s: (s.step, s.exponent))
     return Ingredients(
         steps=tuple(s.step for s in ordered),
@@ -100,45 +88,46 @@ def of_snapshots(
 def snapshots_of(
     run: str, item: str | None, params: optax.Params | None
 ) -> tuple[list[Snapshot], Ingredients]:
-    """Returns the snapshots in the steps of a run, plain and as ingredients."""
-    found: list[Snapshot] = _checkpoint().snapshots(run, item=item)
+    """Opens the snapshots of a run, as a list and as ingredients."""
+    snapshots: list[Snapshot] = _checkpoint().snapshots(run, item=item)
     if params is None:
-        params = _like_snapshots(run, item, found)
+        params = _like_snapshots(run, item, snapshots)
     origin = {"run": _name(run), "tree": "snapshots"}
-    return found, of_snapshots(found, params, origin)
+    return snapshots, of_snapshots(snapshots, params, origin)
 
 
 def checkpoints_of(
     run: str, tree: str, item: str | None, params: optax.Params | None
 ) -> Ingredients:
-    """Returns a tree of each step of a run as ingredients.
+    """Opens one tree of each step of a run, as ingredients.
 
     Raises:
         ValueError: If a step has no such tree.
     """
     checkpoint = _checkpoint()
     steps = sorted(checkpoint.describe(run, item=item).steps)
-    found = [checkpoint.stored(run, tree, step=step, item=item) for step in steps]
+    sources = [checkpoint.stored(run, tree, step=step, item=item) for step in steps]
     if params is None:
         # A sum has the dtypes of the newest step, and its leaves that are not averaged.
-        params = _abstract(found[-1].leaves)
-        if set(found[-1].entries) != set(found[-1].leaves):
-            whole = checkpoint.restore(run, tree, step=steps[-1], item=item)
-            params = _over(whole, found[-1].leaves)
+        newest = sources[-1]
+        params = _abstract(newest.leaves)
+        if set(newest.entries) != set(newest.leaves):
+            model = checkpoint.restore(run, tree, step=steps[-1], item=item)
+            params = _over(model, newest.leaves)
     origin = {"run": _name(run), "tree": tree}
-    return Ingredients(tuple(steps), None, found, params, origin)
+    return Ingredients(tuple(steps), None, sources, params, origin)
 
 
 def save(out: str, tree: Any, **settings: Any) -> None:
-    """Writes an average as a checkpoint, as `checkpoint.save_average` does."""
+    """Saves an average as a checkpoint with `checkpoint.save_average`."""
     _checkpoint().save_average(out, tree, **settings)
 
 
 def check_free(out: str, step: int) -> None:
-    """Refuses a folder that has such a step already, or steps of a run.
+    """Refuses a folder for the result that holds steps already.
 
     Raises:
-        FileExistsError: If it has, or is a file.
+        FileExistsError: If it holds steps, or is a file.
     """
     if os.path.isfile(out):
         raise FileExistsError(f"out={out!r} is a file. Pass a folder of its own.")
@@ -153,20 +142,23 @@ def check_free(out: str, step: int) -> None:
 
 
 def _checkpoint() -> types.ModuleType:
-    """Returns the room that reads runs; by its name, as it imports this one."""
+    """Imports the room that reads runs, by name: it imports this one."""
     return importlib.import_module("ema_optax.checkpoint")
 
 
 def _like_snapshots(
     run: str, item: str | None, snapshots: Sequence[Snapshot]
 ) -> optax.Params:
-    """Returns what an average is like: the whole model where params of its step are."""
+    """Builds the structure of an average: that of the model, where its step has params.
+
+    Without such a step the averaged leaves alone, in float32 or wider.
+    """
     checkpoint = _checkpoint()
     averaged = snapshots[-1].tree.leaves
     for step in sorted(checkpoint.describe(run, item=item).steps, reverse=True):
-        held = checkpoint.describe(run, step=step, item=item).trees
-        if "params" not in held or not any(
-            _folded(tree) == snapshots[-1].step for tree in held.values()
+        stored = checkpoint.describe(run, step=step, item=item).trees
+        if "params" not in stored or not any(
+            _last_fold(tree) == snapshots[-1].step for tree in stored.values()
         ):
             continue
         params = checkpoint.stored(run, "params", step=step, item=item)
@@ -182,8 +174,8 @@ def _like_snapshots(
     )
 
 
-def _folded(tree: Any) -> int | None:
-    """Returns the updates that a shadow had seen at its last fold."""
+def _last_fold(tree: Any) -> int | None:
+    """Returns the number of the update at which a shadow last folded."""
     if not isinstance(tree.count, int):
         return None
     return tree.count - tree.count % (tree.every or 1)
@@ -195,9 +187,9 @@ def _abstract(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     )
 
 
-def _over(whole: Any, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Returns a tree as nested dicts, with some of its leaves abstract."""
-    paths, values, _ = trees.flatten(whole)
+def _over(model: Any, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Returns a model as nested dicts, with abstract leaves in the place of some."""
+    paths, values, _ = trees.flatten(model)
     return trees.nested({**dict(zip(paths, values, strict=True)), **leaves})
 
 
@@ -206,13 +198,8 @@ def _source(tree: Any) -> Source:
 
 
 def _shapes(source: Source) -> dict[str, Any]:
-    """Returns the leaves by path, which two trees of one model have in common."""
+    """Returns the leaves of a source by path, sorted: equal for trees of one model."""
     return dict(sorted(source.leaves.items()))
-
-
-def _finite(tree: Any) -> bool:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if selection.is_averaged(leaf)]
-    return all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
 
 
 def _name(run: str) -> str:

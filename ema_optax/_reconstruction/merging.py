@@ -25,16 +25,17 @@ def merge(
     dtype: DTypeLike | None = None,
     progress: Progress = False,
 ) -> Any:
-    """Returns Σ coefficientsᵢ·treesᵢ of the leaves that can be averaged.
+    """Merges trees into their weighted mean Σ coefficientsᵢ·treesᵢ.
 
-    The trees are read once, in parts, whatever the number of results. Sums are taken
-    in float64.
+    The trees are read once, in parts, whatever the number of results; those whose
+    coefficients are all 0 are not read. A tree of coefficient 0 counts for nothing,
+    even where it is not finite. Sums are taken in float64.
 
     Args:
         trees: Trees of arrays, or what `checkpoint.stored` gives.
-        coefficients: [trees], with sum 1; or [results, trees], for several in one pass.
-            Or a schedule, as `schedule_coefficients` takes it: `"1-sqrt"`, a decay, a
-            function.
+        coefficients: float[trees], with sum 1; or float[results, trees], for several
+            results in one pass. Or a schedule, as `schedule_coefficients` takes it:
+            `"1-sqrt"`, a decay, a function.
         steps: Of the trees, ascending, for a schedule; None is evenly spaced.
         params: What the result should be like, as in `reconstruct`. None is like the
             last of the trees, in float32 or wider, with its leaves that are not
@@ -65,18 +66,19 @@ def merge(
             f"merge needs one coefficient for each of the {len(trees)} trees, got "
             f"{weights.shape}. uniform_coefficients({len(trees)}) is their plain mean."
         )
-    sums = weights.sum(axis=-1)
-    if not np.allclose(sums, 1, rtol=0, atol=1e-6):
+    totals = np.ravel(weights.sum(axis=-1))
+    if not np.allclose(totals, 1, rtol=0, atol=1e-6):
         raise ValueError(
             f"coefficients must sum to 1, or the params would be scaled; got a sum of "
-            f"{np.ravel(sums)[np.argmax(np.abs(np.ravel(sums) - 1))]:.6g}."
+            f"{totals[np.argmax(np.abs(totals - 1))]:.6g}."
         )
     slots = Slots(trees, params, dtype)
     columns = np.atleast_2d(weights).T
-    found = slots.filled(
-        weighted_sums(slots.sources, columns, slots.targets, progress=progress)
-    )
-    return found[0] if weights.ndim == 1 else found
+    used = np.flatnonzero(np.any(columns != 0, axis=1))
+    sources = [slots.sources[i] for i in used.tolist()]
+    sums = weighted_sums(sources, columns[used], slots.targets, progress=progress)
+    merged = slots.filled(sums)
+    return merged[0] if weights.ndim == 1 else merged
 
 
 def _weights(
@@ -84,7 +86,7 @@ def _weights(
     steps: Sequence[int] | None,
     count: int,
 ) -> np.ndarray:
-    """Returns the coefficients, or those of a schedule."""
+    """Checks coefficients that are numbers, or computes those of a schedule."""
     if not isinstance(coefficients, str) and not callable(coefficients):
         if steps is not None:
             raise ValueError(
@@ -95,10 +97,10 @@ def _weights(
     steps = range(1, count + 1) if steps is None else steps
     if not count:
         return np.zeros(0)
-    found = schedule_coefficients(coefficients, steps)
-    if found.size != count:
+    weights = schedule_coefficients(coefficients, steps)
+    if weights.size != count:
         raise ValueError(
-            f"merge needs a step for each of the {count} trees, got {found.size}: "
+            f"merge needs a step for each of the {count} trees, got {weights.size}: "
             f"steps={brief(steps)}."
         )
-    return found
+    return weights

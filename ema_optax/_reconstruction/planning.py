@@ -1,4 +1,4 @@
-"""Before training: which averages a schedule of snapshots will be able to give."""
+"""Plans snapshots before training: which averages they will give, at how many bytes."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from ema_optax._decays.power_profiles import exponent_from_width
 from ema_optax._messages import arguments
 from ema_optax._reconstruction import projection
+from ema_optax._reconstruction.weights import noise_gain
 from ema_optax._reconstruction.widths import reachable
 from ema_optax._trees import selection
 
@@ -20,17 +21,17 @@ _WIDTHS = (0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a schedule of snapshots gives, at the last step.
+    """The averages that a schedule of snapshots gives at the last step.
 
     Attributes:
-        steps: At which shadows are saved.
-        tracked: The widths that are tracked while training.
+        steps: Updates at which shadows are saved.
+        tracked: Widths that are tracked while training.
         widths: Widths that could be reconstructed.
-        profile_errors: Of each, as in `Reconstruction`.
-        noise_gains: Of each, as in `Reconstruction`.
+        profile_errors: Profile error of each width, as in `Reconstruction`.
+        noise_gains: Noise gain of each width, as in `Reconstruction`.
         reachable: Narrowest and widest average with a profile error of 1 % or less;
             None if there is none.
-        bytes: Of all snapshots on disk; None where the size of the params is unknown.
+        bytes: Size of all snapshots on disk; None where that of the params is unknown.
     """
 
     steps: tuple[int, ...]
@@ -65,15 +66,16 @@ def plan(
     dtype: DTypeLike | None = "float16",
     params: optax.Params | int | None = None,
 ) -> Plan:
-    """Returns which widths a schedule of snapshots will give, and at how many bytes.
+    """Plans which widths a schedule of snapshots will give, and at how many bytes.
 
     Args:
         steps: Length of the run in updates, ≥ 1; or the steps of the snapshots.
-        snapshots: How many, evenly spaced over the run.
+        snapshots: Number of snapshots, ≥ 1, evenly spaced over the run.
         tracked: Widths that are tracked, in (0, 0.2886…].
-        widths: Widths to tell of.
-        dtype: What `checkpoint.SnapshotSave` writes; None is float32.
-        params: Of the model, abstract or concrete, to count bytes; or their number.
+        widths: Widths whose errors are computed, in (0, 0.2886…].
+        dtype: The dtype in which `checkpoint.SnapshotSave` writes; None is float32.
+        params: Params of the model, abstract or concrete, to count bytes; or the number
+            of their elements.
 
     Raises:
         ValueError: If an argument is outside its interval.
@@ -100,7 +102,7 @@ def plan(
         tracked=tuple(tracked),
         widths=tuple(widths),
         profile_errors=tuple(errors.tolist()),
-        noise_gains=tuple(np.linalg.norm(x, axis=0).tolist()),
+        noise_gains=tuple(map(noise_gain, x.T)),
         reachable=best,
         bytes=size,
     )
@@ -108,10 +110,10 @@ def plan(
 
 def _times(steps: int | Sequence[int], snapshots: int) -> list[int]:
     if isinstance(steps, (Sequence, np.ndarray)):
-        found = sorted({int(step) for step in arguments.numbers(steps, "steps")})
-        if not found:
+        times = sorted({int(step) for step in arguments.numbers(steps, "steps")})
+        if not times:
             raise ValueError("plan needs the length of a run, or steps of snapshots.")
-        return found
+        return times
     length = arguments.whole(steps, "steps", 1, "steps=100_000 is a run so long.")
     snapshots = arguments.whole(snapshots, "snapshots", 1, "64 are usual.")
     if not 1 <= snapshots <= length:

@@ -36,7 +36,7 @@ def coefficients(
     *,
     ridge: float = 0.0,
 ) -> np.ndarray:
-    """Returns the weight of each snapshot in the average that is wanted.
+    """Finds the weights of snapshots whose sum is nearest to an average.
 
     They minimise
 
@@ -82,7 +82,7 @@ def fit(
     *,
     ridge: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `coefficients` and `profile_error` of several averages, solved at once.
+    """Solves for `coefficients` and `profile_error` of several averages at once.
 
     Args:
         steps: As for `coefficients`.
@@ -125,11 +125,12 @@ def profile_error(
     exponent: float,
     step: float,
 ) -> float:
-    """Returns the distance of the combined profile from the one wanted, over its norm.
+    """Measures how far a combined profile is from the one wanted, over its norm.
 
-    ‖Σ xᵢ·pᵢ − p‖₂ / ‖p‖₂. What it bounds: with D the root mean square deviation of a
-    param from any constant over the run, the combined average differs from the one
-    wanted by at most profile_error·D·(γ+1)/√(2γ+1). Below 1e-7 it is rounding.
+    ‖Σ xᵢ·pᵢ − p‖₂ / ‖p‖₂ bounds the error of the average: with D the root mean square
+    deviation of a param from any constant over the run, the combined average differs
+    from the one wanted by at most profile_error·D·(γ+1)/√(2γ+1). Below 1e-7 it is
+    rounding.
 
     Args:
         weights: float64[snapshots], as `coefficients` gives them.
@@ -151,7 +152,7 @@ def profile_error(
 
 
 def rounding_variance(dtype: DTypeLike) -> float:
-    """Returns the mean square of a relative rounding error to a floating dtype.
+    """Computes the mean square of a relative rounding error to a floating dtype.
 
     The mean is over numbers of all sizes: an error is uniform within ±½ of the last
     digit, and that is eps/m of a number m·2ᵏ whose 1 ≤ m < 2 is spread as 1/m.
@@ -172,7 +173,7 @@ def rounding_variance(dtype: DTypeLike) -> float:
 def _inner(
     ta: np.ndarray, ga: np.ndarray, tb: np.ndarray, gb: np.ndarray
 ) -> np.ndarray:
-    """∫ p_a·p_b dt, of the profiles that end at ta and tb."""
+    """Integrates ∫ p_a·p_b dt of the profiles that end at ta and tb."""
     early = np.minimum(ta, tb)
     late = np.maximum(ta, tb)
     late_exponent = np.where(ta <= tb, gb, ga)
@@ -197,7 +198,7 @@ def _checked(steps: object, exponents: object) -> tuple[np.ndarray, np.ndarray]:
     g = np.broadcast_to(g, t.shape)
     if not np.all((g > -0.5) & np.isfinite(g)):
         raise ValueError(
-            f"Profiles can be combined whose exponents are above -1/2, got "
+            f"Profiles can be combined if their exponents are above -1/2, got "
             f"{brief(exponents)}. exponent_from_width(0.05) gives that of a width."
         )
     return t, g

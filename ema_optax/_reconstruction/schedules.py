@@ -25,7 +25,7 @@ UNIFORM = "uniform"
 def schedule_coefficients(
     schedule: str | Decay | Multiplier, steps: Sequence[int]
 ) -> np.ndarray:
-    """Returns the weights of checkpoints that stand for a decay of the learning rate.
+    """Weighs checkpoints so that their mean stands for a decay of the learning rate.
 
     The window begins one distance before the first checkpoint and ends at the last.
     cⱼ = wⱼ − wⱼ₊₁, where wⱼ₊₁ is the multiplier w(x) at checkpoint j, w₀ = 1, and the

@@ -1,4 +1,4 @@
-"""What an evaluation returns: a score with its noise, and which two differ."""
+"""Scores of evaluations with their noise, and whether two of them differ."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import numpy as np
 from ema_optax._messages import arguments
 from ema_optax._messages.text import brief
 
-# Standard errors of a difference, up to which it may be noise.
+# A difference of up to so many standard errors may be noise.
 NOISE = 2.0
 
 
@@ -58,7 +58,7 @@ class Score:
 
 
 def as_score(returned: object) -> Score:
-    """Returns what an evaluation returned as a score.
+    """Reads the result of an evaluation as a score.
 
     Args:
         returned: A number; at least two numbers, whose mean and standard error are
@@ -86,7 +86,7 @@ def as_score(returned: object) -> Score:
 
 
 def of_samples(samples: Sequence[float]) -> Score:
-    """Returns the mean of two samples or more, with its standard error."""
+    """Computes the mean of two samples or more, with its standard error."""
     if not np.all(np.isfinite(samples)):
         return Score(math.nan)
     error = float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
@@ -94,7 +94,7 @@ def of_samples(samples: Sequence[float]) -> Score:
 
 
 def difference(a: Score, b: Score) -> tuple[float, float]:
-    """Returns a − b and its standard error, 0 where no noise is known.
+    """Computes a − b and its standard error, 0 where no noise is known.
 
     Samples of one length are taken as pairs: what makes a batch hard is in both.
 
@@ -102,14 +102,14 @@ def difference(a: Score, b: Score) -> tuple[float, float]:
     (-0.5, 0.0)
     """
     if a.samples and b.samples and len(a.samples) == len(b.samples):
-        apart = np.subtract(a.samples, b.samples)
-        spread = float(np.std(apart, ddof=1)) / math.sqrt(len(apart))
-        return float(np.mean(apart)), spread
+        differences = np.subtract(a.samples, b.samples)
+        error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+        return float(np.mean(differences)), error
     return a.value - b.value, math.hypot(a.error or 0.0, b.error or 0.0)
 
 
 def are_tied(a: Score, b: Score) -> bool:
-    """Returns whether two scores differ by no more than noise may make them differ.
+    """Whether two scores differ by no more than noise may make them differ.
 
     Without known noise, only equal scores are tied.
     """
@@ -120,7 +120,7 @@ def are_tied(a: Score, b: Score) -> bool:
 
 
 def _numbers(value: object) -> np.ndarray | None:
-    """Returns real numbers as float64; None of what is none."""
+    """Converts real numbers to float64; None for anything else."""
     if isinstance(value, (str, bytes, bool, dict, set)):
         return None
     try:

@@ -1,9 +1,9 @@
 """Which value to try next on an axis: a coarse grid, then halving around the best.
 
-A bracketing search as golden section is one, made for what is searched here. Both
-sides of the best are halved at once, because one pass over the disk gives several
-averages; it goes on from whatever was tried, so that it resumes; and a side is left
-alone where noise already hides its difference from the best, so that a plateau ends it.
+This is a bracketing search, as golden section is, with three differences. It halves
+both sides of the best at once, because one pass over the disk gives several averages.
+It goes on from whatever was tried, so that it resumes. It leaves a side alone where
+noise already hides its difference from the best, so that a plateau ends the search.
 `scipy.optimize.minimize_scalar` asks for one value at a time and knows of no noise.
 """
 
@@ -15,15 +15,15 @@ import numpy as np
 from ema_optax._reconstruction.scores import Score, are_tied
 
 _COARSE = 9  # values of a grid at most; its neighbours then differ by a third or so
-_CLOSE = 0.02  # of a value, or of the whole interval: what is not told apart any more
-_DIGITS = 4
+_CLOSE = 0.02  # of a value, or of the whole interval: values so close count as one
+_DIGITS = 4  # of a value: people read it and type it again
 
 Value = float | int | str
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What is searched: an interval, or names without an order.
+    """One thing to search: an interval, or names without an order.
 
     Attributes:
         over: Its name: `width`, `last`, `alpha` or `schedule`.
@@ -32,7 +32,7 @@ class Axis:
         high: Greatest value.
         log: Whether values are compared by their ratio.
         whole: Whether they are whole numbers.
-        names: Instead of an interval.
+        names: The names, for an axis without an interval.
     """
 
     over: str
@@ -44,7 +44,7 @@ class Axis:
     names: Sequence[str] = ()
 
     def holds(self, value: Value) -> bool:
-        """Returns whether a value lies on the axis."""
+        """Whether a value lies on the axis."""
         if self.names or isinstance(value, str):
             return value in self.names
         return self.low <= value <= self.high
@@ -73,7 +73,7 @@ class Axis:
         return value
 
     def _neat(self, value: float) -> float:
-        """Returns a value in few digits, for people to read and to write again."""
+        """Rounds a value to few digits, for people to read and to write again."""
         if self.whole:
             return round(value)
         neat = float(f"{value:.{_DIGITS}g}") if self.log else round(value, _DIGITS)
@@ -81,17 +81,17 @@ class Axis:
 
 
 def are_alike(a: np.ndarray, b: np.ndarray) -> bool:
-    """Returns whether coefficients are those of one average."""
+    """Whether two sets of coefficients give one average."""
     return np.allclose(a, b, rtol=0, atol=1e-12)
 
 
 def coarse(share: int) -> int:
-    """Returns how many of the evaluations a grid takes; odd, so that 0 is in ±α."""
+    """Counts the evaluations for a grid: an odd number, so that 0 is in ±α."""
     return min(max(share * 3 // 5 | 1, 3), _COARSE)
 
 
 def best_of(scores: Mapping[Value, Score], *, maximize: bool) -> Value:
-    """Returns the value with the best score; of equal ones that in their middle."""
+    """Finds the value with the best score; of equal ones, the one in their middle."""
     values = [score.value for score in scores.values()]
     best = max(values) if maximize else min(values)
     tops = [value for value, score in scores.items() if score.value == best]
@@ -107,7 +107,7 @@ def ask(
     *,
     maximize: bool,
 ) -> list[Value]:
-    """Returns the values to try next; none where the search is at its end.
+    """Proposes the values to try next; none where the search is at its end.
 
     Args:
         axis: What is searched.
@@ -121,9 +121,9 @@ def ask(
         return missing
     best = best_of(good, maximize=maximize)
     ordered = sorted(scores)  # pyright: ignore[reportArgumentType] no names, as above
-    at = ordered.index(best)
-    found: list[tuple[float, Value]] = []
-    for i in (at - 1, at + 1):
+    place = ordered.index(best)
+    proposals: list[tuple[float, Value]] = []
+    for i in (place - 1, place + 1):
         if not 0 <= i < len(ordered):
             continue
         score = scores[ordered[i]]
@@ -133,5 +133,5 @@ def ask(
         if beside is not None and beside not in scores:
             a, b = float(best), float(ordered[i])
             gap = abs(np.log(a / b)) if axis.log else abs(a - b)
-            found.append((-float(gap), beside))
-    return [value for _, value in sorted(found)]
+            proposals.append((-float(gap), beside))
+    return [value for _, value in sorted(proposals)]  # the widest gap first

@@ -1,4 +1,4 @@
-"""Where the leaves of a sum of trees go: into the slots of params, or as they came."""
+"""Puts the leaves of a sum of trees into the structure of params, or of the trees."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from ema_optax._messages import arguments
-from ema_optax._placement.placement import default_sharding, is_bound
+from ema_optax._placement.leaf_placement import default_sharding, is_bound
 from ema_optax._reconstruction.sums import InMemory, Source, Target
 from ema_optax._trees import selection, trees
 
@@ -28,7 +28,7 @@ class Slots:
 
     Attributes:
         sources: The trees.
-        targets: What the averaged leaves are to be, by path.
+        targets: Dtype and sharding of each averaged leaf of the result, by path.
 
     Raises:
         ValueError: If the trees, or the params, do not fit each other.
@@ -62,9 +62,9 @@ class Slots:
             kind = dtypes.get(path, slot.dtype)
             if dtype is not None:
                 kind = _in_kind_of(kind, dtype)
-            where = getattr(slot, "sharding", None) if is_bound(slot) else None
-            where = where or default_sharding()
-            self.targets[path] = Target(jnp.dtype(kind), where)
+            sharding = getattr(slot, "sharding", None) if is_bound(slot) else None
+            sharding = sharding or default_sharding()
+            self.targets[path] = Target(jnp.dtype(kind), sharding)
         missing = [path for path in stored if path not in self.targets]
         if missing:
             raise ValueError(
@@ -73,7 +73,7 @@ class Slots:
             )
 
     def filled(self, sums: Sequence[Mapping[str, jax.Array]]) -> list[Any]:
-        """Returns the sums as trees, what is not averaged taken from the params."""
+        """Builds trees of the sums; leaves that are not averaged are the params'."""
         if self._like is None:
             return [trees.nested(leaves) for leaves in sums]
         paths, slots, structure = trees.flatten(self._like)
@@ -98,14 +98,14 @@ def _check_same(
     first: Mapping[str, _Leaf], other: Mapping[str, _Leaf], number: int
 ) -> None:
     odd = sorted(set(first) ^ set(other))
-    wrong = [p for p in first if not odd and _kind(first[p]) != _kind(other[p])]
+    misfits = [p for p in first if not odd and _kind(first[p]) != _kind(other[p])]
     if odd:
         which = "lacks" if odd[0] in first else "also has"
         raise ValueError(
             f"The trees are not of one model: number {number} {which} '{odd[0]}'."
         )
-    if wrong:
-        path = wrong[0]
+    if misfits:
+        path = misfits[0]
         raise ValueError(
             f"The trees are not of one model: '{path}' is "
             f"{trees.describe(first[path])} in the first and "
@@ -114,7 +114,7 @@ def _check_same(
 
 
 def _kind(leaf: _Leaf) -> tuple[tuple[int, ...], bool]:
-    """Returns what sums must agree in: the shape, and whether numbers are complex."""
+    """Returns the shape, and whether numbers are complex: sums need both alike."""
     return tuple(leaf.shape), jnp.issubdtype(leaf.dtype, jnp.complexfloating)
 
 
@@ -130,7 +130,7 @@ def _own(path: str, slot: object) -> object:
 
 
 def _in_kind_of(kind: DTypeLike, dtype: DTypeLike) -> DTypeLike:
-    """Returns a floating dtype, or its complex one where the leaf is complex."""
+    """Returns a floating dtype, or its complex counterpart for a complex leaf."""
     if jnp.issubdtype(kind, jnp.complexfloating):
         return "complex128" if jnp.finfo(dtype).bits == 64 else "complex64"
     if not jnp.issubdtype(dtype, jnp.floating):

@@ -1,4 +1,4 @@
-"""Soups: means of models whose members, or whose weights, are chosen from them."""
+"""Soups: means of models, whose members or weights are chosen by a method."""
 
 import dataclasses
 import math
@@ -30,16 +30,17 @@ _METHODS = ("greedy", "uniform", "stock")
 
 @dataclasses.dataclass(frozen=True)
 class Soup:
-    """A mean of models.
+    """A mean of models, with how it was made.
 
     Attributes:
         tree: The mean, like the params.
-        method: How it was made.
-        members: Which models are in it; of a greedy one in the order they were added.
-        coefficients: Of each model, [models]; None where leaves have their own ratios.
-        ratios: Of a Model Stock: how far each leaf goes from the start to the mean.
-        score: Of the soup; None where it was not evaluated, or that failed.
-        scores: Of each model alone, NaN where that failed; empty where none was asked.
+        method: `"greedy"`, `"uniform"` or `"stock"`.
+        members: Numbers of the models in it; for `"greedy"` in the order they came in.
+        coefficients: Weight of each model; None where leaves have ratios of their own.
+        ratios: For `"stock"`, how far each leaf goes from the start to the mean.
+        score: Score of the soup; None where it was not evaluated, or that failed.
+        scores: Score of each model alone, NaN where that failed; empty where the models
+            were not evaluated.
     """
 
     tree: Any = dataclasses.field(repr=False)
@@ -61,7 +62,7 @@ def soup(
     maximize: bool = False,
     progress: Progress = False,
 ) -> Soup:
-    """Returns a mean of models, such as of runs that were fine-tuned from one start.
+    """Averages models, such as runs that were fine-tuned from one start.
 
     `"greedy"` goes through the models from the best to the worst by their own score,
     and keeps each with which the mean is no worse. `"uniform"` is the mean of all.
@@ -79,14 +80,15 @@ def soup(
             fails on, or gives no finite score, is warned of and left out.
         method: `"greedy"`, `"uniform"` or `"stock"`.
         params: What the result should be like, as in `merge`.
-        start: What the models were trained from, for `"stock"`: a tree or a source.
+        start: The params that the models were trained from, for `"stock"`: a tree or a
+            source.
         maximize: Whether a higher score is better, as of an accuracy.
         progress: As in `merge`; of `"greedy"` the evaluations are counted.
 
     Raises:
         ValueError: If there are fewer than two models, if they or the start do not fit
-            each other, if the method needs what is not there, or no evaluation gave a
-            score.
+            each other, if an argument that the method needs is missing, or no
+            evaluation gave a score.
 
     Warns:
         EvaluationWarning: If an evaluation failed.
@@ -95,8 +97,8 @@ def soup(
     arXiv:2403.19522 (Model Stock), equation 3.
 
     >>> models = [{"w": jnp.array([x])} for x in (1.0, 2.0, 9.0)]
-    >>> made = soup(models, lambda params: abs(params["w"][0] - 1.6))
-    >>> made.tree, made.members
+    >>> mean = soup(models, lambda params: abs(params["w"][0] - 1.6))
+    >>> mean.tree, mean.members
     ({'w': Array([1.5], dtype=float32)}, (1, 0))
     """
     if not isinstance(models, (list, tuple)) or len(models) < 2:
@@ -112,8 +114,9 @@ def soup(
         raise TypeError(f"evaluate is a function of a tree, got {brief(evaluate)}.")
     if (start is None) == (method == "stock"):
         raise ValueError(
-            "method='stock' needs start=…, what the models were trained from; the "
-            f"others take none. Got method={method!r} and start={brief(start)}."
+            "method='stock' needs start=…, the params that all models were trained "
+            f"from; the others take none. Got method={method!r} and "
+            f"start={brief(start)}."
         )
     maximize = arguments.flag(maximize, "maximize")
     if method == "greedy":
@@ -127,15 +130,15 @@ def soup(
     weights: tuple[float, ...] | None = (1 / count,) * count
     ratios: Mapping[str, float] = {}
     if method == "uniform":
-        made = merge(
+        mean = merge(
             models, uniform_coefficients(count), params=params, progress=progress
         )
     else:
-        made, ratios = _stock(models, start, params, progress)
+        mean, ratios = _stock(models, start, params, progress)
         weights = None
-    score = None if evaluate is None else _scored(evaluate, made, "the soup")
+    score = None if evaluate is None else _scored(evaluate, mean, "the soup")
     return Soup(
-        tree=made,
+        tree=mean,
         method=method,
         members=tuple(range(count)),
         coefficients=weights,
@@ -178,11 +181,11 @@ def _greedy(
                 for path, array in _read(slots, slots.sources[i])
             )
             tree = _placed(slots, with_it, len(members) + 1)
-            found = _scored(evaluate, tree, f"the mean with model {i}")
+            new_score = _scored(evaluate, tree, f"the mean with model {i}")
             del tree
-            if sign * found <= sign * score:  # not of NaN
+            if sign * new_score <= sign * score:  # False for NaN
                 members.append(i)
-                score = found
+                score = new_score
                 # It is read again: to keep it would be one tree more in memory.
                 for path, array in _read(slots, slots.sources[i]):
                     total[path] += array
@@ -202,13 +205,13 @@ def _greedy(
 def _stock(
     models: Sequence[Any], start: Any, params: optax.Params | None, progress: Progress
 ) -> tuple[Any, dict[str, float]]:
-    """Returns the Model Stock, and the ratio of each leaf."""
+    """Computes the Model Stock, and the ratio of each leaf."""
     slots = Slots(models, params, None)
     origin = start if isinstance(start, Source) else InMemory(start)
     _check_start(origin, slots.sources[0])
     count = len(models)
     ratios: dict[str, float] = {}
-    made: dict[str, jax.Array] = {}
+    leaves: dict[str, jax.Array] = {}
     with shown(progress, "averaging", len(slots.targets)) as report:
         for done, path in enumerate(slots.targets, 1):
             first = _double(origin, path)
@@ -224,9 +227,9 @@ def _stock(
             cosines = np.linalg.norm(directions) ** 2 - moved
             cosine = min(max(float(cosines) / (count * (count - 1)), 0.0), 1.0)
             ratios[path] = count * cosine / (1 + (count - 1) * cosine)
-            made[path] = _leaf(slots, path, first + ratios[path] * mean)
+            leaves[path] = _leaf(slots, path, first + ratios[path] * mean)
             report(done)
-    return slots.filled([made])[0], ratios
+    return slots.filled([leaves])[0], ratios
 
 
 def _check_start(start: Source, model: Source) -> None:
@@ -248,7 +251,7 @@ def _check_start(start: Source, model: Source) -> None:
 
 
 def _double(source: Source, path: str) -> np.ndarray:
-    """Returns a copy of a leaf in float64."""
+    """Reads a leaf as a copy in float64."""
     shape, dtype = source.leaves[path].shape, source.leaves[path].dtype
     array = source.read(path, (slice(None),) * len(shape))
     return array.astype(np.promote_types(trees.wide(dtype), np.float64)).reshape(shape)
@@ -267,13 +270,13 @@ def _leaf(slots: Slots, path: str, array: np.ndarray) -> jax.Array:
 def _placed(
     slots: Slots, sums: Iterable[tuple[str, np.ndarray]], count: int = 1
 ) -> Any:
-    """Returns the mean of what was summed, like the params."""
+    """Builds the mean of sums of `count` models, like the params."""
     leaves = {path: _leaf(slots, path, array / count) for path, array in sums}
     return slots.filled([leaves])[0]
 
 
 def _scored(evaluate: Evaluate, tree: Any, what: str) -> float:
-    """Returns a score, or NaN with a warning where an evaluation fails."""
+    """Evaluates a tree; NaN with a warning where that fails."""
     score = math.nan
     try:
         score = as_score(evaluate(tree)).value

@@ -1,7 +1,7 @@
 """Weighted sums of many trees, read in parts: memory for the sums and one tree more.
 
-Leaf by leaf, a few trees at a time, each block of elements is summed for all sums at
-once, in float64; the next parts are read meanwhile. Every byte is read once.
+Each leaf is read from a few trees at a time. A block of its elements is added to all
+sums at once, in float64, while the next parts are read. Every byte is read once.
 """
 
 import abc
@@ -27,8 +27,8 @@ _BLOCK = 2**14  # elements; so many of 64 trees in float64 stay in a cache of 8 
 # Multiplications in a product of matrices that BLAS leaves on one thread. On cores that
 # others use too, its own threads wait for each other, and take ten times as long.
 _PRODUCT = 2**17
-_SMALL = 2**25  # bytes that may be held whatever the size of a tree
-_READERS = 4
+_SMALL = 2**25  # bytes that may be held, however small a tree is
+_READERS = 4  # threads, as _ADDERS
 _ADDERS = min(4, os.cpu_count() or 1)
 
 
@@ -43,17 +43,17 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(self, path: str, index: Index) -> np.ndarray:
-        """Returns a part of a leaf; called from several threads."""
+        """Reads a part of a leaf; called from several threads."""
 
     def fingerprint(self) -> bytes:
-        """Returns what tells its leaves from those of others; reads all of them."""
-        import xxhash  # with the first digest, and not with ema_optax
+        """Computes a digest of all leaves; reads them."""
+        import xxhash  # loaded with the first digest, not with ema_optax
 
         digest = xxhash.xxh3_128()
         for path, leaf in sorted(self.leaves.items()):
             digest.update(f"{path} {leaf.dtype} {leaf.shape} ".encode())
-            whole = self.read(path, (slice(None),) * len(leaf.shape))
-            digest.update(np.ascontiguousarray(whole).tobytes())
+            array = self.read(path, (slice(None),) * len(leaf.shape))
+            digest.update(np.ascontiguousarray(array).tobytes())
         return digest.digest()
 
 
@@ -83,7 +83,7 @@ class InMemory(Source):
         }
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        """Returns a part of a leaf: of a sharded one, from the shard that holds it."""
+        """Reads a part of a leaf, from the one shard that holds it if there is one."""
         leaf = self._leaves[path]
         if isinstance(leaf, jax.Array):
             for shard in leaf.addressable_shards:
@@ -93,7 +93,7 @@ class InMemory(Source):
 
 
 class Target(NamedTuple):
-    """What a leaf of the sums is to be."""
+    """The dtype and the sharding of a leaf of the sums."""
 
     dtype: Any
     sharding: jax.sharding.Sharding
@@ -106,7 +106,7 @@ def weighted_sums(
     *,
     progress: Progress = False,
 ) -> list[dict[str, jax.Array]]:
-    """Returns Σᵢ weights[i, j]·sources[i] for every j, leaf by leaf.
+    """Computes Σᵢ weights[i, j]·sources[i] for every j, leaf by leaf.
 
     On several processes each reads what its own devices will hold.
 
@@ -119,8 +119,8 @@ def weighted_sums(
     """
     items = list(_items(sources, targets))
     wide = _partial_dtypes(sources[0].leaves, targets, weights.shape[1])
-    found: list[dict[str, jax.Array]] = [{} for _ in range(weights.shape[1])]
-    shards: list[list[jax.Array]] = [[] for _ in found]
+    results: list[dict[str, jax.Array]] = [{} for _ in range(weights.shape[1])]
+    shards: list[list[jax.Array]] = [[] for _ in results]
     parts: list[np.ndarray] = []
     with (
         shown(progress, "averaging", len(items)) as report,
@@ -131,9 +131,9 @@ def weighted_sums(
             target = targets[item.path]
             if item.is_first:
                 kind = target.dtype if item.is_last else wide[item.path]
-                parts = [_empty(read[0].shape, kind) for _ in found]
-            here = weights[item.low : item.high]
-            _add(adders, parts, read, here, is_first=item.is_first)
+                parts = [_empty(read[0].shape, kind) for _ in results]
+            factors = weights[item.low : item.high]
+            _add(adders, parts, read, factors, is_first=item.is_first)
             read.clear()
             if item.is_last:
                 for of_leaf in shards:
@@ -141,13 +141,13 @@ def weighted_sums(
                     of_leaf += [jax.device_put(part[i], d) for d, i in item.devices]
             if item.is_last and item.ends_leaf:
                 shape = sources[0].leaves[item.path].shape
-                for tree, of_leaf in zip(found, shards, strict=True):
+                for tree, of_leaf in zip(results, shards, strict=True):
                     tree[item.path] = jax.make_array_from_single_device_arrays(
                         shape, target.sharding, of_leaf
                     )
                     of_leaf.clear()
             report(done + 1)
-    return found
+    return results
 
 
 def _partial_dtypes(
@@ -155,7 +155,7 @@ def _partial_dtypes(
     targets: Mapping[str, Target],
     sums: int,
 ) -> dict[str, Any]:
-    """Returns what the sums of a leaf are kept in until its last trees are added.
+    """Chooses the dtype of a leaf's sums until the last trees are added.
 
     float64, so that they are rounded once; float32, at some 1e-7, where a leaf is so
     large that this would take more than a quarter of a tree.
@@ -212,7 +212,7 @@ def _items(sources: Sequence[Source], targets: Mapping[str, Target]) -> Iterator
 def _tree_bytes(
     leaves: Mapping[str, jax.ShapeDtypeStruct], targets: Mapping[str, Target]
 ) -> int:
-    """Returns the size of a tree, as it is read or as it is summed."""
+    """Returns the bytes of a tree, as it is read or as it is summed: the larger."""
     sizes = [
         leaf.size * max(leaf.dtype.itemsize, targets[path].dtype.itemsize)
         for path, leaf in leaves.items()
@@ -258,7 +258,8 @@ def _add(
 ) -> None:
     """Adds Σᵢ weights[i, j]·terms[i] to sums[j], in place, on threads.
 
-    Where it is the first addition, the sums hold nothing yet.
+    Where it is the first addition, the sums hold nothing yet. A term of weight 0 counts
+    for nothing, whatever it holds: 0·inf and 0·NaN would be NaN.
     """
     flat_sums = [total.reshape(-1) for total in sums]
     flat_terms = [np.ascontiguousarray(term).reshape(-1) for term in terms]
@@ -267,6 +268,8 @@ def _add(
     wide = np.complex128 if np.iscomplexobj(sums[0]) else np.float64
 
     rows = max(min(_BLOCK, size) // width, 1)
+    # For the sums that leave terms out, the numbers of the terms that they take.
+    taken = {j: np.flatnonzero(row) for j, row in enumerate(factors) if not row.all()}
 
     def add(start: int, stop: int) -> None:
         # Made once: the allocator would give such large ones back, and clear new ones.
@@ -279,7 +282,11 @@ def _add(
             x, y = block[:count, :, :columns], added[:count, :, :columns]
             for i, term in enumerate(flat_terms):
                 x[:, i] = term[start:end].reshape(count, columns)
-            np.matmul(factors, x, out=y)
+            with np.errstate(invalid="ignore" if taken else None):
+                np.matmul(factors, x, out=y)
+            for j, terms_of_sum in taken.items():
+                if not np.isfinite(y[:, j]).all():
+                    y[:, j] = factors[j, terms_of_sum] @ x[:, terms_of_sum]
             for j, total in enumerate(flat_sums):
                 part = total[start:end].reshape(count, columns)
                 if is_first:
@@ -293,31 +300,32 @@ def _add(
 
 
 def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Returns an array whose memory JAX takes over on CPU, where it is aligned."""
+    """Allocates an array aligned to 64 bytes, whose memory JAX takes over on CPUs."""
     kind = np.dtype(dtype)
     size = math.prod(shape) * kind.itemsize
-    room = np.empty(size + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + size].view(kind).reshape(shape)
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(kind).reshape(shape)
 
 
 def _parts(
     sharding: jax.sharding.Sharding, shape: tuple[int, ...]
 ) -> list[tuple[Index, list[tuple[Any, Index]]]]:
-    """Returns the parts of a leaf that this process sums, and who holds what of them.
+    """Lists the parts of a leaf that this process sums, with their devices.
 
-    All of it where no other process holds any; else what each device holds.
+    One part, the leaf, where no other process holds any of it; else one for each
+    different index that a device of this process holds.
     """
     whole = (slice(None),) * len(shape)
-    held = sharding.addressable_devices_indices_map(shape)
-    devices = [(device, index or whole) for device, index in held.items()]
+    indices = sharding.addressable_devices_indices_map(shape)
+    devices = [(device, index or whole) for device, index in indices.items()]
     if sharding.is_fully_addressable:
         return [(whole, devices)]
-    found: dict[Any, tuple[Index, list[tuple[Any, Index]]]] = {}
+    parts: dict[Any, tuple[Index, list[tuple[Any, Index]]]] = {}
     for device, index in devices:
         key = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
-        found.setdefault(key, (index, []))[1].append((device, whole))
-    return list(found.values())
+        parts.setdefault(key, (index, []))[1].append((device, whole))
+    return list(parts.values())
 
 
 def _same(a: Index, b: Index, shape: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""The averages that a choice tries: made a few at once, evaluated, written down."""
+"""Trials of a choice: averages are merged a few at once, evaluated, and logged."""
 
 import math
 import warnings
@@ -20,12 +20,11 @@ _RAISED = "it raised"
 
 
 class Trials:
-    """The points that were tried, and the trying of more.
+    """Evaluates averages along axes, and keeps the points.
 
     Attributes:
-        points: In the order in which they were tried.
-        counts: How many of them were evaluated, now or in an earlier run, by the name
-            of what was searched.
+        points: The averages that were tried, in that order.
+        counts: Evaluations of each axis by its name, now or in an earlier run.
     """
 
     def __init__(
@@ -38,12 +37,12 @@ class Trials:
         at_once: int,
         log: Any,
     ) -> None:
-        """Takes over what the log holds.
+        """Starts with the points of the log.
 
         Args:
             evaluate: As in `choose`.
-            given: What each name is chosen from.
-            searched: What is searched, by name.
+            given: The trees that each name is chosen from.
+            searched: The axes by name.
             maximize: As in `choose`.
             at_once: As in `choose`.
             log: As in `choose`.
@@ -70,16 +69,16 @@ class Trials:
                 self.counts[entry.over] += 1
 
     def evaluations(self) -> int:
-        """Returns how many of the points were evaluated, now or in an earlier run."""
+        """Counts the evaluations of all axes, now or in an earlier run."""
         return sum(self.counts.values())
 
     def search(self, name: str, share: int, spare: int, report: Report) -> None:
         """Searches an axis.
 
         Args:
-            name: Of what is searched.
-            share: Evaluations that it may take; they decide how fine its grid is.
-            spare: Evaluations that it may take besides.
+            name: Name of the axis.
+            share: Evaluations that it may take, which decide how fine its grid is.
+            spare: Further evaluations that it may take.
             report: Called after each evaluation.
         """
         axis = self._axes[name]
@@ -95,13 +94,13 @@ class Trials:
             batch = different[: min(self._at_once, left)]
             for value, average in self._averages(name, batch):
                 entry = self._evaluated(name, value, average)
-                del average  # else it is held while the next are made
+                del average  # or memory holds it while the next ones are made
                 self._add(entry)
                 self.counts[name] += 1
                 if self._log is not None:
                     self._log.append(entry)
-                told = entry.failure or f"{self.points[-1].score:.6g}"
-                report(self.evaluations(), f"{name} {choices.shown(value)}: {told}")
+                result = entry.failure or f"{self.points[-1].score:.6g}"
+                report(self.evaluations(), f"{name} {choices.shown(value)}: {result}")
         places: dict[Value, int] = {
             value: place for place, value in enumerate(axis.names)
         }
@@ -110,35 +109,35 @@ class Trials:
         )
 
     def _different(self, name: str, values: Sequence[Value]) -> list[Value]:
-        """Returns values whose averages are not tried yet, each once.
+        """Filters values whose averages were not tried yet, each average once.
 
         A value whose average was tried becomes a point with its score.
         """
-        found: dict[Value, np.ndarray] = {}
+        different: dict[Value, np.ndarray] = {}
         for value in values:
             weights = self._axes[name].coefficients(value)
-            if any(searching.are_alike(weights, others) for others in found.values()):
-                continue  # asked for again, when the other has a score
+            if any(searching.are_alike(weights, each) for each in different.values()):
+                continue  # `ask` proposes it again, once the other has a score
             for point in self.points:
                 same = self._given[point.over] is self._given[name]
                 if same and searching.are_alike(point.coefficients, weights):
                     self._add(Entry(name, value, point.scored, point.failure))
                     break
             else:
-                found[value] = weights
-        return list(found)
+                different[value] = weights
+        return list(different)
 
     def _averages(
         self, name: str, values: Sequence[Value]
     ) -> Iterator[tuple[Value, Any]]:
-        """Yields the average of each value, and lets go of it."""
+        """Yields the average of each value, without keeping it in memory."""
         if not values:
             return
-        made_of = self._given[name]
+        ingredients = self._given[name]
         weights = np.stack([self._axes[name].coefficients(v) for v in values])
-        found = made_of.summed(weights)[::-1]
+        averages = ingredients.summed(weights)[::-1]
         for value in values:
-            yield value, found.pop()
+            yield value, averages.pop()
 
     def _evaluated(self, name: str, value: Value, average: Any) -> Entry:
         failure = None
@@ -160,15 +159,15 @@ class Trials:
         return Entry(name, value, None, failure)
 
     def _add(self, entry: Entry) -> None:
-        made_of = self._given[entry.over]
+        ingredients = self._given[entry.over]
         score = entry.score
         self.points.append(
             Point(
                 entry.over,
                 entry.value,
                 self._axes[entry.over].coefficients(entry.value),
-                made_of.steps,
-                made_of.exponents,
+                ingredients.steps,
+                ingredients.exponents,
                 math.nan if score is None else score.value,
                 None if score is None else score.error,
                 None if score is None else score.samples,

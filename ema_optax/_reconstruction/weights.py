@@ -16,7 +16,7 @@ from ema_optax._messages.text import brief
 
 
 def uniform_coefficients(count: int, *, last: int | None = None) -> np.ndarray:
-    """Returns 1/k for the last k of `count` checkpoints, 0 for the others.
+    """Weighs the last k of `count` checkpoints by 1/k, and the others by 0.
 
     Args:
         count: Number of checkpoints, ≥ 1.
@@ -38,7 +38,7 @@ def uniform_coefficients(count: int, *, last: int | None = None) -> np.ndarray:
 
 
 def decay_coefficients(decay: DecayLike, steps: Sequence[int]) -> np.ndarray:
-    """Returns the weights that a decay gives checkpoints, folded at their steps alone.
+    """Weighs checkpoints as a decay does that folds them at their steps alone.
 
     The first checkpoint is what the average starts as, and takes the weight that is
     left; each later one is folded with the product of the decays since the one before.
@@ -69,7 +69,7 @@ def decay_coefficients(decay: DecayLike, steps: Sequence[int]) -> np.ndarray:
 
 
 def lr_decay_coefficients(multipliers: Sequence[float]) -> np.ndarray:
-    """Returns the weights that stand for a decay of the learning rate.
+    """Weighs checkpoints so that their mean stands for a decay of the learning rate.
 
     cⱼ = wⱼ − wⱼ₊₁, with w₀ = 1 and 0 after the last: merging checkpoints of a constant
     learning rate with them counts each update as the decay would have scaled it.
@@ -98,7 +98,7 @@ def lr_decay_coefficients(multipliers: Sequence[float]) -> np.ndarray:
 
 
 def lr_decay(coefficients: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Returns the decay of the learning rate that an average stands for.
+    """Computes the decay of the learning rate that an average stands for.
 
     wᵢ = Σ cⱼ over j ≥ i: the multiplier of the updates between checkpoints i−1 and i.
     Of a whole run's average, take `[initial_weight, *weights]` of its `profile`.
@@ -116,3 +116,22 @@ def lr_decay(coefficients: Sequence[float] | np.ndarray) -> np.ndarray:
     """
     weights = np.atleast_1d(arguments.numbers(coefficients, "coefficients"))
     return np.cumsum(weights[::-1])[::-1][1:]
+
+
+def noise_gain(coefficients: Sequence[float] | np.ndarray) -> float:
+    """Returns the factor ‖c‖₂ by which a merge scales independent noise of its trees.
+
+    1/√n for the plain mean of n, 1 for one checkpoint alone.
+
+    Args:
+        coefficients: [checkpoints].
+
+    >>> noise_gain([0.25, 0.25, 0.25, 0.25]), noise_gain([2.0, -1.0]) > 2
+    (0.5, True)
+    """
+    numbers = arguments.numbers(coefficients, "coefficients")
+    if numbers.ndim != 1:
+        raise ValueError(
+            f"coefficients are one number a checkpoint, got {brief(coefficients)}."
+        )
+    return float(np.linalg.norm(numbers))

@@ -20,6 +20,7 @@ from ema_optax._reconstruction import projection
 from ema_optax._reconstruction.projection import DOUBTFUL, WRONG
 from ema_optax._reconstruction.slots import Slots
 from ema_optax._reconstruction.sums import Source, weighted_sums
+from ema_optax._reconstruction.weights import noise_gain
 
 
 class ReconstructionWarning(UserWarning):
@@ -36,8 +37,8 @@ class Snapshot:
             the decay `power(…)`.
         tree: The shadow: a tree of arrays, or a `Source` that reads them when needed,
             as `checkpoint.snapshots` gives.
-        dtype: What the shadow was rounded to when it was saved, which tells how noisy
-            it is. None is the widest rounding among its leaves.
+        dtype: The dtype that the shadow was rounded to when it was saved, from which
+            follows how noisy it is. None is the widest rounding among its leaves.
 
     >>> Snapshot(step=100, exponent=6.94, tree={"w": np.zeros(2)})
     Snapshot(step=100, exponent=6.94, dtype=None)
@@ -60,9 +61,9 @@ class Reconstruction:
         profile_error: ‖profile − profile wanted‖₂ over the norm of the latter. With D
             the root mean square deviation of a param over the run, that param is at
             most profile_error·D·(γ+1)/√(2γ+1) from the average wanted.
-        noise_gain: ‖coefficients‖₂, what multiplies the snapshots' rounding errors.
-        width: Of the average, σ_rel.
-        step: Its last step.
+        noise_gain: ‖coefficients‖₂, the factor of the snapshots' rounding errors.
+        width: σ_rel of the average.
+        step: Last step of the average.
     """
 
     tree: Any = dataclasses.field(repr=False)
@@ -106,7 +107,7 @@ def reconstruct(
     dtype: DTypeLike | None = None,
     progress: Progress = False,
 ) -> Reconstruction | list[Reconstruction]:
-    """Returns the average of a width that was not tracked, from those that were.
+    """Reconstructs an average of a width that was not tracked, from those that were.
 
     The snapshots are read once, in parts, whatever the number of widths: memory holds
     the results and two snapshots. Sums are taken in float64.
@@ -157,52 +158,52 @@ def reconstruct(
     >>> found.tree["w"].round(), round(found.profile_error, 4)
     (Array([925.], dtype=float32), 0.0025)
     """
-    given = _listed(snapshots)
+    listed = _listed(snapshots)
     widths = [float(w) for w in np.atleast_1d(arguments.numbers(width, "width"))]
-    last = _last_step(given, step)
-    order = sorted(range(len(given)), key=lambda i: given[i].step)
-    used = [i for i in order if given[i].step <= last]
-    steps = [given[i].step for i in used]
-    exponents = [given[i].exponent for i in used]
-    ridge = max(rounding(given[i]) for i in used)
+    last = _last_step(listed, step)
+    order = sorted(range(len(listed)), key=lambda i: listed[i].step)
+    used = [i for i in order if listed[i].step <= last]
+    steps = [listed[i].step for i in used]
+    exponents = [listed[i].exponent for i in used]
+    ridge = max(rounding(listed[i]) for i in used)
     x, errors = projection.fit(
         steps, exponents, [exponent_from_width(w) for w in widths], last, ridge=ridge
     )
     for wanted, error in zip(widths, errors.tolist(), strict=True):
         _check_error(error, wanted, steps, exponents, last, ridge)
-    slots = Slots([given[i].tree for i in used], params, dtype)
+    slots = Slots([listed[i].tree for i in used], params, dtype)
     trees = slots.filled(
         weighted_sums(slots.sources, x, slots.targets, progress=progress)
     )
-    everyone = np.zeros((len(given), len(widths)))
-    everyone[used] = x
-    found = [
+    coefficients = np.zeros((len(listed), len(widths)))
+    coefficients[used] = x
+    results = [
         Reconstruction(
             tree,
-            everyone[:, j],
+            coefficients[:, j],
             float(errors[j]),
-            float(np.linalg.norm(x[:, j])),
+            noise_gain(x[:, j]),
             widths[j],
             last,
         )
         for j, tree in enumerate(trees)
     ]
-    return found[0] if np.ndim(width) == 0 else found
+    return results[0] if np.ndim(width) == 0 else results
 
 
 def _listed(snapshots: object) -> list[Snapshot]:
-    given: list[Any]
+    listed: list[Any]
     try:
-        given = list(cast(Iterable[Any], snapshots))
+        listed = list(cast(Iterable[Any], snapshots))
     except TypeError:
-        given = [snapshots]
-    for other in given:
+        listed = [snapshots]
+    for other in listed:
         if not isinstance(other, Snapshot):
             raise TypeError(
                 "reconstruct takes Snapshots, as checkpoint.snapshots(directory) lists "
                 f"them; got {brief(other)}."
             )
-    return given
+    return listed
 
 
 def reachable(
@@ -213,13 +214,13 @@ def reachable(
     error: float = DOUBTFUL,
     ridge: float = 0.0,
 ) -> tuple[float, float] | None:
-    """Returns the narrowest and the widest average that snapshots give well.
+    """Finds the narrowest and the widest average that snapshots give well, to 1 %.
 
-    All widths between the two are given as well. To 1 %.
+    They give all widths between the two well.
 
     Args:
-        steps: Of the snapshots, > 0.
-        exponents: Of the snapshots.
+        steps: The step of each snapshot, > 0.
+        exponents: γ > −½ of each snapshot.
         step: The last step of the average.
         error: Largest profile error, as in `Reconstruction`.
         ridge: As in `coefficients`.
@@ -274,17 +275,17 @@ def _check_error(
     last: float,
     ridge: float,
 ) -> None:
-    """Warns of an average that snapshots give badly; refuses one that is another."""
+    """Warns of an average that snapshots give badly, and refuses a wrong one."""
     if error <= DOUBTFUL:
         return
-    text = (
+    message = (
         f"The average of width {width:g} at step {last:g} has a profile error of "
         f"{error:.0%} from these {len(steps)} snapshots. "
         f"{_advice(steps, exponents, last, ridge)}"
     )
     if error > WRONG:
-        raise ValueError(text)
-    warnings.warn(text, ReconstructionWarning, stacklevel=3)
+        raise ValueError(message)
+    warnings.warn(message, ReconstructionWarning, stacklevel=3)
 
 
 def _advice(
@@ -296,18 +297,18 @@ def _advice(
     tracked = ", ".join(
         f"{width_from_exponent(g):.3g}" for g in sorted(set(exponents), reverse=True)
     )
-    found = reachable(steps, exponents, last, ridge=ridge)
-    if found is None:
+    ends = reachable(steps, exponents, last, ridge=ridge)
+    if ends is None:
         return f"They were tracked at width {tracked}; two widths give many more."
     return (
-        f"They were tracked at width {tracked} and give widths from {found[0]:.3g} to "
-        f"{found[1]:.3g} within {DOUBTFUL:.0%}; snapshots at more steps give narrower "
+        f"They were tracked at width {tracked} and give widths from {ends[0]:.3g} to "
+        f"{ends[1]:.3g} within {DOUBTFUL:.0%}; snapshots at more steps give narrower "
         "ones, another tracked width wider ones."
     )
 
 
 def rounding(snapshot: Snapshot) -> float:
-    """Returns the mean square of the relative rounding error of a snapshot."""
+    """Computes the mean square of the relative rounding error of a snapshot."""
     if snapshot.dtype is not None:
         return projection.rounding_variance(snapshot.dtype)
     tree = snapshot.tree

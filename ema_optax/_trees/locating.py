@@ -33,7 +33,7 @@ class Outline:
 
 
 def outline_of(tree: object) -> Outline:
-    """Returns the outline of an averaged tree, placeholders and all."""
+    """Outlines an averaged tree: its averaged leaves, and the paths of the others."""
     paths, leaves, _ = trees.flatten(tree)
     pairs = list(zip(paths, leaves, strict=True))
     return Outline(
@@ -43,7 +43,7 @@ def outline_of(tree: object) -> Outline:
 
 
 def under(place: str, path: str) -> str:
-    """Returns the path of a leaf of a tree that sits at a place; either may be empty.
+    """Joins the place of a tree and the path of a leaf in it; either may be empty.
 
     >>> under("params", "dense/kernel"), under("", "w"), under("0", "")
     ('params/dense/kernel', 'w', '0')
@@ -52,11 +52,11 @@ def under(place: str, path: str) -> str:
 
 
 def places_of(outline: Outline, leaves: Shapes) -> list[str]:
-    """Returns where an averaged tree can sit inside another tree: `""` is the whole.
+    """Lists the places where an averaged tree can sit inside another; `""` is the root.
 
-    It sits where each of its averaged leaves has one of the same path and shape. Where
-    it is the whole, leaf by leaf, that is the only answer. A place with further leaves
-    counts too, as the optimizer may have been given a part of it.
+    A place is one below which each averaged leaf has a leaf of the same path and shape.
+    Where the two trees have the same leaves, the root is the only answer. A place with
+    further leaves counts too, as the optimizer may have been given a part of it.
 
     >>> outline = Outline({"w": (2,)})
     >>> places_of(outline, {"params/w": (2,), "stats/mean": (2,)})
@@ -66,19 +66,19 @@ def places_of(outline: Outline, leaves: Shapes) -> list[str]:
     """
     if not outline.shapes or _is_whole(outline, leaves):
         return [""]
-    # The candidates are where one leaf of it fits: the one with the longest path.
+    # Candidates are the places where the leaf with the longest path fits.
     path = max(outline.shapes, key=len)
     shape, end = outline.shapes[path], f"/{path}" if path else ""
     candidates = [
-        at.removesuffix(path).removesuffix("/") if path else at
-        for at, other in leaves.items()
-        if other == shape and (at == path or at.endswith(end))
+        other.removesuffix(path).removesuffix("/") if path else other
+        for other, other_shape in leaves.items()
+        if other_shape == shape and (other == path or other.endswith(end))
     ]
     return [place for place in candidates if misfit(outline, leaves, place) is None]
 
 
 def misfit(outline: Outline, leaves: Shapes, place: str) -> str | None:
-    """Returns the first averaged leaf that does not fit at a place, or None."""
+    """Finds the first averaged leaf that does not fit at a place, or None."""
     for path, shape in outline.shapes.items():
         if leaves.get(under(place, path)) != shape:
             return path
@@ -86,10 +86,10 @@ def misfit(outline: Outline, leaves: Shapes, place: str) -> str | None:
 
 
 def nearest_misfit(outline: Outline, leaves: Shapes) -> str:
-    """Returns the first averaged leaf that fits nowhere, or the first one."""
+    """Finds the first averaged leaf that fits nowhere, else the first one."""
     ends: dict[str, set[Shape]] = {}
-    for at, shape in leaves.items():
-        ends.setdefault(at.rpartition("/")[2], set()).add(shape)
+    for other, shape in leaves.items():
+        ends.setdefault(other.rpartition("/")[2], set()).add(shape)
     return next(
         (
             path
@@ -101,7 +101,7 @@ def nearest_misfit(outline: Outline, leaves: Shapes) -> str:
 
 
 def named_alike(places: Iterable[str], path: str) -> list[str]:
-    """Returns those of some places whose keys begin the path of an average's state.
+    """Selects the places that begin the path of an average's state.
 
     >>> named_alike(["generator", "critic"], "generator/1")
     ['generator']

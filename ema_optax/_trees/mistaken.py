@@ -1,4 +1,4 @@
-"""What was passed in place of an optimizer state or params, and the call to make."""
+"""Errors for what is no optimizer state, or no params, with the call that works."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +10,15 @@ import optax
 from ema_optax._trees import trees
 from ema_optax._trees.locating import outline_of, places_of
 
-_OBJECTS = {"Module", "Object", "Pytree", "Optimizer"}
+_OBJECTS = {"Module", "Object", "Pytree", "Optimizer"}  # of Flax NNX
 
 
 def check_opt_state(opt_state: object, call: str) -> None:
-    """Refuses what is no optimizer state at all.
+    """Refuses an argument that is no optimizer state at all.
 
     Args:
-        opt_state: What was passed as one.
-        call: What the user calls with it.
+        opt_state: The argument.
+        call: The user's call.
 
     Raises:
         TypeError: If it is an optimizer, or an object of Flax NNX.
@@ -37,10 +37,15 @@ def check_opt_state(opt_state: object, call: str) -> None:
 
 
 def check_no_nnx(given: object, wanted: str, call: str) -> None:
-    """Refuses modules and optimizers of Flax NNX, which hold params and are none.
+    """Refuses modules and optimizers of Flax NNX, which hold params but are no tree.
+
+    Args:
+        given: The argument.
+        wanted: What it should be, such as "an optimizer state".
+        call: The user's call.
 
     Raises:
-        TypeError: If it is one.
+        TypeError: If it is such an object.
     """
     if not _nnx_names(given) & _OBJECTS:
         return
@@ -60,13 +65,13 @@ def check_no_nnx(given: object, wanted: str, call: str) -> None:
 def without_average(
     opt_state: object, other: object, call: str, holds_average: Callable[[Any], bool]
 ) -> str:
-    """Returns what to say where an optimizer state has no average.
+    """Writes the error for an optimizer state without an average.
 
     Args:
-        opt_state: What was passed as one.
-        other: What was passed as params.
-        call: What the user calls.
-        holds_average: Whether a tree holds one.
+        opt_state: The argument for the optimizer state.
+        other: The argument for the params.
+        call: The user's call.
+        holds_average: Whether a tree holds an average.
     """
     kind = type(opt_state).__name__
     if other is not None and holds_average(other):
@@ -85,15 +90,15 @@ def without_average(
 
 
 def misfit(shadow: object, params: object, difference: str) -> str:
-    """Returns what to say of params that a shadow does not fit.
+    """Writes the error for params that a shadow does not fit.
 
-    Where they hold a tree that it does fit, as variables with statistics hold the
-    params, that is named.
+    Where the params hold a tree that the shadow does fit, as variables with statistics
+    do, the error names it.
 
     Args:
         shadow: The averaged tree.
-        params: What was passed as the params.
-        difference: Where they first differ.
+        params: The argument for the params.
+        difference: Where the two first differ.
     """
     outline = outline_of(shadow)
     inside = {

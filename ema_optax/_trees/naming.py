@@ -1,4 +1,4 @@
-"""Which tree a name means, of a training state in memory and of a step on disk."""
+"""Names of trees: of a training state in memory, and of a step on disk."""
 
 from collections.abc import Collection
 
@@ -13,21 +13,21 @@ def tree_of(name: str) -> str:
 
 
 def name_of(tree: str) -> str:
-    """Name of the shadow in a tree, as `tree_of` was given."""
+    """Name of the shadow in a tree: the inverse of `tree_of`."""
     return tree.removeprefix(SHADOW).removeprefix("/")
 
 
 def chosen(asked: str, trees: Collection[str], call: str) -> str:
-    """Returns the tree that a name means.
+    """Finds the tree that a name means.
 
     A shadow is meant by its own name, `fast`, and by that of its tree, `shadow/fast`;
     an only shadow also by `shadow`, whatever its name. `params` are always the raw
     params, and `shadow/` is always the shadow without a name.
 
     Args:
-        asked: What was passed.
-        trees: The names of all trees that there are.
-        call: What the user calls, up to the name: `"Pass tree="`.
+        asked: The name that the user passed.
+        trees: Names of all trees.
+        call: The user's call, up to the name: `"Pass tree="`.
 
     Raises:
         ValueError: If there is no such tree, or two may be meant.
@@ -59,6 +59,6 @@ def chosen(asked: str, trees: Collection[str], call: str) -> str:
 
 
 def spelled(trees: Collection[str]) -> list[str]:
-    """Returns the shortest name that means each tree."""
+    """Lists the shortest name of each tree."""
     names = ((name_of(tree), tree) for tree in trees)
     return [tree if name in ("", PARAMS, SHADOW) else name for name, tree in names]

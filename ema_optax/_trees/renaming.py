@@ -1,4 +1,4 @@
-"""What a leaf is called elsewhere: by its path, a beginning of it, or a pattern."""
+"""Renames paths of leaves: by the path, by a beginning of it, or by a pattern."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -13,7 +13,7 @@ class Renames:
     """A mapping of paths to others, beginnings and patterns of them included.
 
     A leaf's own path decides alone. Else the longest beginning that is in the mapping
-    is replaced, and then the first pattern that fits what came out. `*` stands for
+    is replaced, and then the first pattern that fits the result. `*` stands for
     characters of one key and `**` for any number of keys, also none; on the other side
     they stand for the same text, in the same order. A pattern too may fit a beginning.
 
@@ -41,9 +41,9 @@ class Renames:
         """Initializes the mapping.
 
         Args:
-            rename: Paths to paths, or to names; None for none.
-            what: What it maps, for errors.
-            separator: Between the keys in what comes out.
+            rename: Paths to paths, or to names; None renames nothing.
+            what: What the mapping maps, for errors.
+            separator: Between the keys of the results.
             may_leave_out: Whether a path may be mapped to None.
         """
         checked = _checked({} if rename is None else rename, what, may_leave_out)
@@ -60,7 +60,7 @@ class Renames:
         self.used: dict[str, list[str]] = {key: [] for key in checked}
 
     def __call__(self, path: str) -> str | None:
-        """Returns what a path becomes; None for left out."""
+        """Renames a path; None where the mapping leaves it out."""
         new = path
         for beginning in _beginnings(path):  # the longest first
             if beginning in self._literal:
@@ -80,17 +80,17 @@ class Renames:
             self.used[pattern].append(path)
             if target is None:
                 return None
-            texts, kept = fit
-            new = "/".join(part for part in (_filled(target, texts), *kept) if part)
+            texts, rest = fit
+            new = "/".join(part for part in (_filled(target, texts), *rest) if part)
             break
         return new.replace("/", self._separator)
 
     def check_used(self, paths: Collection[str], of: str) -> None:
-        """Refuses a key that decided on nothing, once all paths were asked for.
+        """Refuses a key that renamed nothing, once all paths were renamed.
 
         Args:
-            paths: All of them.
-            of: What has them, for the error: `a slot of "like"`.
+            paths: All paths.
+            of: What has the paths, for the error: `a slot of "like"`.
 
         Raises:
             ValueError: If a key fits none of the paths.
@@ -109,7 +109,7 @@ class Renames:
 
 
 def _beginnings(path: str) -> Iterator[str]:
-    """Yields a path and what it begins with, in whole keys, down to nothing."""
+    """Yields a path and its beginnings, one key shorter each time, down to `""`."""
     while path:
         yield path
         path = path.rpartition("/")[0]
@@ -143,7 +143,7 @@ def _counted(text: str) -> str:
 
 
 def _fit(pattern: list[str], keys: list[str]) -> tuple[list[str], list[str]] | None:
-    """Returns what the wildcards stand for, and the keys after the pattern.
+    """Fits a pattern to keys: the texts of its wildcards, and the keys after it.
 
     `**` takes as many keys as it can: `**/kernel` fits the last `kernel` of a path.
     """
@@ -159,15 +159,15 @@ def _fit(pattern: list[str], keys: list[str]) -> tuple[list[str], list[str]] | N
     if not keys:
         return None
     expression = ".*".join(map(re.escape, first.split("*"))).replace(".*", "(.*)")
-    found = re.fullmatch(expression, keys[0])
-    fit = _fit(others, keys[1:]) if found else None
-    if found is None or fit is None:
+    match = re.fullmatch(expression, keys[0])
+    fit = _fit(others, keys[1:]) if match else None
+    if match is None or fit is None:
         return None
-    return [*found.groups(), *fit[0]], fit[1]
+    return [*match.groups(), *fit[0]], fit[1]
 
 
 def _filled(target: str, texts: list[str]) -> str:
-    """Returns a text with what its wildcards stand for, without empty keys."""
+    """Fills the wildcards of a target with texts, and drops empty keys."""
     rest = iter(texts)
     filled = _WILDCARD.sub(lambda _: next(rest), target)
     return re.sub("/{2,}", "/", filled).strip("/")

@@ -1,4 +1,4 @@
-"""Which leaves are averaged: numbers that can be, less those a mask leaves out."""
+"""Selects the leaves that are averaged: floating and complex, less those masked."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -15,7 +15,7 @@ Mask: TypeAlias = Any | Callable[[Any], Any]
 
 
 def is_averaged(leaf: Any) -> bool:
-    """Returns whether a leaf is a floating or complex number, which can be averaged.
+    """Whether a leaf can be averaged: a floating or complex number, or an array.
 
     Integers, bools, PRNG keys and objects that are no arrays are not.
 
@@ -28,7 +28,7 @@ def is_averaged(leaf: Any) -> bool:
 
 
 def averaged_only(params: Any, mask: Mask | None) -> Any:
-    """Returns params with placeholders for the leaves that are not averaged.
+    """Replaces leaves that are not averaged by placeholders.
 
     Args:
         params: Any tree.
@@ -54,8 +54,8 @@ def averaged_only(params: Any, mask: Mask | None) -> Any:
         )
 
     if not jax.tree.leaves(params):
-        # Nothing to choose; and optax.tree.map_params initialises a leafless stand-in
-        # for params, which no mask fits.
+        # optax.tree.map_params initialises a leafless stand-in for params, which no
+        # mask fits; there is nothing to choose either.
         return params
     tree = True if mask is None else mask(params) if callable(mask) else mask
     try:

@@ -10,7 +10,7 @@ import optax
 
 
 def is_placeholder(node: object) -> bool:
-    """Returns whether a node stands for a leaf that is not averaged."""
+    """Whether a node stands for a leaf that is not averaged."""
     return isinstance(node, optax.MaskedNode)
 
 
@@ -53,10 +53,10 @@ def path_name(path: Any) -> str:
 
 
 def arranged(tree: object, like: object) -> Any:
-    """Returns a tree in the structure of another, where both have the same paths.
+    """Rebuilds a tree in the structure of another, where both have the same paths.
 
-    So leaves inside Flax's variables fit those outside, and a dict fits a State. Where
-    paths differ, or name two leaves, the tree is returned as it is.
+    So arrays inside Flax's variables fit plain arrays, and a dict fits a State. Where
+    paths differ, or two leaves share one, the tree is returned as it is.
     """
     paths, leaves, structure = flatten(tree)
     like_paths, _, like_structure = flatten(like)
@@ -67,10 +67,10 @@ def arranged(tree: object, like: object) -> Any:
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns leaves by path as nested dicts.
+    """Nests leaves by path in dicts.
 
     Raises:
-        ValueError: If a path is that of a leaf and the beginning of another.
+        ValueError: If the path of a leaf is the beginning of another.
 
     >>> nested({"a/b": 1, "c": 2})
     {'a': {'b': 1}, 'c': 2}
@@ -92,19 +92,19 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(leaf: Any) -> str:
-    """Returns dtype and shape of a leaf, such as `float32[2,3]`, or what it is."""
+    """Writes dtype and shape of a leaf, such as `float32[2,3]`; else its value."""
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     return "not averaged" if is_placeholder(leaf) else repr(leaf)
 
 
 def difference(ours: object, theirs: object, names: tuple[str, str]) -> str | None:
-    """Returns where the structures or shapes of two trees first differ, or None.
+    """Describes where the structures or shapes of two trees first differ, or None.
 
     Args:
         ours: A tree.
         theirs: The tree it should match. A placeholder in ours fits any leaf of it.
-        names: What the two are called in the answer.
+        names: Names of the two in the description.
     """
     our_paths, our_leaves, our_structure = flatten(ours)
     their_paths, their_leaves, their_structure = flatten(theirs)

@@ -1,6 +1,6 @@
 """A training run on any number of processes; test_many_hosts starts it.
 
-python -m tests.many_hosts RANK PORT COUNT FOLDER
+python -m tests.programs.many_hosts RANK PORT COUNT FOLDER
 
 Its gradients are exact: sums of small whole numbers over a batch of a power of two, the
 same in whatever order devices add them up. So a run that goes on, in the layout that it

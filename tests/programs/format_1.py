@@ -1,6 +1,6 @@
 """The runs in tests/data/format_1, and how they were written.
 
-    python -m tests.format_1 FOLDER
+    python -m tests.programs.format_1 FOLDER
 
 writes them with the version at hand. The ones that are kept were written by version
 0.1.0, and are never written again: they prove that later versions read format 1.
@@ -17,7 +17,7 @@ import optax
 import ema_optax
 from ema_optax import checkpoint
 
-FOLDER = pathlib.Path(__file__).parent / "data" / "format_1"
+FOLDER = pathlib.Path(__file__).parents[1] / "data" / "format_1"
 EXTRA = {"dataset": "digits", "epoch": 2}
 
 

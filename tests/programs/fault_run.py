@@ -1,6 +1,7 @@
 """Faults by the hundred, counted: what was tried, what was told, what was lost.
 
-    python -m tests.fault_run [--kills N] [--host-kills N] [--flips N] [--seed S]
+    python -m tests.programs.fault_run [--kills N] [--host-kills N] [--flips N]
+        [--seed S]
 
 Ends with code 1 if a committed step was lost, or if anything came back wrong unsaid.
 Steps are those of `saving_run`: every element tells its step.
@@ -30,7 +31,8 @@ import optax
 
 import ema_optax
 from ema_optax import checkpoint
-from tests import killed_hosts, saving_run
+from tests import killed_hosts
+from tests.programs import saving_run
 
 NOBODY = 65534
 
@@ -94,7 +96,7 @@ def kills(counts, rounds, rng, scratch):
     Children come from a server that has imported everything and started no thread.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.saving_run"])
+    context.set_forkserver_preload(["tests.programs.saving_run"])
     folder, log = scratch / "kills", scratch / "log"
     checkpoint.save(folder, *saving_run.run(1), step=1)
     newest, unfinished, count = 1, 0, counts["SIGKILL while saving"]

@@ -1,6 +1,6 @@
 """One of two processes that save as fast as they can; killed_hosts kills one.
 
-python -m tests.saving_hosts RANK PORT FOLDER WHEN
+python -m tests.programs.saving_hosts RANK PORT FOLDER WHEN
 
 WHEN is a moment in `TRAPS`, of the second save, at which one of the processes kills
 itself; a number of saves after which both end well; or "never".
@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from ema_optax import checkpoint
 from ema_optax._checkpoint import saving
-from tests import launch, saving_run
+from tests import launch
+from tests.programs import saving_run
 
 
 def run(step):

@@ -1,6 +1,6 @@
 """Ten thousand steps with a manager that saves, and what the process has after each.
 
-    MALLOC_ARENA_MAX=1 python -m tests.long_run FOLDER
+    MALLOC_ARENA_MAX=1 python -m tests.programs.long_run FOLDER
 
 prints JSON. The variable is glibc's: without it each of Orbax's threads keeps what it
 has freed in a heap of its own, which for tens of saves looks like a leak.

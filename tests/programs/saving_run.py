@@ -1,6 +1,6 @@
 """A run that saves as fast as it can until it is killed; see test_checkpoint_faults.
 
-python -m tests.saving_run FOLDER
+python -m tests.programs.saving_run FOLDER
 """
 
 import itertools

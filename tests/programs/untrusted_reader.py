@@ -1,6 +1,6 @@
 """Reads checkpoints of a stranger in a process whose memory is bounded.
 
-    python -m tests.untrusted_reader MEBIBYTES FOLDER…
+    python -m tests.programs.untrusted_reader MEBIBYTES FOLDER…
 
 prints, a line for each reader and folder, JSON of what came of it, and at the end how
 much memory the process took at its most, beyond what it had after a checkpoint that is

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ema_optax
-from ema_optax import checkpoint, reconstruction, shadow_params
-from ema_optax._placement import placement
+from ema_optax import checkpoint, placement, reconstruction, shadow_params
+from ema_optax._placement import leaf_placement
 from tests.same import assert_same
 
 OPTIMIZER = optax.chain(optax.adam(0.1), ema_optax.ema_params(ema_optax.power(0.1)))
@@ -61,7 +61,11 @@ def test_all_land_on_the_default_device(tmp_path, device):
         assert checkpoint.restore(tmp_path)["w"].devices() == {jax.devices()[0]}
 
 
-@pytest.mark.parametrize("spec", [PartitionSpec("x", "y"), PartitionSpec(None, "y")])
+@pytest.mark.parametrize(
+    "spec",
+    [PartitionSpec("x", "y"), PartitionSpec(None, "y")],
+    ids=["both axes", "one axis"],
+)
 def test_a_target_of_eval_shape_on_an_explicit_mesh(tmp_path, spec):
     """Its shardings have no devices: those of the params are meant."""
     sharding = NamedSharding(EXPLICIT, spec)
@@ -77,7 +81,7 @@ def test_a_target_of_eval_shape_on_an_explicit_mesh(tmp_path, spec):
         known = optax.tree.get(given, "mu")["w"].sharding
         assert momentum.sharding == sharding if known else not momentum.committed
     like = jax.eval_shape(lambda p: jax.tree.map(jnp.copy, p), params)
-    assert placement.is_abstract(like["w"].sharding)
+    assert leaf_placement.is_abstract(like["w"].sharding)
     with pytest.raises(ValueError, match=r"has no devices.*not damaged.*") as error:
         checkpoint.restore(tmp_path, like=like)
     assert not isinstance(error.value, checkpoint.CorruptCheckpointError)

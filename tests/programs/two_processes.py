@@ -1,6 +1,6 @@
 """One of two processes that train, save and restore together; run by test_processes.
 
-python -m tests.two_processes RANK PORT FOLDER
+python -m tests.programs.two_processes RANK PORT FOLDER
 """
 
 import pathlib

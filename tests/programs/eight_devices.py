@@ -18,7 +18,7 @@ import ema_optax
 from ema_optax import checkpoint, shadow_params, with_shadow
 from ema_optax._averages import packing
 from ema_optax._placement import memories
-from ema_optax._placement.placement import in_host_memory, over_axis
+from ema_optax._placement.rules import in_host_memory, over_axis
 from tests import older, same
 
 MESHES = {
@@ -226,7 +226,9 @@ def test_packed_shadows_share_what_is_whole_on_every_device(mesh, place, every):
     assert found == usual
 
 
-@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data")])
+@pytest.mark.parametrize(
+    "spec", [PartitionSpec(), PartitionSpec("data")], ids=["whole", "sharded"]
+)
 def test_packing_inside_shard_map(spec):
     """Leaves that are whole on every device, and leaves of which each holds a part."""
     mesh = MESHES["Auto-8"]
