@@ -31,7 +31,7 @@ def refresh_batch_stats(
     *,
     progress: Progress = None,
 ) -> Any:
-    """Recompute the BatchNorm statistics of a Linen model for the params it has.
+    """Recomputes the BatchNorm statistics of a Linen model for the params it has.
 
     Averaged params need statistics of their own: those in a train state follow the raw
     params. For every BatchNorm the result holds

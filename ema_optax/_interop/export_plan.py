@@ -24,7 +24,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file.
+    """Describes a tensor in a file.
 
     Attributes:
         name: In the file.

@@ -45,7 +45,7 @@ def split(
     *,
     copy: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns a Keras model's trainable variables and the others as two trees.
+    """Splits a Keras model into two trees: trainable variables, and the others.
 
         params, rest = ema_optax.keras.split(model)
         checkpoint.save("run", params, optimizer.init(params), step=10)
@@ -97,7 +97,7 @@ def update(
     *,
     copy: bool = True,
 ) -> None:
-    """Put trees, or lists of values, into the variables of a Keras model.
+    """Puts trees, or lists of values, into the variables of a Keras model.
 
         like, _ = ema_optax.keras.split(model)
         ema_optax.keras.update(model, checkpoint.restore("run", "shadow", like=like))
@@ -141,7 +141,7 @@ def update(
 
 @contextlib.contextmanager
 def swapped(model: Any, params: Values, *, copy: bool = True) -> Iterator[Any]:
-    """Put other params into a Keras model, and always put its own back.
+    """Puts other params into a Keras model, and always puts its own back.
 
         with ema_optax.keras.swapped(model, ema_optax.keras.average(model).tree):
             model.evaluate(images, labels)
@@ -170,7 +170,7 @@ def swapped(model: Any, params: Values, *, copy: bool = True) -> Iterator[Any]:
 
 
 def average(model: Any, optimizer: Any = None) -> KerasAverage:
-    """Returns the average that a Keras optimizer keeps with `use_ema=True`.
+    """Takes out the average that a Keras optimizer keeps with `use_ema=True`.
 
         class Keep(keras.callbacks.Callback):
             def on_epoch_end(self, epoch, logs=None):

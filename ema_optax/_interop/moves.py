@@ -1,4 +1,4 @@
-"""What becomes of arrays between a file and a tree: split, stacked, turned, joined."""
+"""Moves arrays between a file and a tree: split, stacked, turned, joined."""
 
 import dataclasses
 import math

@@ -33,7 +33,7 @@ _SWAPPED: dict[int, _Live] = {}
 def swapped(
     model: Any, optimizer: Any, *, name: str | None = None, copy: bool = True
 ) -> Iterator[Any]:
-    """Put the shadow into an NNX module, and always put the raw params back.
+    """Puts the shadow into an NNX module, and always puts the raw params back.
 
         with ema_optax.nnx.swapped(model, optimizer):
             evaluate(model)
@@ -102,7 +102,7 @@ def swapped(
 def shadow_copy(
     model: object, optimizer: object, *, name: str | None = None, copy: bool = True
 ) -> Any:
-    """Returns a copy of an NNX module whose params are the shadow, for evaluation.
+    """Copies an NNX module to one whose params are the shadow, for evaluation.
 
     It shares nothing with the module, which may go on and donate its arrays. Variables
     that are no params are copied as they are; so is the mode (`averaged.eval()`).
@@ -140,7 +140,7 @@ def shadow_copy(
 
 
 def split(model: Any, optimizer: Any) -> tuple[Any, Any]:
-    """Returns all of a run as two trees of arrays, to save and to resume.
+    """Splits an NNX run into two trees of arrays, to save and to resume.
 
         checkpoint.save("run", *ema_optax.nnx.split(model, optimizer), step=10)
 
@@ -187,7 +187,7 @@ def split(model: Any, optimizer: Any) -> tuple[Any, Any]:
 
 
 def update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
-    """Put the two trees of `split` back into a module and its optimizer.
+    """Puts the two trees of `split` back into a module and its optimizer.
 
     All of it or nothing: where the trees do not fit, both stay as they are.
 
@@ -254,7 +254,7 @@ def refresh_batch_stats(
     call: Callable[[Any, Any], Any] | None = None,
     progress: Progress = None,
 ) -> None:
-    """Recompute the BatchNorm statistics of an NNX module for the params it has.
+    """Recomputes the BatchNorm statistics of an NNX module for the params it has.
 
     As `ema_optax.linen.refresh_batch_stats`, in the module itself:
 

@@ -15,7 +15,7 @@ _Side: TypeAlias = "str | tuple[str, ...] | None"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What tensors of a file are in a tree, by patterns, and how their axes lie.
+    """Says what tensors of a file are in a tree, by patterns, and how their axes lie.
 
     `*` stands for characters of one key, `**` for any number of keys, also none, and
     `#` for a number; they carry over in order. Where `#` is in `name` and not in

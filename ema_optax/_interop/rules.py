@@ -36,7 +36,7 @@ class Rules:
 
     @classmethod
     def of(cls, given: "Sequence[Rule | Mapping[str, Any]] | Rules | None") -> "Rules":
-        """Returns rules from rules, or from mappings with their fields.
+        """Makes rules from rules, or from mappings with their fields.
 
         Args:
             given: None for none: names become paths, `.` for `/`, arrays as they lie.
@@ -61,7 +61,7 @@ class Rules:
 
     @classmethod
     def from_json(cls, text: str) -> "Rules":
-        """Returns rules from the text that `to_json` returns.
+        """Reads rules from the text that `to_json` returns.
 
         Raises:
             ValueError: If it is none.
@@ -86,7 +86,7 @@ class Rules:
         return json.dumps([rule.fields() for rule in self.rules])
 
     def to_tree(self, names: Mapping[str, Shape]) -> dict[str, Move]:
-        """Returns how each leaf of a tree is made of the tensors of a file.
+        """Plans how each leaf of a tree is made of the tensors of a file.
 
         Args:
             names: Shapes of all tensors, by name.
@@ -99,7 +99,7 @@ class Rules:
         return rule_fits.to_tree(self.rules, names, must_fit=self.given)
 
     def to_names(self, paths: Mapping[str, Shape]) -> dict[str, Move]:
-        """Returns how each tensor of a file is made of the leaves of a tree.
+        """Plans how each tensor of a file is made of the leaves of a tree.
 
         Args:
             paths: Shapes of all leaves, by path.

@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Tells what an export wrote.
 
     Attributes:
         path: The file, or the folder.
@@ -106,7 +106,7 @@ def export(
     dry_run: bool = False,
     progress: Progress = None,
 ) -> Exported | tuple[Exported, ...]:
-    """Write one tree of a checkpoint as a safetensors file, or more in a folder.
+    """Writes one tree of a checkpoint as a safetensors file, or more in a folder.
 
     A shadow is the whole model: leaves that are not averaged are those of the params.
     Names are the paths with dots, `encoder.kernel`. The header's metadata are texts:

@@ -23,7 +23,7 @@ _BEGUN = ("tmp", ".")  # how the names of what is not written to its end begin
 
 
 def stored(source: str | os.PathLike[str], tree: str | None = None) -> "TensorTree":
-    """Returns the tensors of a safetensors checkpoint as a source for merging.
+    """Opens a safetensors checkpoint as a source for merging.
 
     Dots in names become slashes, as paths have them. The format keeps no checksums:
     what is read is not verified. Files are mapped, and nothing but headers is read yet.
@@ -64,7 +64,7 @@ def stored(source: str | os.PathLike[str], tree: str | None = None) -> "TensorTr
 
 
 class TensorTree(Source):
-    """The tensors of a safetensors checkpoint.
+    """Reads the tensors of a safetensors checkpoint.
 
     Attributes:
         leaves: Shape and dtype of every leaf that is averaged, by path.
@@ -101,7 +101,7 @@ class TensorTree(Source):
         return f"TensorTree({self._tensors.origin!r}, {len(self.leaves)} leaves)"
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns a part of a leaf, a view of the file."""
+        """Reads a part of a leaf, as a view of the file."""
         return self._tensors.raw(self._names[path])[index]
 
     def read_others(self) -> dict[str, np.ndarray]:

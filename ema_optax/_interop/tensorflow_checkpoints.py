@@ -27,7 +27,7 @@ _FILE = re.compile(r"(.+)\.(index|meta|data-\d{5}-of-\d{5})")
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """What became of a TensorFlow checkpoint.
+    """Tells what became of a TensorFlow checkpoint.
 
     Attributes:
         source: Its prefix, as TensorFlow names a checkpoint.
@@ -61,7 +61,7 @@ def import_checkpoint(
     dry_run: bool = False,
     progress: Progress = None,
 ) -> Imported:
-    """Turn a TensorFlow checkpoint with averages into one of ours.
+    """Turns a TensorFlow checkpoint with averages into one of ours.
 
     Its variables become params and shadow, nested by their scopes: `enc/w` is
     `["enc"]["w"]`, and `enc/w/ExponentialMovingAverage` its shadow, also where the

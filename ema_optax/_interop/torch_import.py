@@ -28,7 +28,7 @@ _Tree = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ImportedLeaf:
-    """What a leaf was made of.
+    """Tells what a leaf was made of.
 
     Attributes:
         names: Tensors of the model.
@@ -47,7 +47,7 @@ class ImportedLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class ImportedTorch:
-    """What became of weights of PyTorch or Hugging Face.
+    """Tells what became of weights of PyTorch or Hugging Face.
 
     Attributes:
         source: The file, or index, that was read; that of the raw weights, if of two.
@@ -106,7 +106,7 @@ def import_checkpoint(
     dry_run: bool = False,
     progress: bars.Progress = None,
 ) -> ImportedTorch:
-    """Turn weights of PyTorch or Hugging Face into one of our checkpoints.
+    """Turns weights of PyTorch or Hugging Face into one of our checkpoints.
 
     Raw weights and average lie side by side in it where the source has both. Where it
     has raw weights alone, the average starts as a copy, with count 0; where it has an
