@@ -6,6 +6,6 @@
 They come from scikit-learn, which `pip install 'ema-optax[demo]'` brings.
 """
 
-from ema_optax._demo.digits import Digits, accuracy, load
+from ema_optax._demo.digits import Classifier, Digits, accuracy, load, logits
 
-__all__ = ["Digits", "accuracy", "load"]
+__all__ = ["Classifier", "Digits", "accuracy", "load", "logits"]

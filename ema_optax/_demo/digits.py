@@ -46,7 +46,12 @@ class Measured(NamedTuple):
 
 
 class Classifier(nnx.Module):
-    """Images of 64 pixels to the logits of 10 digits, through one hidden layer."""
+    """Classifies images of 64 pixels as one of 10 digits, through a hidden layer.
+
+    >>> import jax.numpy as jnp
+    >>> Classifier(rngs=nnx.Rngs(0))(jnp.zeros((2, 64))).shape
+    (2, 10)
+    """
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.hidden = nnx.Linear(64, 64, rngs=rngs)
@@ -142,7 +147,18 @@ def _noisy_batch(
 def logits(
     graph: nnx.GraphDef[Classifier], params: nnx.State, images: jax.Array
 ) -> jax.Array:
-    """Returns logits float32[n, 10] of a classifier given as its graph and params."""
+    """Computes the logits float32[n, 10] of a classifier.
+
+    Args:
+        graph: Of the classifier, as `nnx.split` returns it.
+        params: Its params.
+        images: float32[n, 64], pixels in [0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> graph, params = nnx.split(Classifier(rngs=nnx.Rngs(0)))
+    >>> logits(graph, params, jnp.zeros((2, 64))).shape
+    (2, 10)
+    """
     return nnx.merge(graph, params)(images)
 
 
