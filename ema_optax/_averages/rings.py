@@ -266,9 +266,8 @@ def _mean(slots: jax.Array, count: jax.Array, every: int) -> jax.Array:
     if jnp.ndim(count):
         return jax.vmap(functools.partial(_mean, every=every))(slots, count)
     k, folds = slots.shape[0], count // every
-    age = (
-        folds - 1 - jnp.arange(k)
-    ) % k  # in folds; before the first, slot k−1 is init
+    # In folds. Before the first fold slot k−1, of age 0, holds the initial params.
+    age = (folds - 1 - jnp.arange(k)) % k
     filled = (age < jnp.maximum(folds, 1)).reshape(k, *[1] * (slots.ndim - 1))
     x = slots.astype(trees.wide(slots.dtype))
     newest = jax.lax.dynamic_index_in_dim(x, (folds - 1) % k, keepdims=False)
@@ -298,8 +297,7 @@ def _of_slots(
 
 def _with_axis(sharding: Sharding) -> Sharding:
     if not isinstance(sharding, NamedSharding) or not len(sharding.spec):
-        return (
-            sharding  # XLA writes it so too; two spellings would compile a step twice
-        )
+        # XLA writes it so too; two spellings would compile a step twice.
+        return sharding
     spec = PartitionSpec(None, *sharding.spec)
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)

@@ -66,11 +66,11 @@ def read(
                 "The raw params are not in an optimizer state. Pass them: "
                 "shadow_params(opt_state, params, name='params')."
             )
-        return jax.tree.map(lambda leaf: _own(leaf, copy), params)
+        return owned(params, copy=copy)
     chosen = averages.find(opt_state, call=call, params=params).of(name)
     shadow = averages.joined({each.where: each.read(params) for each in chosen})
     if params is None:
-        return jax.tree.map(lambda leaf: _own(leaf, copy), shadow)
+        return owned(shadow, copy=copy)
     shadow = trees.arranged(shadow, params)
     difference = trees.difference(shadow, params, ("shadow", "params"))
     if difference:
@@ -79,6 +79,15 @@ def read(
     leaves = jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
     pairs = zip(leaves, slots, strict=True)
     return jax.tree.unflatten(structure, [_fill(*pair, copy) for pair in pairs])
+
+
+def owned(tree: Any, *, copy: bool = True) -> Any:
+    """Copies the arrays of a tree, so that donating others leaves them alone."""
+    if not copy:
+        return tree
+    return jax.tree.map(
+        lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, tree
+    )
 
 
 def with_shadow(train_state: Any, *, name: str | None = None, copy: bool = True) -> Any:
@@ -134,10 +143,6 @@ def with_shadow(train_state: Any, *, name: str | None = None, copy: bool = True)
 
 def _fill(shadow: object, param: object, copy: bool) -> Any:
     if trees.is_placeholder(shadow):
-        return _own(param, copy)
+        return owned(param, copy=copy)
     make = jnp.array if copy else jnp.asarray
     return make(shadow, dtype=jnp.result_type(param))
-
-
-def _own(leaf: object, copy: bool) -> Any:
-    return jnp.copy(leaf) if copy and isinstance(leaf, jax.Array) else leaf

@@ -53,9 +53,7 @@ def add(commands: parsing.Commands) -> None:
             "  ema-optax inspect adopted"
         ),
     )
-    parser.add_argument(
-        "source", type=parsing.place, metavar="SOURCE", help="checkpoint to convert"
-    )
+    options.add_source(parser, "checkpoint")
     options.add_out(parser, required=True)
     parser.add_argument(
         "--params", metavar="PATH", help="where the params are (default: searched)"

@@ -48,9 +48,7 @@ def add(commands: parsing.Commands) -> None:
             "  ema-optax inspect imported"
         ),
     )
-    parser.add_argument(
-        "source", type=parsing.place, metavar="CKPT", help="checkpoint to convert"
-    )
+    options.add_source(parser, "checkpoint", metavar="CKPT")
     options.add_out(parser, required=True)
     options.add_step(parser, default="the global_step")
     options.add_decay(parser)

@@ -69,9 +69,7 @@ def add(commands: parsing.Commands) -> None:
             "      --shadow-from ema.safetensors --count 500 --out imported"
         ),
     )
-    parser.add_argument(
-        "source", type=parsing.place, metavar="SOURCE", help="weights to convert"
-    )
+    options.add_source(parser, "weights")
     options.add_out(parser, required=True)
     parser.add_argument(
         "--params", type=parsing.place, metavar="KEY", help="where the raw weights are"

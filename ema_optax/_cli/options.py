@@ -17,6 +17,15 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add_item(parser)
 
 
+def add_source(
+    parser: argparse.ArgumentParser, what: str, *, metavar: str = "SOURCE"
+) -> None:
+    """Adds the argument that names what a command converts."""
+    parser.add_argument(
+        "source", type=parsing.place, metavar=metavar, help=f"{what} to convert"
+    )
+
+
 def add_step(
     parser: argparse.ArgumentParser, *, lowest: int = 0, default: str = "the newest"
 ) -> None:

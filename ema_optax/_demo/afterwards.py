@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import optax
 from flax import nnx
 
@@ -42,11 +42,8 @@ def halves(held_out: Digits) -> tuple[Digits, Digits]:
     return first, second
 
 
-def losses(
-    graph: nnx.GraphDef[Classifier], params: nnx.State, data: Digits
-) -> jnp.ndarray:
+def losses(logits: jax.Array, data: Digits) -> jax.Array:
     """Returns the cross-entropy of each held-out digit, float32[n], in nats."""
-    logits = digits.logits(graph, params, data.test_images)
     return optax.softmax_cross_entropy_with_integer_labels(logits, data.test_labels)
 
 
@@ -71,10 +68,17 @@ def candidates(
         digits chose, and the mean of the newer half of the checkpoints; measured on
         the second half. And the choice.
     """
+
+    def logits(params: nnx.State, data: Digits) -> jax.Array:
+        return digits.logits(graph, params, data.test_images)
+
     choosing, reporting = halves(data)
     like = next(iter(known.values()))
     choice = reconstruction.choose(
-        run, lambda params: losses(graph, params, choosing), budget=8, params=like
+        run,
+        lambda params: losses(logits(params, choosing), choosing),
+        budget=8,
+        params=like,
     )
     newer = saved[len(saved) // 2 :]
     merged = reconstruction.merge(
@@ -87,14 +91,13 @@ def candidates(
         width: choice.tree,
         f"mean of the last {len(newer)} checkpoints": merged,
     }
-    found = tuple(
+    answers = {name: logits(params, reporting) for name, params in models.items()}
+    measured = tuple(
         Candidate(
             name=name,
-            loss=float(losses(graph, params, reporting).mean()),
-            accuracy=digits.accuracy(
-                digits.logits(graph, params, reporting.test_images), reporting
-            ),
+            loss=float(losses(answer, reporting).mean()),
+            accuracy=digits.accuracy(answer, reporting),
         )
-        for name, params in models.items()
+        for name, answer in answers.items()
     )
-    return found, choice
+    return measured, choice

@@ -134,7 +134,7 @@ def shadow_copy(
     live = _live(model, optimizer)
     shadow = _shadow(optimizer, live.params, name, "shadow_copy", copy)
     averaged = _copied(model, copy)
-    nnx.update(averaged, jax.tree.map(_own, live.stats) if copy else live.stats)
+    nnx.update(averaged, shadows.owned(live.stats, copy=copy))
     nnx.update(averaged, shadow)
     return averaged
 
@@ -362,11 +362,7 @@ def _copied(model: object, copy: bool = True) -> Any:
     from flax import nnx
 
     graph, state = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(_own, state) if copy else state)
-
-
-def _own(leaf: object) -> Any:
-    return jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf
+    return nnx.merge(graph, shadows.owned(state, copy=copy))
 
 
 def _differ(before: object, after: object) -> bool:

@@ -37,7 +37,7 @@ def chosen(asked: str, trees: Collection[str], call: str) -> str:
     >>> chosen("shadow", ["params", "shadow/fast"], "Pass tree=")
     'shadow/fast'
     """
-    candidates = {asked.removesuffix("/") if asked == f"{SHADOW}/" else asked}
+    candidates = {SHADOW if asked == f"{SHADOW}/" else asked}
     if "/" not in asked and asked != PARAMS:
         candidates.add(f"{SHADOW}/{asked}")
     meant = sorted(candidates & set(trees))
