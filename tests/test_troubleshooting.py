@@ -1,6 +1,7 @@
 """The errors that docs/troubleshooting.md quotes are those of the package."""
 
 import ast
+import pathlib
 import re
 
 import pytest
@@ -22,7 +23,7 @@ def quoted():
 
 def texts():
     """All texts of the package, with … for the values that f-strings put in."""
-    for source in (pages.ROOT / "ema_optax").rglob("*.py"):
+    for source in pathlib.Path(ema_optax.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.JoinedStr):
                 parts = (getattr(part, "value", "") for part in node.values)
