@@ -13,11 +13,7 @@ import mkdocs.plugins
 from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHOWN = (
-    *("*.md", "LICENSE", "images/*.png", "notebooks/*.ipynb"),
-    *("benchmarks/*.md", "benchmarks/*.png", "benchmarks/*.py"),
-    *("examples/*.py", "notebooks/*.py"),
-)
+SHOWN = ("*.md", "LICENSE", "benchmarks/*.md", "notebooks/*.ipynb")
 # The README is the front page of the repository, and index.md that of the site.
 LEFT_OUT = {"README.md"}
 LINK = re.compile(r"(\]\(|src=\")(?![a-z]+:|#|/)([^)\s#\"]+)")
@@ -25,13 +21,25 @@ LINK = re.compile(r"(\]\(|src=\")(?![a-z]+:|#|/)([^)\s#\"]+)")
 
 @mkdocs.plugins.event_priority(100)  # before mkdocs-jupyter looks for notebooks
 def on_files(files, config):
-    """Adds the repository's pages, pictures, notebooks and programs."""
-    for pattern in SHOWN:
-        for path in sorted(ROOT.glob(pattern)):
-            name = path.relative_to(ROOT).as_posix()
-            if name not in LEFT_OUT:
-                files.append(_file(name, config))
+    """Adds the repository's pages and notebooks, and each file that a page links to."""
+    shown = (path for pattern in SHOWN for path in sorted(ROOT.glob(pattern)))
+    names = {path.relative_to(ROOT).as_posix() for path in shown} - LEFT_OUT
+    for name in names.copy():
+        if name.endswith(".md"):
+            names |= _linked(ROOT / name)
+    for file in files.documentation_pages():
+        names |= _linked(pathlib.Path(file.abs_src_path))
+    for name in sorted(names):
+        files.append(_file(name, config))
     return files
+
+
+def _linked(page):
+    """Returns the files that a page links to and that are in no folder of the site."""
+    links = (page.parent / link[2] for link in LINK.finditer(page.read_text()))
+    files = (link.resolve() for link in links)
+    names = {f.relative_to(ROOT).as_posix() for f in files if f.is_file()}
+    return {name for name in names - LEFT_OUT if not name.startswith("docs/")}
 
 
 def _file(name, config):
