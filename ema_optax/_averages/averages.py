@@ -254,23 +254,38 @@ def find(
     return Averages(opt_state, call, params)
 
 
+def whole(shadows: Mapping[str, optax.Params], params: optax.Params) -> optax.Params:
+    """Joins shadows of disjoint leaves into one tree of the structure of the params.
+
+    Args:
+        shadows: Trees by the places of their averages, not copied.
+        params: The params that the optimizer state belongs to.
+
+    Raises:
+        ValueError: If two of them average a leaf, or the params do not fit.
+    """
+    shadow = joined({at: trees.arranged(x, params) for at, x in shadows.items()})
+    difference = trees.difference(shadow, params, ("shadow", "params"))
+    if difference:
+        raise ValueError(mistaken.misfit(shadow, params, difference))
+    return shadow
+
+
 def joined(shadows: Mapping[str, optax.Params]) -> optax.Params:
     """Joins shadows that cover disjoint leaves into one tree.
 
     Args:
-        shadows: Trees of one structure by the places of their averages, not copied.
+        shadows: Trees of one structure by the places of their averages, not copied. A
+            placeholder may stand for a part of the structure.
 
     Raises:
         ValueError: If a leaf is averaged in more than one of them.
     """
     (path, joined), *others = shadows.items()
     for other_path, other in others:
-        leaves, structure = jax.tree.flatten(joined, is_leaf=trees.is_placeholder)
-        more = jax.tree.leaves(other, is_leaf=trees.is_placeholder)
-        if jax.tree.structure(other, is_leaf=trees.is_placeholder) != structure or any(
-            not trees.is_placeholder(a) and not trees.is_placeholder(b)
-            for a, b in zip(leaves, more, strict=True)
-        ):
+        try:
+            joined = _joined(joined, other)
+        except _OverlapError:
             advice = (
                 "Give them names, in one transform: "
                 "ema_params({'fast': 0.99, 'slow': 0.9999})"
@@ -284,13 +299,26 @@ def joined(shadows: Mapping[str, optax.Params]) -> optax.Params:
                 f"'{path}' and '{other_path}'. {advice}, and read "
                 "shadow_params(opt_state, params, name='slow'); or pass the part of "
                 "the state that holds the one you mean."
-            )
-        both = [
-            b if trees.is_placeholder(a) else a
-            for a, b in zip(leaves, more, strict=True)
-        ]
-        joined = jax.tree.unflatten(structure, both)
+            ) from None
     return joined
+
+
+class _OverlapError(Exception):
+    """Two shadows have the same leaf, or are of different trees."""
+
+
+def _joined(ours: Any, theirs: Any) -> Any:
+    """Joins two trees level by level; where one has a placeholder, takes the other."""
+    if trees.is_placeholder(ours):
+        return theirs
+    if trees.is_placeholder(theirs):
+        return ours
+    children, structure = jax.tree.flatten(ours, is_leaf=lambda x: x is not ours)
+    more, others = jax.tree.flatten(theirs, is_leaf=lambda x: x is not theirs)
+    if structure != others or jax.tree_util.all_leaves([ours]):
+        raise _OverlapError
+    pairs = zip(children, more, strict=True)
+    return jax.tree.unflatten(structure, [_joined(*pair) for pair in pairs])
 
 
 def _kind(node: object) -> Kind | None:

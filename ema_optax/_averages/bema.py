@@ -175,11 +175,10 @@ class BemaAverage(Average):
                 "bema_params(...).init(params), and put other values in with "
                 "state._replace(count=…, average=…, anchor=…)."
             )
-        arranged = trees.arranged(params, self.tree)
-        leaves = matching_leaves(self.tree, arranged)
-        structure = jax.tree.structure(self.tree, is_leaf=trees.is_placeholder)
-        live = structure.flatten_up_to(arranged)
-        anchors = structure.flatten_up_to(self.anchor)
+        average = trees.arranged(self.tree, params)
+        leaves = matching_leaves(average, params)
+        live, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
+        anchors = trees.flatten(trees.arranged(self.anchor, params))[1]
         for i, leaf in enumerate(leaves):
             if not trees.is_placeholder(leaf):
                 leaves[i] = _corrected(

@@ -9,7 +9,7 @@ import optax
 
 from ema_optax._averages import averages
 from ema_optax._averages.average import Average
-from ema_optax._trees import mistaken, trees
+from ema_optax._trees import trees
 
 _BLOCK = 4096  # updates whose decays are computed together
 _NOTHING_LEFT = -100.0  # as the log of a weight: below what float32 can show
@@ -82,11 +82,8 @@ def metrics(
 
 
 def _metrics(chosen: Sequence[Average], params: optax.Params) -> dict[str, jax.Array]:
-    shadow = averages.joined({each.where: each.kept(params) for each in chosen})
-    shadow = trees.arranged(shadow, params)
-    difference = trees.difference(shadow, params, ("shadow", "params"))
-    if difference:
-        raise ValueError(mistaken.misfit(shadow, params, difference))
+    kept = {each.where: each.kept(params) for each in chosen}
+    shadow = averages.whole(kept, params)
     figures: dict[str, jax.Array] = {}
     first = chosen[0]
     alike = all(

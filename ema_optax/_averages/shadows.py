@@ -68,13 +68,10 @@ def read(
             )
         return owned(params, copy=copy)
     chosen = averages.find(opt_state, call=call, params=params).of(name)
-    shadow = averages.joined({each.where: each.read(params) for each in chosen})
+    shadows = {each.where: each.read(params) for each in chosen}
     if params is None:
-        return owned(shadow, copy=copy)
-    shadow = trees.arranged(shadow, params)
-    difference = trees.difference(shadow, params, ("shadow", "params"))
-    if difference:
-        raise ValueError(mistaken.misfit(shadow, params, difference))
+        return owned(averages.joined(shadows), copy=copy)
+    shadow = averages.whole(shadows, params)
     slots, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
     leaves = jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
     pairs = zip(leaves, slots, strict=True)

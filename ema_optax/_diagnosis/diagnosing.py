@@ -145,11 +145,8 @@ class _Seen:
 
     def look_at(self, chosen: Sequence[Average], name: str | None) -> None:
         """Checks the averages of one name; several are of disjoint leaves."""
-        kept = {each.where: _kept(each, self.params) for each in chosen}
-        shadow = trees.arranged(averages.joined(kept), self.params)
-        difference = trees.difference(shadow, self.params, ("shadow", "params"))
-        if difference:
-            raise ValueError(mistaken.misfit(shadow, self.params, difference))
+        kept = {each.where: each.kept(self.params) for each in chosen}
+        shadow = averages.whole(kept, self.params)
         several = len(chosen) > 1
         looked = [
             self._average(each, each.where if several else each.name) for each in chosen
@@ -172,7 +169,8 @@ class _Seen:
     def _average(self, average: Average, label: str) -> Record:
         record = _record(average, label)
         pairs = Pairs(record)
-        tree = trees.arranged(average.tree, self.params)
+        kept = average.kept(self.params) if average.is_computed else average.tree
+        tree = trees.arranged(kept, self.params)
         paths, shadows, structure = trees.flatten(tree)
         for path, s, p in zip(
             paths, shadows, structure.flatten_up_to(self.params), strict=True
@@ -238,18 +236,12 @@ def _record(average: Average, label: str) -> Record:
     )
 
 
-def _kept(average: Average, params: Any) -> Any:
-    """Returns the average as it is folded: for BEMA, without its correction."""
-    return average.tree if average.is_computed else average.read(params)
-
-
 def _between(chosen: Sequence[Average], params: Any, at: float) -> Any:
     """Computes s + λ(p − s) like the params, in arrays of its own.
 
     Leaves that are not averaged are the params'. It is exact to the bit at 0 and 1.
     """
-    shadow = averages.joined({each.where: each.read(params) for each in chosen})
-    shadow = trees.arranged(shadow, params)
+    shadow = averages.whole({each.where: each.read(params) for each in chosen}, params)
     shadows = jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
     slots, structure = jax.tree.flatten(params, is_leaf=trees.is_placeholder)
 

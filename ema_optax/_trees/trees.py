@@ -1,6 +1,6 @@
 """Trees leaf by leaf: their paths, their placeholders, and where two of them differ."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -53,17 +53,52 @@ def path_name(path: Any) -> str:
 
 
 def arranged(tree: object, like: object) -> Any:
-    """Rebuilds a tree in the structure of another, where both have the same paths.
+    """Rebuilds an averaged tree in the structure of another with the same paths.
 
-    So arrays inside Flax's variables fit plain arrays, and a dict fits a State. Where
-    paths differ, or two leaves share one, the tree is returned as it is.
+    So arrays inside Flax's variables fit plain arrays, and a dict fits a State. A
+    placeholder stands for all leaves at or below its path: `optax.masked` puts one
+    where its mask is False for a whole part. Where paths differ otherwise, or two
+    leaves share one, the tree is returned as it is.
+
+    >>> arranged({"a": optax.MaskedNode(), "b": 1}, {"a": {"v": 2, "w": 3}, "b": 4})
+    {'a': {'v': MaskedNode(), 'w': MaskedNode()}, 'b': 1}
     """
+    tree = _spread(tree, like)
     paths, leaves, structure = flatten(tree)
     like_paths, _, like_structure = flatten(like)
-    if structure == like_structure or sorted(paths) != sorted(set(like_paths)):
+    if structure == like_structure or len(set(paths)) < len(paths):
         return tree
     by_path = dict(zip(paths, leaves, strict=True))
-    return jax.tree.unflatten(like_structure, [by_path[path] for path in like_paths])
+    masked = {path for path, leaf in by_path.items() if is_placeholder(leaf)}
+    sources = [path if path in by_path else _above(path, masked) for path in like_paths]
+    if None in sources or set(sources) != set(paths):
+        return tree
+    return jax.tree.unflatten(like_structure, [by_path[source] for source in sources])
+
+
+def _spread(tree: object, like: object) -> Any:
+    """Replaces a placeholder for a part of another tree by one for each of its leaves.
+
+    Parts without leaves, as an empty dict, have no path: the structures tell of them.
+    """
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_placeholder)
+    try:
+        parts = structure.flatten_up_to(like)
+    except ValueError:  # of other containers: their paths may still be the same
+        return tree
+    spread = [
+        jax.tree.map(lambda _: optax.MaskedNode(), part, is_leaf=is_placeholder)
+        if is_placeholder(leaf)
+        else leaf
+        for leaf, part in zip(leaves, parts, strict=True)
+    ]
+    return jax.tree.unflatten(structure, spread)
+
+
+def _above(path: str, places: Collection[str]) -> str | None:
+    """Finds the place that lies above a path, or None."""
+    parents = [path[:i] for i, letter in enumerate(path) if letter == "/"]
+    return next((place for place in ("", *parents) if place in places), None)
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,17 +138,22 @@ def difference(ours: object, theirs: object, names: tuple[str, str]) -> str | No
 
     Args:
         ours: A tree.
-        theirs: The tree it should match. A placeholder in ours fits any leaf of it.
+        theirs: The tree it should match. A placeholder in ours fits any leaf of it, and
+            is no difference where it lies above leaves.
         names: Names of the two in the description.
     """
     our_paths, our_leaves, our_structure = flatten(ours)
     their_paths, their_leaves, their_structure = flatten(theirs)
     if our_structure != their_structure:
+        pairs = zip(our_paths, our_leaves, strict=True)
+        masked = {path for path, leaf in pairs if is_placeholder(leaf)}
+        below = {path for path in their_paths if _above(path, masked) is not None}
+        above = {_above(path, masked) for path in below}
         for mine, other, name in (
-            (our_paths, their_paths, names[0]),
-            (their_paths, our_paths, names[1]),
+            (our_paths, {*their_paths, *above}, names[0]),
+            (their_paths, {*our_paths, *below}, names[1]),
         ):
-            alone = [path for path in mine if path not in set(other)]
+            alone = [path for path in mine if path not in other]
             if alone:
                 more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
                 return f"'{alone[0]}'{more} is only in the {name}"
