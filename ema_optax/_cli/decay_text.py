@@ -81,7 +81,7 @@ def _decay(text: str) -> Decay:
     try:
         return MAKERS[name](*values, **named)
     except TypeError:  # too few, too many, or of another name: all values are numbers
-        message = f"{text!r} has not the arguments of {name}; write {form(name)}"
+        message = f"{text!r} does not fit the arguments of {name}; write {form(name)}"
     except (ValueError, OverflowError) as error:
         message = f"{text!r}: {str(error).rstrip('.')}"
     raise argparse.ArgumentTypeError(message)

@@ -69,9 +69,7 @@ def explained(
         if any(f.what == "dead_zone" for f in of_pairs) and "float32" in pairs.dtypes:
             unchecked.append(_ROUNDING)
         if unpaired:
-            unchecked.append(
-                f"{unpaired} leaves of the {name} that the params have not"
-            )
+            unchecked.append(f"{unpaired} leaves of the {name} that the params lack")
         stale = [p for p in statistics_in(params.leaves) if p not in shadow.averaged]
         if stale:
             findings.append(stale_statistics(record, stale))

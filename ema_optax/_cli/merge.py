@@ -215,7 +215,7 @@ def _chosen(args: argparse.Namespace, available: Sequence[int]) -> list[int]:
     ]
     if len(steps) < (args.last or 1):
         raise ValueError(
-            f"{len(steps)} of the steps in {', '.join(args.runs)} are as asked for, "
+            f"{len(steps)} of the steps in {', '.join(args.runs)} fit the options, "
             f"and {args.last or 1} are needed: it has {some(map(str, available), 8)}."
         )
     return steps[-args.last :] if args.last else steps
