@@ -35,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: The arguments after the command's name. None takes those of this process;
-            Ctrl-C then ends it with one line.
+        argv: The arguments after the command's name. None takes the arguments of this
+            process, which Ctrl-C then ends with one line.
 
     Returns:
         The exit code: 0 on success, 1 on an error, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: After `--help` and `--version` with code 0; with code 2 where the
+        SystemExit: With code 0 after `--help` and `--version`; with code 2 if the
             arguments are wrong.
     """
     if argv is not None:

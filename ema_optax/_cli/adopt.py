@@ -1,4 +1,4 @@
-"""`ema-optax adopt`: its arguments, and what it prints of what was adopted."""
+"""`ema-optax adopt`: its arguments, and how it prints the result."""
 
 import argparse
 import dataclasses
@@ -91,14 +91,14 @@ def add(commands: parsing.Commands) -> None:
 
 
 def _count(text: str) -> int | str:
-    """Returns a number of updates, or the path of one."""
+    """Reads `--count`: a number of updates, or the path of that number."""
     if text.strip().lstrip("-").isdecimal():
         return parsing.at_least(0)(text)
     return parsing.place(text)
 
 
 def _explained(error: Exception) -> str:
-    """Returns an error on one line, with options for arguments."""
+    """Writes an error on one line, with options in place of arguments."""
     line = parsing.explained(error)
     for argument, option in {
         "shadow=None": "--shadow none",
@@ -115,11 +115,11 @@ def _explained(error: Exception) -> str:
 
 def _run(args: argparse.Namespace) -> int:
     if not args.json:
-        import rich  # noqa: F401 missed before the work, not after it
+        import rich  # noqa: F401 if it is missing, fail before the work
 
     from ema_optax import checkpoint
 
-    done = checkpoint.adopt(
+    adopted = checkpoint.adopt(
         args.source,
         args.out,
         params=args.params,
@@ -134,55 +134,58 @@ def _run(args: argparse.Namespace) -> int:
         progress=None,
     )
     if args.json:
-        parsing.print_json(_as_json(done))
+        parsing.print_json(_as_json(adopted))
     else:
-        _print(done, dry_run=args.dry_run)
+        _print(adopted, dry_run=args.dry_run)
     return 0
 
 
-def _as_json(done: "Adopted") -> dict[str, Any]:
-    decay = None if done.decay is None else json.loads(done.decay.to_json())
-    fields = dataclasses.fields(done)
-    return {each.name: getattr(done, each.name) for each in fields} | {"decay": decay}
+def _as_json(adopted: "Adopted") -> dict[str, Any]:
+    decay = None if adopted.decay is None else json.loads(adopted.decay.to_json())
+    fields = dataclasses.fields(adopted)
+    values = {field.name: getattr(adopted, field.name) for field in fields}
+    return values | {"decay": decay}
 
 
-def _print(done: "Adopted", *, dry_run: bool) -> None:
+def _print(adopted: "Adopted", *, dry_run: bool) -> None:
     from rich.filesize import decimal
 
     from ema_optax._cli import tables
 
-    beside = [f"{path} = {value:.6g}" for path, value in done.beside.items()]
+    numbers = [f"{path} = {value:.6g}" for path, value in adopted.beside.items()]
     parsing.print_lines(
         {
-            "From": f"{done.source}, {done.kind}",
-            "Layout": done.layout,
-            "To": f"{done.path}, step {done.step}",
-            "Count": f"{done.count:,}, {_origin(done.count_from)}",
-            "Decay": "not recorded" if done.decay is None else done.decay,
-            "Lies beside": ", ".join(beside) or None,
-            "Divided": "by 1−β^count: it began at zero" if done.zero_started else None,
-            "Distance": _distance(done),
+            "From": f"{adopted.source}, {adopted.kind}",
+            "Layout": adopted.layout,
+            "To": f"{adopted.path}, step {adopted.step}",
+            "Count": f"{adopted.count:,}, {_origin(adopted.count_from)}",
+            "Decay": "not recorded" if adopted.decay is None else adopted.decay,
+            "Lies beside": ", ".join(numbers) or None,
+            "Divided": "by 1−β^count: it began at zero"
+            if adopted.zero_started
+            else None,
+            "Distance": _distance(adopted),
         }
     )
     table = tables.table(("tree", "from", "leaves", "size"), right=("leaves", "size"))
-    params = len(done.averaged) + len(done.raw) + done.others
+    params = len(adopted.averaged) + len(adopted.raw) + adopted.others
     rows = {
-        "params": (done.params or "all", f"{params:,}", done.bytes["params"]),
+        "params": (adopted.params or "all", f"{params:,}", adopted.bytes["params"]),
         "shadow": (
-            done.shadow or "none: a copy of the params",
-            f"{len(done.averaged):,}",
-            done.bytes["shadow"],
+            adopted.shadow or "none: a copy of the params",
+            f"{len(adopted.averaged):,}",
+            adopted.bytes["shadow"],
         ),
     }
     for tree, (path, leaves, size) in rows.items():
         table.add_row(tree, parsing.printable(path), leaves, decimal(size))
-    for path, size in done.left_out.items():
+    for path, size in adopted.left_out.items():
         table.add_row("left out", parsing.printable(path), "", decimal(size))
     tables.console().print(table)
     for paths, what in (
-        (done.raw, "have no average and are raw in both trees"),
+        (adopted.raw, "have no average and are raw in both trees"),
         (
-            done.narrow,
+            adopted.narrow,
             "have an average narrower than float32, which rounds away what"
             " moves slowly",
         ),
@@ -203,13 +206,13 @@ def _origin(count_from: str) -> str:
     )
 
 
-def _distance(done: "Adopted") -> str | None:
-    """Returns how far the average is from the params, where it was read."""
-    if done.distance is None or done.shadow is None:
+def _distance(adopted: "Adopted") -> str | None:
+    """Writes the distance of the average from the params, if it was measured."""
+    if adopted.distance is None or adopted.shadow is None:
         return None
-    far = (
+    doubt = (
         "; an average of params is nearer, look what it is"
-        if done.distance > 0.9
+        if adopted.distance > 0.9
         else ""
     )
-    return f"{done.distance:.3g} of the params' norm{far}"
+    return f"{adopted.distance:.3g} of the params' norm{doubt}"

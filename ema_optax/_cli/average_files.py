@@ -1,4 +1,4 @@
-"""The folders of a reconstruction: snapshots and params read, averages written."""
+"""Folders of a reconstruction: reads snapshots and params, writes averages."""
 
 import math
 from collections.abc import Sequence
@@ -21,10 +21,13 @@ from ema_optax.reconstruction import Reconstruction, Snapshot
 
 
 def snapshots(runs: Sequence[str]) -> list[Snapshot]:
-    """Returns the snapshots in all folders, in order; of equal ones the finest."""
-    found = [snapshot for run in runs for snapshot in checkpoint.snapshots(run)]
+    """Lists the snapshots in all folders, by step and exponent.
+
+    Where several have the same step and exponent, the one of the finest dtype counts.
+    """
+    stored = [snapshot for run in runs for snapshot in checkpoint.snapshots(run)]
     finest: dict[tuple[float, float], Snapshot] = {}
-    for snapshot in sorted(found, key=lambda s: float(jnp.finfo(s.dtype).eps)):
+    for snapshot in sorted(stored, key=lambda s: float(jnp.finfo(s.dtype).eps)):
         finest.setdefault((snapshot.step, snapshot.exponent), snapshot)
     return [finest[key] for key in sorted(finest)]
 
@@ -32,32 +35,32 @@ def snapshots(runs: Sequence[str]) -> list[Snapshot]:
 def model(
     runs: Sequence[str], snapshots: Sequence[Snapshot], last: float
 ) -> tuple[optax.Params, bool]:
-    """Returns what the result is like, and whether that is the whole model.
+    """Builds the tree of an average, and tells if that is the whole model.
 
-    Leaves that are averaged are abstract; the others are those of the params.
+    Averaged leaves are abstract; the others are the leaves of the params.
     """
     averaged = snapshots[0].tree.leaves
     item = _item_with_params(runs, last)
     if item is None:
-        wide = {p: trees.wide(x.dtype) for p, x in averaged.items()}
-        kept: dict[str, Any] = {}
+        dtypes = {p: trees.wide(x.dtype) for p, x in averaged.items()}
+        params: dict[str, Any] = {}
     else:
         stored = checkpoint.describe(item).trees["params"].leaves
-        wide = {path: jnp.dtype(leaf.dtype) for path, leaf in stored.items()}
-        kept = {}
+        dtypes = {path: jnp.dtype(leaf.dtype) for path, leaf in stored.items()}
+        params = {}
         if set(stored) - set(averaged):
             paths, leaves, _ = trees.flatten(checkpoint.restore(item, "params"))
-            kept = dict(zip(paths, leaves, strict=True))
+            params = dict(zip(paths, leaves, strict=True))
     abstract = {
-        path: jax.ShapeDtypeStruct(leaf.shape, wide[path])
+        path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path])
         for path, leaf in averaged.items()
-        if path in wide  # else reconstruct says that the params lack it
+        if path in dtypes  # else reconstruct says that the params lack it
     }
-    return trees.nested({**kept, **abstract}), item is not None
+    return trees.nested({**params, **abstract}), item is not None
 
 
 def check_free(plan: Plan, out: str) -> None:
-    """Refuses a folder that the averages could not be written to, as `OSError`."""
+    """Raises OSError if the averages cannot be written to a folder."""
     output_folders.check_free(out, [f"{r.directory}/{plan.step}" for r in plan.rows])
 
 
@@ -77,22 +80,22 @@ def check_room(plan: Plan, out: str, like: optax.Params, dtype: str | None) -> N
     )
 
 
-def write(plan: Plan, found: Sequence[Reconstruction]) -> None:
+def write(plan: Plan, averages: Sequence[Reconstruction]) -> None:
     """Writes each average as a checkpoint, with a bar on a terminal.
 
     Raises:
-        OSError: If one cannot be written; nothing of it is left, and those before it
-            are whole.
+        OSError: If an average cannot be written. Nothing of that average stays; the
+            averages before it are whole.
     """
-    with shown(None, "writing", len(found)) as report:
-        for done, (row, average) in enumerate(zip(plan.rows, found, strict=True)):
-            report(done)
+    with shown(None, "writing", len(averages)) as report:
+        for written, (row, average) in enumerate(zip(plan.rows, averages, strict=True)):
+            report(written)
             try:
                 _write(plan, row, average)
             except Exception as error:
-                if not done:
+                if not written:
                     raise
-                before = ", ".join(f"{r.width:g}" for r in plan.rows[:done])
+                before = ", ".join(f"{r.width:g}" for r in plan.rows[:written])
                 raise OSError(f"{error} Written before it: width {before}.") from error
 
 
@@ -115,17 +118,17 @@ def _write(plan: Plan, row: Row, average: Reconstruction) -> None:
 
 
 def _item_with_params(runs: Sequence[str], last: float) -> epath.Path | None:
-    """Returns what holds the params of a step, by the updates that its shadows saw."""
+    """Finds the item with params that has a shadow last folded at update `last`."""
     for run in runs:
         for item in reversed(all_steps(absolute(run))):
-            held = checkpoint.describe(item).trees
-            if "params" in held and any(_folded(t) == last for t in held.values()):
+            stored = checkpoint.describe(item).trees
+            if "params" in stored and any(_folded(t) == last for t in stored.values()):
                 return item
     return None
 
 
 def _folded(tree: checkpoint.Tree) -> int | None:
-    """Returns the updates that a shadow had seen at its last fold."""
+    """Counts a shadow's updates up to its last fold; None where counts are stacked."""
     if not isinstance(tree.count, int):
         return None
     return tree.count - tree.count % (tree.every or 1)

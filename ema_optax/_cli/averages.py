@@ -15,7 +15,14 @@ from ema_optax.reconstruction import Snapshot
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An average that is asked for; where it goes, or None in a dry run without DIR."""
+    """An average of one width.
+
+    Attributes:
+        width: Standard deviation of its weights over the run (sigma_rel).
+        profile_error: Distance of its weights from the wanted ones.
+        noise_gain: Factor on the rounding error of the snapshots.
+        directory: The folder to write to; None in a dry run without `--out`.
+    """
 
     width: float
     profile_error: float
@@ -25,12 +32,12 @@ class Row:
 
 @dataclasses.dataclass
 class Plan:
-    """What snapshots give at a step.
+    """Averages that snapshots give at a step.
 
     Attributes:
-        step: The last of the averages.
-        snapshots: Those used: none later than the step.
-        rows: One for each width.
+        step: The step that the averages end at.
+        snapshots: The snapshots up to that step.
+        rows: An average for each width.
         whole: Whether the results are whole models.
     """
 
@@ -47,16 +54,16 @@ class Plan:
 
     @property
     def dtypes(self) -> list[str]:
-        """What the snapshots were rounded to."""
+        """The names of the dtypes that the snapshots were rounded to."""
         return sorted({jnp.dtype(s.dtype).name for s in self.snapshots})
 
     def reachable(self) -> tuple[float, float] | None:
-        """Returns the narrowest and widest average without a warning."""
+        """Finds the narrowest and the widest width without a warning, if any."""
         steps, exponents, ridge = _numbers(self.snapshots)
         return reconstruction.reachable(steps, exponents, self.step, ridge=ridge)
 
     def check(self) -> None:
-        """Raises ValueError for a width that `reconstruct` would refuse, as it does."""
+        """Raises the ValueError of `reconstruct` for a width that it would refuse."""
         bad = [row.width for row in self.rows if row.profile_error > WRONG]
         if bad:
             reconstruction.reconstruct(self.snapshots, width=bad, step=self.step)
@@ -68,19 +75,20 @@ def plan(
     widths: Sequence[float],
     out: str | None,
 ) -> Plan:
-    """Returns the figures that `reconstruct` will have, without reading an array.
+    """Computes the figures that `reconstruct` will give, without reading an array.
 
     Raises:
         ValueError: If the step is outside what the snapshots give.
     """
     used = [s for s in snapshots if s.step <= step]
     if not used or step > snapshots[-1].step:
-        reconstruction.reconstruct(snapshots, width=widths, step=step)  # raises why
+        # Raises, and names the steps that the snapshots give.
+        reconstruction.reconstruct(snapshots, width=widths, step=step)
     steps, exponents, ridge = _numbers(used)
     wanted = [exponent_from_width(width) for width in widths]
-    x, errors = fit(steps, exponents, wanted, step, ridge=ridge)
+    coefficients, errors = fit(steps, exponents, wanted, step, ridge=ridge)
     folders = [out and f"{out.rstrip('/') or '/'}/width-{width}" for width in widths]
-    gains = np.linalg.norm(x, axis=0).tolist()
+    gains = np.linalg.norm(coefficients, axis=0).tolist()
     rows = list(map(Row, widths, errors.tolist(), gains, folders))
     return Plan(step, used, rows)
 
@@ -89,9 +97,9 @@ def show(plan: Plan, *, as_json: bool, reach: bool = False) -> None:
     """Prints the figures as a table or as JSON.
 
     Args:
-        plan: What was written, or could be.
-        as_json: For programs.
-        reach: Whether to tell the widths that could be had too.
+        plan: The averages that were written, or could be.
+        as_json: Whether to print JSON instead of a table.
+        reach: Whether to print the range of widths without a warning too.
     """
     widths = plan.reachable() if reach else None
     steps = sorted({snapshot.step for snapshot in plan.snapshots})
@@ -116,12 +124,12 @@ def show(plan: Plan, *, as_json: bool, reach: bool = False) -> None:
         f"at {len(steps):,} steps from {steps[0]:,} to {steps[-1]:,}"
     )
     if reach:
-        have = (
+        subject = (
             "No width has"
             if widths is None
             else "Widths from {:.3g} to {:.3g} have".format(*widths)
         )
-        print(f"{have} a profile error of at most {DOUBTFUL:.0%}.")
+        print(f"{subject} a profile error of at most {DOUBTFUL:.0%}.")
     print()
     head = f"{'width':>8}{'profile error':>15}{'noise gain':>12}"
     print(head + "  folder" if plan.rows[0].directory else head)
@@ -131,18 +139,18 @@ def show(plan: Plan, *, as_json: bool, reach: bool = False) -> None:
         if row.directory is not None:
             line += f"  {parsing.printable(row.directory)}/{plan.step}"
         print(line)
-    what = (
+    content = (
         "Each is the whole model, with the params of that step."
         if plan.whole
         else "Each has the averaged leaves alone: no RUN has params of that step."
     )
-    print(f"\n{what}", flush=True)
+    print(f"\n{content}", flush=True)
 
 
 def _numbers(
     snapshots: Sequence[Snapshot],
 ) -> tuple[list[float], list[float], float]:
-    """Returns steps, exponents and ridge, as `coefficients` takes them."""
+    """Returns the steps, the exponents and the ridge that `fit` takes."""
     steps = [s.step for s in snapshots]
     ridge = max(reconstruction.rounding_variance(s.dtype) for s in snapshots)
     return steps, [s.exponent for s in snapshots], ridge

@@ -54,9 +54,9 @@ def add(commands: parsing.Commands) -> None:
             "\n"
             "The search tries a coarse grid, then halves the gaps beside the best,\n"
             "until the noise exceeds the differences. It makes several averages in\n"
-            "one pass over the disk. If an evaluation fails, it warns and goes on.\n"
-            "With --log the same command goes on after a stop, and evaluates again\n"
-            "only what failed.\n"
+            "one pass over the disk. If an evaluation fails, the search warns\n"
+            "and goes on. With --log the same command goes on after a stop, and\n"
+            "evaluates again only what failed.\n"
             "\n"
             "With --out the best average becomes the checkpoint DIR/N, where N is the\n"
             "last step; 'ema-optax inspect' shows how it was chosen."
@@ -73,7 +73,7 @@ def add(commands: parsing.Commands) -> None:
         "ema-optax choose RUN --evaluate MODULE:FUNCTION [--over WHAT [WHAT ...]]\n"
         "                        [--budget N] [--log FILE] [--out DIR] [options]"
     )
-    parser.set_defaults(wrong=parser.error)
+    parser.set_defaults(refuse=parser.error)
     parser.add_argument(
         "run", type=parsing.place, metavar="RUN", help="folder of steps"
     )
@@ -155,7 +155,7 @@ def _interval(text: str) -> tuple[float, float]:
 
 
 def _schedule(text: str) -> Any:
-    """Returns a decay, or a name that the library knows or will refuse."""
+    """Reads a decay, or leaves the name of a schedule for the library to check."""
     if re.match(r"ema:|[^:]*@", text) or ":" not in text:
         return text
     return decay_text.parse(text)[1]
@@ -163,7 +163,7 @@ def _schedule(text: str) -> Any:
 
 def _run(args: argparse.Namespace) -> int:
     if args.among and "schedule" not in args.over:
-        args.wrong("needs --over schedule for --among")
+        args.refuse("needs --over schedule for --among")
     with contextlib.ExitStack() as stack:
         stack.enter_context(warning_lines.of("choose", EvaluationWarning))
         if _is_wide(args):
@@ -173,21 +173,21 @@ def _run(args: argparse.Namespace) -> int:
 
 def _is_wide(args: argparse.Namespace) -> bool:
     """Returns whether the run has leaves that JAX holds in 64 bits alone."""
-    held = checkpoint.describe(args.run, item=args.item).trees.values()
-    kinds = {leaf.dtype for tree in held for leaf in tree.leaves.values()}
+    stored = checkpoint.describe(args.run, item=args.item).trees.values()
+    kinds = {leaf.dtype for tree in stored for leaf in tree.leaves.values()}
     return bool(kinds & {"float64", "complex128"})
 
 
 def _do(args: argparse.Namespace) -> int:
     draw = None
     if args.plot:
-        from ema_optax import plots  # missed before the work, not after it
+        from ema_optax import plots  # if it is missing, fail before the work
 
         draw = plots.choice
     if args.out is not None:
         output_folders.check_free(args.out, [])
         _check_room(args)
-    found = reconstruction.choose(
+    choice = reconstruction.choose(
         args.run,
         evaluations.loaded(args.evaluate),
         over=list(dict.fromkeys(args.over)),
@@ -202,43 +202,45 @@ def _do(args: argparse.Namespace) -> int:
         progress=None,
     )
     if args.out is not None:
-        decay = power(float(found.best.value)) if found.best.over == "width" else None
-        output_folders.write(args.out, found.tree, found.step, decay, found.provenance)
+        decay = power(float(choice.best.value)) if choice.best.over == "width" else None
+        output_folders.write(
+            args.out, choice.tree, choice.step, decay, choice.provenance
+        )
     if draw is not None:
-        picture = draw(found).get_figure(root=True)
+        picture = draw(choice).get_figure(root=True)
         assert picture is not None  # the axes have a figure of their own
         picture.savefig(args.plot)
-    _show(args, found)
+    _show(args, choice)
     return 0
 
 
 def _check_room(args: argparse.Namespace) -> None:
-    held = checkpoint.describe(args.run, item=args.item).trees.values()
+    stored = checkpoint.describe(args.run, item=args.item).trees.values()
     size = max(
         sum(
             math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
             for leaf in tree.leaves.values()
         )
-        for tree in held
+        for tree in stored
     )
     output_folders.check_room(args.out, size, "Pass another --out.")
 
 
-def _show(args: argparse.Namespace, found: Choice) -> None:
-    written = args.out and f"{args.out.rstrip('/')}/{found.step}"
+def _show(args: argparse.Namespace, choice: Choice) -> None:
+    directory = args.out and f"{args.out.rstrip('/')}/{choice.step}"
     if args.json:
         picture = args.plot and str(args.plot)
-        files = {"directory": written, "picture": picture}
-        parsing.print_json({**json.loads(found.to_json()), **files})
+        files = {"directory": directory, "picture": picture}
+        parsing.print_json({**json.loads(choice.to_json()), **files})
         return
-    print("\n".join(map(parsing.printable, str(found).splitlines())))
-    counted = np.count_nonzero(found.best.coefficients)
+    print("\n".join(map(parsing.printable, str(choice).splitlines())))
+    counted = np.count_nonzero(choice.best.coefficients)
     print(
-        f"\nBest: {found.best.over} {found.best.value}, of {counted} trees that end at "
-        f"step {found.step}"
-        + (f"; {len(found.ties)} others are tied with it" if found.ties else "")
+        f"\nBest: {choice.best.over} {choice.best.value}, of {counted} trees that end "
+        f"at step {choice.step}"
+        + (f"; {len(choice.ties)} others are tied with it" if choice.ties else "")
     )
-    if written:
-        print(f"Written: {parsing.printable(written)}")
+    if directory:
+        print(f"Written: {parsing.printable(directory)}")
     if args.plot:
         print(f"Picture: {parsing.printable(str(args.plot))}")

@@ -1,4 +1,4 @@
-"""`ema-optax completion`: its arguments, and what it does with them."""
+"""`ema-optax completion`: its arguments, and the script that it prints."""
 
 import argparse
 
@@ -9,7 +9,7 @@ _FOLDERS, _FILES = ("DIR", "RUN"), ("FILE", "CKPT")  # metavars of arguments
 
 
 def add(commands: parsing.Commands, root: parsing.Parser) -> None:
-    """Adds the command, which completes those of `root`."""
+    """Adds the command, which completes the commands of `root`."""
     parser = parsing.add_command(
         commands,
         "completion",

@@ -9,9 +9,9 @@ from ema_optax._messages.text import nearest_names
 
 
 def form(name: str) -> str:
-    """Returns how a decay is written, from the arguments of its maker.
+    """Writes the form of a decay in one word, from the arguments of its maker.
 
-    An argument whose default is None is one of several that may be given.
+    An argument whose default is None is one of several to choose from.
 
     >>> form("warmup")
     'warmup:DECAY[,OFFSET]'
@@ -19,13 +19,13 @@ def form(name: str) -> str:
     values, optional, others = "", "", ""
     for argument in inspect.signature(MAKERS[name]).parameters.values():
         inner = argument.annotation == DecayLike
-        said = "INNER" if inner else argument.name.upper()
+        word = "INNER" if inner else argument.name.upper()
         if argument.kind is argument.KEYWORD_ONLY:
-            others += f" or {name}:{argument.name}={said}"
+            others += f" or {name}:{argument.name}={word}"
         elif argument.default in (None, argument.empty):
-            values += f"{',' if values else ':'}{said}"
+            values += f"{',' if values else ':'}{word}"
         else:
-            optional += f"[{',' if values or optional else ':'}{said}"
+            optional += f"[{',' if values or optional else ':'}{word}"
     return f"{name}{values}{optional}{']' * optional.count('[')}{others}"
 
 
@@ -33,15 +33,15 @@ FORMS = {name: form(name) for name in MAKERS}
 
 
 def parse(text: str) -> tuple[str, Decay]:
-    """Returns the name to show for a decay, and the decay; for argparse.
+    """Reads a decay, and the name to show for it; for argparse.
 
     Args:
         text: A number β, which means `warmup:β` as in `ema_params`; or a maker of
-            `ema_optax` with its arguments, `NAME:VALUE,VALUE,KEY=VALUE`. In the makers
-            that take a decay it comes first: `start_after:power:0.05,1000`.
+            `ema_optax` with its arguments, `NAME:VALUE,VALUE,KEY=VALUE`. A maker that
+            takes a decay takes it first: `start_after:power:0.05,1000`.
 
     Raises:
-        argparse.ArgumentTypeError: If it is neither, or the values are refused.
+        argparse.ArgumentTypeError: If `text` is neither, or the maker refuses it.
 
     >>> parse("0.9999")
     ('warmup:0.9999', warmup(decay=0.9999, offset=10))
@@ -56,12 +56,12 @@ def parse(text: str) -> tuple[str, Decay]:
 
 def _decay(text: str) -> Decay:
     name, colon, rest = text.partition(":")
-    if not colon and _number(name) is not None:  # inside another
+    if not colon and _number(name) is not None:  # inside another decay
         name, rest = "warmup", name
     if name not in MAKERS:
         raise argparse.ArgumentTypeError(_unknown(text, name))
     values: list[Decay | float] = []
-    if ":INNER" in form(name):  # it ends at the last comma
+    if ":INNER" in form(name):  # the inner decay ends at the last comma
         inner, _, rest = rest.rpartition(",")
         if not inner:
             raise argparse.ArgumentTypeError(f"got {text!r}; write {form(name)}")
@@ -81,14 +81,14 @@ def _decay(text: str) -> Decay:
     try:
         return MAKERS[name](*values, **named)
     except TypeError:  # too few, too many, or of another name: all values are numbers
-        message = f"{text!r} has not the arguments of {name}; write {form(name)}"
+        message = f"{text!r} does not fit the arguments of {name}; write {form(name)}"
     except (ValueError, OverflowError) as error:
         message = f"{text!r}: {str(error).rstrip('.')}"
     raise argparse.ArgumentTypeError(message)
 
 
 def _number(text: str) -> float | None:
-    """Returns the number, whole ones as int, or None."""
+    """Reads a number, a whole one as int; None if `text` is no number."""
     try:
         number = float(text)
     except ValueError:
@@ -103,7 +103,7 @@ def _unknown(text: str, name: str) -> str:
     exact = [called] if called in MAKERS else []
     near = exact or nearest_names(called, MAKERS, count=2, cutoff=0.6)
     if near:
-        rather = f"the nearest: {', '.join(form(n) for n in near)}"
+        advice = f"the nearest: {', '.join(form(n) for n in near)}"
     else:
-        rather = f"write a number below 1, or one of {', '.join(MAKERS)}"
-    return f"{text!r} is no decay; {rather}"
+        advice = f"write a number below 1, or one of {', '.join(MAKERS)}"
+    return f"{text!r} is no decay; {advice}"

@@ -1,4 +1,4 @@
-"""`ema-optax demo`: its arguments, and the table of what it found."""
+"""`ema-optax demo`: its arguments, and the tables that it prints."""
 
 import argparse
 import shlex
@@ -70,9 +70,11 @@ def _run(args: argparse.Namespace) -> int:
     table.add_column("")
     for column in ("trained", "restored", "logits"):
         table.add_column(column, justify="right")
-    for c in run.comparisons:
-        same = "identical" if c.exact else "DIFFERENT"
-        table.add_row(c.name, f"{c.before:.2%}", f"{c.after:.2%}", same)
+    for comparison in run.comparisons:
+        same = "identical" if comparison.exact else "DIFFERENT"
+        table.add_row(
+            comparison.name, f"{comparison.before:.2%}", f"{comparison.after:.2%}", same
+        )
     console.print(table)
     if run.candidates:
         table = Table(title="Averages made afterwards, from the checkpoints")
@@ -83,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
             table.add_row(model.name, f"{model.loss:.3f}", f"{model.accuracy:.2%}")
         console.print(table)
     parsing.print_lines(_notes(run))
-    if not all(c.exact for c in run.comparisons):
+    if not all(comparison.exact for comparison in run.comparisons):
         return parsing.fail(
             "ema-optax demo: error: a restored model does not answer exactly as it did "
             "before, see the table above"

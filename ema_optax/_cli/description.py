@@ -1,7 +1,7 @@
 """A checkpoint's description, as tables for people and as JSON for programs.
 
-Names and `extra` in a manifest are whatever its writer chose. They are never read as
-markup, and what could steer a terminal or reorder a line is written as an escape.
+The writer of a manifest chose its names and its `extra`: neither is read as markup, and
+a character that could steer a terminal or reorder a line is printed as an escape.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from ema_optax.checkpoint import Description, Tree
 _LONGEST = 12  # elements of a list that is shown whole
 
 
-def print_tables(found: Description, *, leaves: bool = False) -> None:
+def print_tables(description: Description, *, leaves: bool = False) -> None:
     """Prints a description, with a table of its trees.
 
     Args:
-        found: What `checkpoint.describe` returned.
+        description: The description that `checkpoint.describe` returned.
         leaves: Whether to print a table of all leaves too.
     """
     from rich.filesize import decimal
@@ -29,34 +29,35 @@ def print_tables(found: Description, *, leaves: bool = False) -> None:
 
     parsing.print_lines(
         {
-            "Step": "not in the path" if found.step is None else found.step,
-            "Steps": _steps(found.steps),
-            "Path": found.path,
-            "Written by": f"ema_optax {found.version}, format {found.format}",
+            "Step": "not in the path" if description.step is None else description.step,
+            "Steps": _steps(description.steps),
+            "Path": description.path,
+            "Written by": f"ema_optax {description.version}, "
+            f"format {description.format}",
             "Extra": None
-            if found.extra is None
-            else json.dumps(_shortened(found.extra)),
+            if description.extra is None
+            else json.dumps(_shortened(description.extra)),
         }
     )
     console = tables.console()
-    between = "\n" if console.is_terminal else ", "
+    separator = "\n" if console.is_terminal else ", "
     table = tables.table(
         ("tree", "leaves", "size", "dtypes", "decay", "every", "count"),
         right=("leaves", "size", "every", "count"),
     )
-    for name, tree in _trees(found).items():
+    for name, tree in _trees(description).items():
         table.add_row(
             printable(name),
             f"{len(tree.leaves):,}",
             decimal(tree.bytes),
-            between.join(map(printable, _dtypes(tree))),
+            separator.join(map(printable, _dtypes(tree))),
             *_average(name, tree),
         )
     console.print(table)
     if not leaves:
         return
     table = tables.table(("tree", "path", "shape", "dtype"))
-    for name, tree in _trees(found).items():
+    for name, tree in _trees(description).items():
         for path, leaf in tree.leaves.items():
             cells = (name, path, f"{leaf.shape}", leaf.dtype)
             table.add_row(*map(printable, cells))
@@ -65,41 +66,41 @@ def print_tables(found: Description, *, leaves: bool = False) -> None:
 
 
 def _shortened(value: Any) -> Any:
-    """Returns JSON for people: of a long list its ends, of a float six digits."""
+    """Shortens JSON for people: long lists to their ends, floats to six digits."""
     if isinstance(value, Mapping):
-        return {key: _shortened(each) for key, each in value.items()}
+        return {key: _shortened(item) for key, item in value.items()}
     if isinstance(value, list):
         if len(value) > _LONGEST:
             more = f"... {len(value) - 4:,} more ..."
             value = [*value[:3], more, value[-1]]
-        return [_shortened(each) for each in value]
+        return [_shortened(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def as_json(
-    found: Description, *, whole: bool | None = None, explained: Any = None
+    description: Description, *, whole: bool | None = None, explained: Any = None
 ) -> str:
     """Returns a description as JSON text, all leaves included.
 
     Args:
-        found: What `checkpoint.describe` returned.
-        whole: What `checkpoint.verify` found, or None if it was not asked.
-        explained: What `explain.explained` found, as JSON's; None if it was not asked.
+        description: The description that `checkpoint.describe` returned.
+        whole: Whether `checkpoint.verify` found no damage; None if it was not called.
+        explained: The diagnosis of `explain.explained` as JSON; None without one.
     """
     return json.dumps(
         {
-            "step": found.step,
-            "steps": list(found.steps),
-            "path": found.path,
-            "version": found.version,
-            "format": found.format,
+            "step": description.step,
+            "steps": list(description.steps),
+            "path": description.path,
+            "version": description.version,
+            "format": description.format,
             "trees": {
                 name: _tree(tree)
-                for name, tree in _trees(found).items()
-                if name in found.trees
+                for name, tree in _trees(description).items()
+                if name in description.trees
             },
-            "state": _tree(found.state),
-            "extra": found.extra,
+            "state": _tree(description.state),
+            "extra": description.extra,
             "whole": whole,
             **({} if explained is None else {"explained": explained}),
         },
@@ -108,7 +109,7 @@ def as_json(
 
 
 def _steps(steps: Sequence[int]) -> str | None:
-    """Returns the steps of a run in words, the newest last."""
+    """Writes the steps of a run, the newest last; None if there is only one."""
     if len(steps) < 2:
         return None
     listed = [str(step) for step in steps]
@@ -116,16 +117,16 @@ def _steps(steps: Sequence[int]) -> str | None:
     return f"{len(steps):,}: {', '.join(shown)}"
 
 
-def _trees(found: Description) -> Mapping[str, Tree]:
-    if found.state.leaves:
-        return {**found.trees, "state": found.state}
+def _trees(description: Description) -> Mapping[str, Tree]:
+    if description.state.leaves:
+        return {**description.trees, "state": description.state}
     # A single average is stored once, where a stranger looks for the params.
-    params = found.trees.get("params")
+    params = description.trees.get("params")
     return {
         name: dataclasses.replace(params, average=tree.average)
         if params and not tree.leaves
         else tree
-        for name, tree in found.trees.items()
+        for name, tree in description.trees.items()
     }
 
 
@@ -134,7 +135,7 @@ def _dtypes(tree: Tree) -> list[str]:
 
 
 def _average(name: str, tree: Tree) -> tuple[str, str, str]:
-    """Returns the cells of decay, every and count, which only a shadow has."""
+    """Writes the cells decay, every and count: of a shadow, else empty ones."""
     if not name.startswith("shadow"):
         return "", "", ""
     computed = tree.average.computed if tree.average else ()

@@ -16,10 +16,10 @@ _FORM = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def named(text: str) -> str:
-    """Returns `module:function` as it is; for argparse, which loads nothing yet.
+    """Checks that a text has the form `module:function`, and imports nothing.
 
     Raises:
-        argparse.ArgumentTypeError: If it is of another form.
+        argparse.ArgumentTypeError: If `text` has another form.
 
     >>> named("evaluation:loss")
     'evaluation:loss'
@@ -47,7 +47,7 @@ def loaded(text: str) -> Callable[[Any], Any]:
     importlib.invalidate_caches()
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            found: Any = importlib.import_module(name)
+            target: Any = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise ValueError(_raised(name, error)) from error
@@ -58,26 +58,26 @@ def loaded(text: str) -> Callable[[Any], Any]:
     except Exception as error:  # whatever the user's code raises
         raise ValueError(_raised(name, error)) from error
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            names = [each for each in vars(found) if not each.startswith("_")]
+        if not hasattr(target, part):
+            names = [each for each in vars(target) if not each.startswith("_")]
             near = f" {nearest(part, names)}" if names else ""
             raise ValueError(f"{text!r}: {name} has no {part!r}.{near}")
-        found = getattr(found, part)
-    if not callable(found):
+        target = getattr(target, part)
+    if not callable(target):
         raise ValueError(
-            f"{text!r} is no function but {type(found).__name__}. It is called with "
+            f"{text!r} is no function but {type(target).__name__}. It is called with "
             "the params."
         )
 
     def quiet(params: Any) -> Any:
         with contextlib.redirect_stdout(sys.stderr):
-            return found(params)
+            return target(params)
 
     return quiet
 
 
 def _raised(name: str, error: Exception) -> str:
-    """Returns what a module raised, and in which line of which file."""
+    """Writes the error that a module raised, with its file and line."""
     frames = traceback.extract_tb(error.__traceback__)
     where = "" if not frames else f" ({frames[-1].filename}, line {frames[-1].lineno})"
     return (

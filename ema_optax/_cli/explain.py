@@ -1,9 +1,10 @@
-"""What a checkpoint alone tells of its averages: `ema-optax inspect --explain`.
+"""`ema-optax inspect --explain`: findings on averages, from a checkpoint alone.
 
 A shadow and its params are read side by side, one leaf at a time, and verified.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,15 +24,18 @@ _ROUNDING = (
 
 
 def explained(
-    found: checkpoint.Description, directory: Any, step: int | None, item: str | None
+    description: checkpoint.Description,
+    directory: Any,
+    step: int | None,
+    item: str | None,
 ) -> Diagnosis:
-    """Returns what a step tells of each of its shadows.
+    """Diagnoses each shadow of a step.
 
     Args:
-        found: What `checkpoint.describe` returned.
-        directory: As it was given; likewise `step` and `item`.
-        step: See there.
-        item: See there.
+        description: The description that `checkpoint.describe` returned.
+        directory: Folder of the run or step.
+        step: Number of the step; None for the newest.
+        item: Name of the item; None for the only one.
 
     Raises:
         CorruptCheckpointError: If data on disk is not what was saved.
@@ -39,8 +43,9 @@ def explained(
     findings: list[Finding] = []
     figures: dict[str, Figures] = {}
     unchecked: list[str] = []
+    stored = functools.partial(checkpoint.stored, directory, step=step, item=item)
     counts = stored_counts(directory, is_count, step=step, item=item)
-    for name, tree in found.trees.items():
+    for name, tree in description.trees.items():
         average = tree.average
         if average is None:
             continue
@@ -56,19 +61,16 @@ def explained(
         if not tree.leaves:
             unchecked.append(f"the leaves of the {name}: stored without raw params")
             continue
-        both = [
-            checkpoint.stored(directory, each, step=step, item=item)
-            for each in (name, "params")
-        ]
-        pairs, alone = _paired(record, *both)
+        shadow, params = stored(name), stored("params")
+        pairs, unpaired = _paired(record, shadow, params)
         figures[label] = {**figures[label], **pairs.figures()}
-        of_leaves = list(pairs.check()) if pairs.elements or not alone else []
-        findings += of_leaves
-        if any(f.what == "dead_zone" for f in of_leaves) and "float32" in pairs.dtypes:
+        of_pairs = list(pairs.check()) if pairs.elements or not unpaired else []
+        findings += of_pairs
+        if any(f.what == "dead_zone" for f in of_pairs) and "float32" in pairs.dtypes:
             unchecked.append(_ROUNDING)
-        if alone:
-            unchecked.append(f"{alone} leaves of the {name} that the params have not")
-        stale = [p for p in statistics_in(both[1].leaves) if p not in both[0].averaged]
+        if unpaired:
+            unchecked.append(f"{unpaired} leaves of the {name} that the params lack")
+        stale = [p for p in statistics_in(params.leaves) if p not in shadow.averaged]
         if stale:
             findings.append(stale_statistics(record, stale))
     return Diagnosis(ordered(findings), figures, unchecked=tuple(unchecked))
@@ -77,37 +79,37 @@ def explained(
 def _paired(
     record: Record, shadow: checkpoint.StoredTree, params: checkpoint.StoredTree
 ) -> tuple[Pairs, int]:
-    """Returns the sums over the leaves, and how many have no like in the params."""
-    if record.is_bema:  # what is stored was computed, and is not what is folded
+    """Sums over pairs of leaves, and counts the leaves without a pair in the params."""
+    if record.is_bema:  # its stored leaves are computed, not the folded ones
         record = dataclasses.replace(record, decay=None)
-    pairs, alone = Pairs(record), 0
+    pairs, unpaired = Pairs(record), 0
     for path, leaf in shadow.leaves.items():
         if path not in shadow.averaged:
             continue
-        like = params.leaves.get(path)
-        if like is None or like.shape != leaf.shape:
-            alone += 1
+        raw = params.leaves.get(path)
+        if raw is None or raw.shape != leaf.shape:
+            unpaired += 1
             continue
         whole = tuple(slice(0, n) for n in leaf.shape)
         pairs.add(path, shadow.read(path, whole), params.read(path, whole))
-    return pairs, alone
+    return pairs, unpaired
 
 
 def _record(label: str, average: Any, count: int) -> Record:
-    """Returns what the manifest says of an average: its entry."""
+    """Builds the record of an average from its entry in the manifest."""
     decay, every, text = average.decay, average.every, None
     if decay is not None:
         text = str(decay)
-    made = _bema(average.bema[0]) if len(average.bema) == 1 and not decay else None
-    if made is not None:
-        decay, every, text = BemaDecay(made), made.every, str(made)
-    if average.bema and made is None:  # joined with others: of no one length
+    bema = _bema(average.bema[0]) if len(average.bema) == 1 and not decay else None
+    if bema is not None:
+        decay, every, text = BemaDecay(bema), bema.every, str(bema)
+    if average.bema and bema is None:  # joined with other averages: of no one length
         decay = None
     return Record(label, count, decay, every, text, is_bema=bool(average.bema))
 
 
 def _bema(arguments: Mapping[str, Any]) -> BemaMadeBy | None:
-    """Returns arguments from a manifest, which is anybody's, where they are good."""
+    """Checks the arguments of a manifest, which anyone may write; None if refused."""
     try:
         bema_params(**arguments)
         return BemaMadeBy(**arguments)

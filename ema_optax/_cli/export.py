@@ -1,4 +1,4 @@
-"""`ema-optax export`: its arguments, and what it does with them."""
+"""`ema-optax export`: its arguments, and what it prints of the files."""
 
 import argparse
 import collections
@@ -44,11 +44,11 @@ def add(commands: parsing.Commands) -> None:
             '  {"": "model", "encoder": "model.enc", "dropout/key": null}\n'
             "\n"
             "In a pattern * matches characters of a key, ** any number of keys. The\n"
-            "first pattern that fits applies, where no beginning of a path does:\n"
+            "first pattern that fits applies, if no beginning of a path fits:\n"
             "\n"
             '  {"**/kernel": "**/weight", "layers_*": "h/*"}\n'
             "\n"
-            "The command lists what each of them renamed.\n"
+            "The command lists the leaves that each entry renamed.\n"
             "\n"
             "--rules takes a JSON list of names and layouts instead. The first rule\n"
             "that fits a path applies, and each path needs one. Patterns are as\n"
@@ -113,7 +113,7 @@ def add(commands: parsing.Commands) -> None:
 
 
 def _renames(text: str) -> Any:
-    """Returns what a file holds; whether it fits is for the export to say."""
+    """Reads the JSON file of `--rename`, whose keys and names the export checks."""
     try:
         return parsing.json_file(text, _without_repeats)
     except argparse.ArgumentTypeError as error:
@@ -123,12 +123,12 @@ def _renames(text: str) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    renames = dict(pairs)
+    if len(renames) < len(pairs):
         counts = collections.Counter(key for key, _ in pairs)
-        twice = counts.most_common(1)[0][0]
-        raise ValueError(f"it has the path '{twice[:200]}' twice")
-    return found
+        repeated = counts.most_common(1)[0][0]
+        raise ValueError(f"it has the path '{repeated[:200]}' twice")
+    return renames
 
 
 def _rules(text: str) -> "Rules":
@@ -144,12 +144,12 @@ def _rules(text: str) -> "Rules":
 def _run(args: argparse.Namespace) -> int:
     if args.dry_run and not args.json:
         args.extra = "cli,safetensors"
-        import rich  # noqa: F401 missed before the work, not after it
+        import rich  # noqa: F401 if it is missing, fail before the work
 
     from ema_optax import safetensors
 
     trees = args.tree or ["shadow"]
-    done = safetensors.export(
+    result = safetensors.export(
         args.directory,
         args.out,
         tree=trees[0] if len(trees) == 1 else trees,
@@ -163,50 +163,50 @@ def _run(args: argparse.Namespace) -> int:
         overwrite=args.force,
         dry_run=args.dry_run,
     )
-    exported = [done] if isinstance(done, safetensors.Exported) else done
+    exports = [result] if isinstance(result, safetensors.Exported) else result
     if args.json:
-        told = [dataclasses.asdict(done) for done in exported]
-        parsing.print_json(told[0] if len(told) == 1 else {"trees": told})
+        values = [dataclasses.asdict(export) for export in exports]
+        parsing.print_json(values[0] if len(values) == 1 else {"trees": values})
         return 0
-    for done in exported:
-        _print(done, args.rename, args.dry_run)
+    for export in exports:
+        _print(export, args.rename, args.dry_run)
     return 0
 
 
 def _print(
-    done: "Exported", rename: Mapping[str, str | None] | None, dry_run: bool
+    export: "Exported", rename: Mapping[str, str | None] | None, dry_run: bool
 ) -> None:
-    decay = done.metadata.get("decay")
+    decay = export.metadata.get("decay")
     if decay is not None:
         decay = "not recorded" if decay == "null" else Decay.from_json(decay)
-    files = dict.fromkeys(tensor.file for tensor in done.tensors)
+    files = dict.fromkeys(tensor.file for tensor in export.tensors)
     parsing.print_lines(
         {
-            "Tree": done.tree,
-            "Step": done.step,
-            "Tensors": f"{len(done.tensors):,}",
-            "Size": f"{done.bytes:,} bytes",
+            "Tree": export.tree,
+            "Step": export.step,
+            "Tensors": f"{len(export.tensors):,}",
+            "Size": f"{export.bytes:,} bytes",
             "Decay": decay,
             "Files": f"{len(files):,}" if len(files) > 1 else None,
-            "Would be" if dry_run else "File": done.path
-            if len(files) > 1 or done.path.name in files
-            else done.path / next(iter(files)),
+            "Would be" if dry_run else "File": export.path
+            if len(files) > 1 or export.path.name in files
+            else export.path / next(iter(files)),
         }
     )
-    for key, paths in done.renamed.items():
+    for key, paths in export.renamed.items():
         target = rename[key] if rename else None
         what = f"{key} -> {'left out' if target is None else target}"
-        pairs = [f"{path} -> {done.names.get(path, 'left out')}" for path in paths]
+        pairs = [f"{path} -> {export.names.get(path, 'left out')}" for path in paths]
         print(parsing.printable(f"{what}: {len(paths):,} leaves, {some(pairs)}"))
     if dry_run:
-        _print_table(done)
+        _print_table(export)
 
 
-def _print_table(done: "Exported") -> None:
+def _print_table(export: "Exported") -> None:
     from ema_optax._cli import tables
 
     table = tables.table(("name", "of", "made by", "dtype", "shape", "file"))
-    for tensor in done.tensors:
+    for tensor in export.tensors:
         cells = (
             tensor.name,
             " ".join(tensor.paths),

@@ -71,13 +71,13 @@ def add(commands: parsing.Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     if not args.json:
-        import rich  # noqa: F401 missed before the work, not after it
+        import rich  # noqa: F401 if it is missing, fail before the work
     with _quiet():
         import tensorflow  # pyright: ignore[reportMissingModuleSource]
 
     from ema_optax import tensorflow
 
-    done = tensorflow.import_checkpoint(
+    imported = tensorflow.import_checkpoint(
         args.source,
         args.out,
         step=args.step,
@@ -88,48 +88,49 @@ def _run(args: argparse.Namespace) -> int:
         progress=False if args.json else None,
     )
     if args.json:
-        parsing.print_json(dataclasses.asdict(done))
+        parsing.print_json(dataclasses.asdict(imported))
     else:
-        _print(done, written=not args.dry_run)
+        _print(imported, written=not args.dry_run)
     return 0
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TensorFlow from telling stderr what processor there is, when imported.
+    """Discards what TensorFlow prints of the processor when it is imported.
 
-    It does so below Python, and before it can be told not to.
+    TensorFlow writes to stderr below Python, before a setting could tell it not to.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    kept = os.dup(2)
+    stderr = os.dup(2)
     try:
-        with tempfile.TemporaryFile() as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+        with tempfile.TemporaryFile() as discarded:
+            os.dup2(discarded.fileno(), 2)
             yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
-def _print(done: "Imported", *, written: bool) -> None:
+def _print(imported: "Imported", *, written: bool) -> None:
     from ema_optax._cli import tables
 
     parsing.print_lines(
         {
-            "From": done.source,
-            "To": f"{done.path}, step {done.step}{'' if written else ', not written'}",
-            "Averaged": f"{len(done.averaged):,} params with a shadow",
-            "Scopes": ", ".join(filter(None, done.scopes)) or None,
+            "From": imported.source,
+            "To": f"{imported.path}, step {imported.step}"
+            f"{'' if written else ', not written'}",
+            "Averaged": f"{len(imported.averaged):,} params with a shadow",
+            "Scopes": ", ".join(filter(None, imported.scopes)) or None,
         }
     )
     table = tables.table(("not averaged", "what it is", "what became of it"))
-    for path in done.raw:
+    for path in imported.raw:
         table.add_row(parsing.printable(path), "no shadow", "raw in both trees")
-    for name, path in done.moved.items():
+    for name, path in imported.moved.items():
         cells = (name, "a scope of others too", f"is {path}")
         table.add_row(*map(parsing.printable, cells))
-    for role in dict.fromkeys(done.left_out.values()):
-        names = [name for name, what in done.left_out.items() if what == role]
+    for role in dict.fromkeys(imported.left_out.values()):
+        names = [name for name, what in imported.left_out.items() if what == role]
         cells = (some(names), role, "left out")
         table.add_row(*map(parsing.printable, cells))
     if table.row_count:

@@ -109,10 +109,10 @@ def add(commands: parsing.Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     if not args.json:
-        import rich  # noqa: F401 missed before the work, not after it
+        import rich  # noqa: F401 if it is missing, fail before the work
     from ema_optax import interop, torch
 
-    done = torch.import_checkpoint(
+    imported = torch.import_checkpoint(
         args.source,
         args.out,
         params=args.params,
@@ -126,16 +126,16 @@ def _run(args: argparse.Namespace) -> int:
         dry_run=args.dry_run,
     )
     if args.json:
-        decay = json.loads(done.decay.to_json()) if done.decay else None
-        fields = dataclasses.asdict(dataclasses.replace(done, decay=None))
-        parsing.print_json(fields | {"raw": done.raw, "decay": decay})
+        decay = json.loads(imported.decay.to_json()) if imported.decay else None
+        fields = dataclasses.asdict(dataclasses.replace(imported, decay=None))
+        parsing.print_json(fields | {"raw": imported.raw, "decay": decay})
     else:
-        _print(done, args.dry_run)
+        _print(imported, args.dry_run)
     return 0
 
 
 def _explained(error: Exception) -> str:
-    """Returns an error with options of this command where it names arguments."""
+    """Writes an error on one line, with options in place of arguments."""
     line = parsing.explained(error)
     for argument in ("params", "shadow", "layout", "count"):
         option = "like" if argument == "layout" else argument
@@ -151,29 +151,33 @@ def _as_json(rule: re.Match[str]) -> str:
     return json.dumps({"name": rule[1], "path": rule[2]})
 
 
-def _print(done: "ImportedTorch", dry_run: bool) -> None:
+def _print(imported: "ImportedTorch", dry_run: bool) -> None:
     from ema_optax._cli import tables
 
-    told = done.told_by
-    decay = f"{done.decay} ({told['decay']})" if done.decay else told["decay"]
-    copies = "none: it starts as a copy of the params"
+    origins = imported.told_by
+    decay = (
+        f"{imported.decay} ({origins['decay']})" if imported.decay else origins["decay"]
+    )
+    copy = "none: it starts as a copy of the params"
     parsing.print_lines(
         {
-            "From": done.source,
-            "Layout": done.layout,
-            "Params": done.params or "none: they are the average",
-            "Shadow": done.shadow or copies,
-            "Unwrapped": ", ".join(sorted({*done.unwrapped.values()})) or None,
-            "Step": f"{done.step:,} ({told['step']})",
-            "Count": f"{done.count:,} ({told['count']})",
+            "From": imported.source,
+            "Layout": imported.layout,
+            "Params": imported.params or "none: they are the average",
+            "Shadow": imported.shadow or copy,
+            "Unwrapped": ", ".join(sorted({*imported.unwrapped.values()})) or None,
+            "Step": f"{imported.step:,} ({origins['step']})",
+            "Count": f"{imported.count:,} ({origins['count']})",
             "Decay": decay,
-            "Leaves": f"{len(done.leaves):,}",
-            "To": f"{done.path}, step {done.step}" if done.path else "not written",
+            "Leaves": f"{len(imported.leaves):,}",
+            "To": f"{imported.path}, step {imported.step}"
+            if imported.path
+            else "not written",
         }
     )
-    if dry_run or any(leaf.change for leaf in done.leaves.values()):
+    if dry_run or any(leaf.change for leaf in imported.leaves.values()):
         table = tables.table(("tensor", "leaf", "change", "dtype", "shape"))
-        rows = list(done.leaves.items())
+        rows = list(imported.leaves.items())
         for path, leaf in rows if dry_run else rows[:_ROWS]:
             dtypes = dict.fromkeys((leaf.dtype, leaf.shadow_dtype or leaf.dtype))
             shape = "×".join(map(str, leaf.shape)) or "scalar"
@@ -188,10 +192,10 @@ def _print(done: "ImportedTorch", dry_run: bool) -> None:
         tables.console().print(table)
         if not dry_run and len(rows) > _ROWS:
             print(f"and {len(rows) - _ROWS:,} more; --dry-run lists all")
-    if done.left_out or done.raw:
+    if imported.left_out or imported.raw:
         table = tables.table(("not averaged or left out", "what became of it"))
-        for path in done.raw:
+        for path in imported.raw:
             table.add_row(parsing.printable(path), "raw in both trees")
-        for name, what in done.left_out.items():
+        for name, what in imported.left_out.items():
             table.add_row(*map(parsing.printable, (name, f"left out, {what}")))
         tables.console().print(table)

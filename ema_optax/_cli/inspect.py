@@ -1,4 +1,4 @@
-"""`ema-optax inspect`: its arguments, and what it does with them."""
+"""`ema-optax inspect`: its arguments, and what it prints of a checkpoint."""
 
 import argparse
 import json
@@ -66,13 +66,13 @@ def _run(args: argparse.Namespace) -> int:
 
     try:
         run, items = _chosen(args)
-        found = [checkpoint.describe(run, step=args.step, item=name) for name in items]
-        told = [
-            explain.explained(each, run, args.step, name) if args.explain else None
-            for each, name in zip(found, items, strict=True)
+        steps = [checkpoint.describe(run, step=args.step, item=name) for name in items]
+        diagnoses = [
+            explain.explained(step, run, args.step, name) if args.explain else None
+            for step, name in zip(steps, items, strict=True)
         ]
-        for each, diagnosis in [] if args.json else zip(found, told, strict=True):
-            description.print_tables(each, leaves=args.leaves)
+        for step, diagnosis in [] if args.json else zip(steps, diagnoses, strict=True):
+            description.print_tables(step, leaves=args.leaves)
             for line in str(diagnosis).splitlines() if diagnosis else []:
                 print(parsing.printable(line))
     except (BrokenPipeError, ImportError):
@@ -89,11 +89,11 @@ def _run(args: argparse.Namespace) -> int:
         whole = damage is None if args.verify else None
         texts = [
             description.as_json(
-                each,
+                step,
                 whole=whole,
                 explained=json.loads(diagnosis.to_json()) if diagnosis else None,
             )
-            for each, diagnosis in zip(found, told, strict=True)
+            for step, diagnosis in zip(steps, diagnoses, strict=True)
         ]
         text = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
         print(text, flush=True)
@@ -103,18 +103,18 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _chosen(args: argparse.Namespace) -> tuple[Any, list[str]]:
-    """Returns the run, which may be one folder deeper, and the names of the items."""
+    """Finds the run, here or one folder deeper, and the names of its items."""
     from ema_optax._checkpoint.paths import absolute
     from ema_optax._checkpoint.steps import find, named, runs_in
 
     run = absolute(args.directory)
     try:
-        found = find(run, args.step)
+        step = find(run, args.step)
     except FileNotFoundError:
         deeper = runs_in(run)
         if len(deeper) != 1:
             raise
         run = deeper[0]
-        found = find(run, args.step)
-    items = [named(found.items, args.item)] if args.item else found.items
+        step = find(run, args.step)
+    items = [named(step.items, args.item)] if args.item else step.items
     return run, [item.name for item in items]

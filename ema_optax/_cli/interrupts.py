@@ -14,7 +14,8 @@ def raised_for_sure() -> Iterator[None]:
     """Sends Ctrl-C again where the block did not end by it.
 
     Python can only report an exception from a destructor or from a callback of the
-    garbage collector, such as JAX's, and goes on. There 4 of 20 demos lost theirs.
+    garbage collector, such as JAX's, and goes on. There 4 of 20 demos lost their
+    Ctrl-C.
     """
     usual, timers = sys.unraisablehook, []
 

@@ -45,11 +45,11 @@ def add(commands: parsing.Commands) -> None:
             "is one checkpoint, oldest first. Merging the checkpoints of a constant\n"
             "learning rate replaces a decay of it (WSM, arXiv:2507.17634).\n"
             "\n"
-            "The steps are read once for all schedules, and summed in float64. Those\n"
-            "of ema_optax are compared with their checksums; others have none, and\n"
-            "the result says so. Memory holds the results and one step; with plain\n"
-            "Orbax up to 32 MB of each step. In steps of other programs --tree is a\n"
-            "path, such as state/params.\n"
+            "The steps are read once for all schedules, and summed in float64. Steps\n"
+            "of ema_optax are compared with their checksums; steps of other programs\n"
+            "have none, and the result says so. In those steps --tree is a path, such\n"
+            "as state/params. Memory holds the results and one step; with plain Orbax\n"
+            "up to 32 MB of each step.\n"
             "\n"
             f"{merge_schedules.HELP}"
             "\n"
@@ -72,7 +72,7 @@ def add(commands: parsing.Commands) -> None:
         "                       [--every-steps K] [--schedule S [S ...]] --out DIR\n"
         "                       [options]"
     )
-    parser.set_defaults(wrong=parser.error)
+    parser.set_defaults(refuse=parser.error)
     parser.add_argument(
         "runs", type=parsing.place, nargs="+", metavar="RUN", help="run, or checkpoint"
     )
@@ -140,16 +140,16 @@ def _range(text: str) -> tuple[int, int, int]:
 
 def _run(args: argparse.Namespace) -> int:
     if args.out is None and not args.dry_run:
-        args.wrong("needs --out, or --dry-run")
+        args.refuse("needs --out, or --dry-run")
     with wide.in_64_bits():
         return _do(args)
 
 
 def _do(args: argparse.Namespace) -> int:
-    there = merge_sources.found(args.runs, args.item)
-    steps = _chosen(args, list(there.places))
+    available = merge_sources.find(args.runs, args.item)
+    steps = _chosen(args, list(available.places))
     chosen = merge_sources.opened(
-        {step: there.places[step] for step in steps},
+        {step: available.places[step] for step in steps},
         args.tree,
         args.item,
         mixed=args.dtype is not None,
@@ -165,12 +165,13 @@ def _do(args: argparse.Namespace) -> int:
         paths = [f"{folder}/{steps[-1]}" for folder in folders.values()]
         output_folders.check_free(args.out, paths)
         _check_room(args, chosen.sources[-1], len(weights))
-    if there.left_out:
-        beside = some(there.left_out, 4)
-        parsing.tell(f"ema-optax merge: beside the checkpoints, not merged: {beside}")
+    if available.left_out:
+        left_out = some(available.left_out, 4)
+        parsing.tell(f"ema-optax merge: beside the checkpoints, not merged: {left_out}")
     if not args.dry_run:
         with warnings.catch_warnings():
-            # Of NumPy's threads, on what is not finite: the check after it names it.
+            # NumPy's threads warn of values that are not finite; the check below says
+            # which checkpoint has them.
             warnings.simplefilter("ignore", RuntimeWarning)
             results = reconstruction.merge(
                 chosen.sources,
@@ -189,7 +190,7 @@ def _do(args: argparse.Namespace) -> int:
 
 
 def _extrapolated(weights: np.ndarray, alpha: float) -> np.ndarray:
-    """Returns coefficients that go on from the plain mean of the first half."""
+    """Moves coefficients on by `alpha`, away from the plain mean of the first half."""
     half = len(weights) // 2
     if not alpha:
         return weights
@@ -199,23 +200,23 @@ def _extrapolated(weights: np.ndarray, alpha: float) -> np.ndarray:
     return reconstruction.extrapolated(weights, origin, alpha)
 
 
-def _chosen(args: argparse.Namespace, have: Sequence[int]) -> list[int]:
-    """Returns the steps that are merged, ascending.
+def _chosen(args: argparse.Namespace, available: Sequence[int]) -> list[int]:
+    """Chooses the steps to merge, ascending.
 
     Raises:
-        ValueError: If there are none, or fewer than the last ones asked for.
+        ValueError: If the options leave no step, or fewer than `--last`.
     """
     low, high, distance = args.steps or (0, 2**63, 1)
     every = args.every_steps or 1
     steps = [
         step
-        for step in have
+        for step in available
         if low <= step <= high and (step - low) % distance == 0 and step % every == 0
     ]
     if len(steps) < (args.last or 1):
         raise ValueError(
-            f"{len(steps)} of the steps in {', '.join(args.runs)} are as asked for, "
-            f"and {args.last or 1} are needed: it has {some(map(str, have), 8)}."
+            f"{len(steps)} of the steps in {', '.join(args.runs)} fit the options, "
+            f"and {args.last or 1} are needed: it has {some(map(str, available), 8)}."
         )
     return steps[-args.last :] if args.last else steps
 
@@ -239,7 +240,7 @@ def _check_room(
 
 
 def _model(chosen: Opened) -> dict[str, Any]:
-    """Returns what a result is like: its other leaves are those of the last step."""
+    """Builds the tree of a result, whose other leaves are those of the last step."""
     merged = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in chosen.sources[-1].leaves.items()
@@ -274,11 +275,11 @@ def _show(
         merges = [
             {
                 "schedule": name,
-                "coefficients": each.tolist(),
-                "noise_gain": reconstruction.noise_gain(each),
+                "coefficients": coefficients.tolist(),
+                "noise_gain": reconstruction.noise_gain(coefficients),
                 "directory": folders[name] or None,
             }
-            for name, each in weights.items()
+            for name, coefficients in weights.items()
         ]
         parsing.print_json(
             {

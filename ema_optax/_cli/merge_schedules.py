@@ -10,7 +10,7 @@ from ema_optax import reconstruction
 from ema_optax._cli import decay_text, parsing
 from ema_optax._reconstruction.schedules import SCHEDULES, UNIFORM, checkpoint_ema
 
-# From the steps that are merged to a coefficient for each.
+# Gives each of the steps that are merged a coefficient.
 Schedule: TypeAlias = Callable[[Sequence[int]], np.ndarray]
 
 HELP = (
@@ -27,10 +27,11 @@ HELP = (
 
 
 def parse(text: str) -> tuple[str, Schedule]:
-    """Returns the name to show for a schedule, and the schedule; for argparse.
+    """Reads a schedule, and the name to show for it; for argparse.
 
     Raises:
-        argparse.ArgumentTypeError: If it is none, or its file cannot be read.
+        argparse.ArgumentTypeError: If `text` is no schedule, or its file cannot be
+            read.
 
     >>> name, schedule = parse("linear")
     >>> schedule([100, 200])
@@ -47,13 +48,13 @@ def parse(text: str) -> tuple[str, Schedule]:
     if average is not None:
         return text, lambda steps: average(len(steps))
     try:
-        name, chosen = decay_text.parse(text)
+        name, decay = decay_text.parse(text)
     except argparse.ArgumentTypeError as error:
         names = [UNIFORM, *SCHEDULES, "ema:B", "FILE.json"]
         raise argparse.ArgumentTypeError(
             f"{text!r} is no schedule. Known: {', '.join(names)} and decays; {error}"
         ) from None
-    return name, lambda steps: reconstruction.decay_coefficients(chosen, steps)
+    return name, lambda steps: reconstruction.decay_coefficients(decay, steps)
 
 
 def _from_file(text: str) -> Schedule:

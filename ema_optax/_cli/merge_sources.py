@@ -22,13 +22,13 @@ OURS, THEIRS, TENSORS = "ema_optax", "another program", "a program as safetensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What checkpoints there are.
+class Checkpoints:
+    """Checkpoints that can be merged.
 
     Attributes:
-        places: Where each is, by its step: its number, or its position where the
-            checkpoints were given one by one.
-        left_out: What lies beside them, and is no checkpoint of the run.
+        places: Path of each by its step, or by its position from 1 where several RUNs
+            are passed.
+        left_out: Names beside the checkpoints that are no checkpoint of the run.
     """
 
     places: Mapping[int, str]
@@ -40,12 +40,12 @@ class Opened:
     """The checkpoints that are merged, of one model.
 
     Attributes:
-        steps: Ascending.
-        places: Where each is.
-        sources: Of each.
-        kind: Who saved them.
-        tree: Which tree of them it is.
-        others: Reads the leaves of the last that are not averaged.
+        steps: Number of each, ascending.
+        places: Path of each.
+        sources: Source of each.
+        kind: The program that saved all of them.
+        tree: Name of the tree that is merged.
+        others: Reads the leaves of the last checkpoint that are not merged.
     """
 
     steps: Sequence[int]
@@ -57,19 +57,19 @@ class Opened:
 
     @property
     def is_verified(self) -> bool:
-        """Whether what is read is compared with checksums."""
+        """Whether values are compared with checksums as they are read."""
         return self.kind == OURS
 
 
-def found(runs: Sequence[str], item: str | None) -> Found:
-    """Returns the checkpoints of a run, or those that were given one by one.
+def find(runs: Sequence[str], item: str | None) -> Checkpoints:
+    """Finds the checkpoints of a run; several runs are one checkpoint each.
 
     Raises:
-        FileNotFoundError: If there are none.
-        ValueError: If there are those of several runs.
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If a folder has the checkpoints of several runs.
     """
     if len(runs) > 1:
-        return Found(dict(enumerate(runs, 1)), ())
+        return Checkpoints(dict(enumerate(runs, 1)), ())
     (run,) = runs
     left_out: Sequence[str] = ()
     if "://" not in run:
@@ -78,13 +78,17 @@ def found(runs: Sequence[str], item: str | None) -> Found:
             numbered, beside = safetensors_sources.checkpoints_in(path)
             left_out = [each.name for each in beside]
             if numbered:
-                return Found({n: str(each) for n, each in numbered.items()}, left_out)
+                return Checkpoints(
+                    {n: str(each) for n, each in numbered.items()}, left_out
+                )
         if safetensors_sources.has_safetensors(path):
-            return Found({0: run}, left_out)
+            return Checkpoints({0: run}, left_out)
     folders = foreign_steps.folders_of(run)
     if not folders and _kind(run) != THEIRS:
-        checkpoint.describe(run, item=item)  # says what is there instead
-    return Found({n: str(path) for n, path in folders.items()} or {0: run}, left_out)
+        checkpoint.describe(run, item=item)  # raises, and says what is there instead
+    return Checkpoints(
+        {n: str(path) for n, path in folders.items()} or {0: run}, left_out
+    )
 
 
 def opened(
@@ -93,9 +97,9 @@ def opened(
     """Opens checkpoints, and compares their leaves.
 
     Args:
-        places: Of the checkpoints, by step, ascending.
-        tree: To read of each; None is the params.
-        item: Name of the item, where steps of ours have several.
+        places: Paths of the checkpoints, by step, ascending.
+        tree: Name of the tree to read of each; None for the params.
+        item: Name of the item, where a step of ours has several.
         mixed: Whether dtypes may differ.
 
     Raises:
@@ -104,10 +108,10 @@ def opened(
     kinds = [_kind(place) for place in places.values()]
     if len(set(kinds)) > 1:
         first, other = kinds[0], next(kind for kind in kinds if kind != kinds[0])
-        at = list(places.values())
+        paths = list(places.values())
         raise ValueError(
-            f"{at[0]} was saved by {first} and {at[kinds.index(other)]} by {other}: "
-            "they are of two runs. Merge those of one."
+            f"{paths[0]} was saved by {first} and {paths[kinds.index(other)]} by "
+            f"{other}: they are of two runs. Merge those of one."
         )
     (kind,) = set(kinds)
     sources: list[Any] = []
@@ -123,27 +127,27 @@ def opened(
         elif kind == TENSORS:
             sources.append(safetensors.stored(place, tree))
         else:
-            # As was found in the first, so that all are of the same path.
+            # All steps are read at the path that was found in the first.
             tree = (tree or sources[0].tree) if sources else tree
             sources.append(checkpoint.stored_by_others(place, tree))
-    last, names = sources[-1], list(places.values())
+    last, paths = sources[-1], list(places.values())
     if kind == OURS:
-        used = tree or "params"
-        others = functools.partial(_others_of_ours, last, names[-1], used, item)
+        tree_name = tree or "params"
+        others = functools.partial(_others_of_ours, last, paths[-1], tree_name, item)
     else:
-        used = (last.tree if kind == THEIRS else tree) or "/"
+        tree_name = (last.tree if kind == THEIRS else tree) or "/"
         others = last.read_others
-    _check_alike(names, sources, mixed=mixed)
-    return Opened(list(places), names, sources, kind, used, others)
+    _check_alike(paths, sources, mixed=mixed)
+    return Opened(list(places), paths, sources, kind, tree_name, others)
 
 
 def check_finite(result: Any, chosen: Opened) -> None:
-    """Refuses a merge with values that are not finite, and names where they are from.
+    """Refuses a merge with values that are not finite, and names their checkpoint.
 
     Infinities that are alike in all checkpoints are constants, such as masks.
 
     Raises:
-        ValueError: If there are such values.
+        ValueError: If the merge has such values.
     """
     paths, leaves, _ = trees.flatten(result)
     for path, leaf in zip(paths, leaves, strict=True):
@@ -154,26 +158,26 @@ def check_finite(result: Any, chosen: Opened) -> None:
         if not bad.any():
             continue
         whole = (slice(None),) * array.ndim
-        held = np.stack(
+        originals = np.stack(
             [
                 source.read(path, whole)[bad].astype(array.dtype)
                 for source in chosen.sources
             ]
         )
-        constant = np.all(held == array[bad], axis=0)
-        for place, values in zip(chosen.places, held, strict=True):
-            wrong = int((~np.isfinite(values) & ~constant).sum())
-            if wrong:
+        constant = np.all(originals == array[bad], axis=0)
+        for place, values in zip(chosen.places, originals, strict=True):
+            diverged = int((~np.isfinite(values) & ~constant).sum())
+            if diverged:
                 raise ValueError(
-                    f"'{path}' of {place} has {wrong:,} of {array.size:,} elements "
+                    f"'{path}' of {place} has {diverged:,} of {array.size:,} elements "
                     "that are not finite. Leave this checkpoint out, and those after "
                     "it where the run diverged."
                 )
-        large = int((~constant).sum())
-        if large:
+        overflowed = int((~constant).sum())
+        if overflowed:
             raise ValueError(
-                f"'{path}' of the merge has {large:,} of {array.size:,} elements that "
-                f"do not fit {leaf.dtype}. Pass --dtype float32."
+                f"'{path}' of the merge has {overflowed:,} of {array.size:,} elements "
+                f"that do not fit {leaf.dtype}. Pass --dtype float32."
             )
 
 
@@ -205,11 +209,11 @@ def _check_alike(
     for place, source in zip(places, sources, strict=True):
         odd = sorted(set(first) ^ set(source.leaves))
         if odd:
-            both = (places[0], place) if odd[0] in first else (place, places[0])
+            owner, other = (places[0], place) if odd[0] in first else (place, places[0])
             more = f" and {len(odd) - 1:,} more" if len(odd) > 1 else ""
             raise ValueError(
                 f"The checkpoints are not of one model: '{odd[0]}'{more} is only in "
-                f"{both[0]}, not in {both[1]}."
+                f"{owner}, not in {other}."
             )
         for path, leaf in source.leaves.items():
             if _is_same(first[path], leaf, mixed=mixed):

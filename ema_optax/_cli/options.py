@@ -66,7 +66,7 @@ def add_tree(
 def add_decay(
     parser: argparse.ArgumentParser, *, default: str = "not recorded"
 ) -> None:
-    """Adds `--decay DECAY`, by which an average was made elsewhere."""
+    """Adds `--decay DECAY`, the decay of an average that was made elsewhere."""
     parser.add_argument(
         "--decay",
         type=decay_text.parse,

@@ -1,4 +1,4 @@
-"""Folders that averages are written to: whether they may, have room, and writing."""
+"""Folders of averages: checks that they are free and have room, and writes."""
 
 import contextlib
 import logging
@@ -20,13 +20,13 @@ def check_free(out: str, steps: Iterable[str]) -> None:
     """Raises if averages cannot be written to a folder.
 
     Args:
-        out: The folder of all of them.
+        out: The folder that all averages go to.
         steps: The folder of each average's step.
 
     Raises:
-        FileExistsError: If an average is there already.
+        FileExistsError: If an average is there already, or the averages would lie
+            among the steps of a run.
         OSError: If the folder cannot be made.
-        ValueError: If the averages would lie among the steps of a run.
     """
     for path in steps:
         if storage.listed(absolute(path)) is not None:
@@ -61,10 +61,10 @@ def check_room(out: str, need: int, advice: str) -> None:
 def write(
     folder: str, tree: Any, step: int, decay: Decay | None, extra: Mapping[str, Any]
 ) -> None:
-    """Writes an average as a checkpoint; if it fails, no new folder stays.
+    """Writes an average as a checkpoint; if that fails, no new folder stays.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the checkpoint cannot be written.
     """
     place = absolute(folder)
     new = []
@@ -75,7 +75,7 @@ def write(
             checkpoint.save_average(place, tree, step=step, decay=decay, extra=extra)
     except BaseException:  # Ctrl-C too
         for path in new:
-            with contextlib.suppress(OSError):  # it holds earlier averages
+            with contextlib.suppress(OSError):  # the folder holds earlier averages
                 path.rmdir()
         raise
 

@@ -15,10 +15,10 @@ _LONGEST = 2**24  # characters of a JSON file
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads the arguments of the command, and those of each of its commands.
+    """Reads the arguments of `ema-optax`, or of one of its commands.
 
     Attributes:
-        arguments: All that were added, `--help` too.
+        arguments: All arguments that were added, `--help` included.
     """
 
     def __init__(self, **settings: object) -> None:
@@ -27,9 +27,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *args: object, **settings: object) -> argparse.Action:
         """Adds an argument, as argparse does."""
-        made = super().add_argument(*args, **settings)  # pyright: ignore[reportArgumentType] argparse's
-        self.arguments.append(made)
-        return made
+        argument = super().add_argument(*args, **settings)  # pyright: ignore[reportArgumentType] argparse's
+        self.arguments.append(argument)
+        return argument
 
     def error(self, message: str) -> NoReturn:
         """Ends with one line, where argparse would print the whole usage first."""
@@ -51,7 +51,7 @@ def add_command(
     explain: Callable[[Exception], str] | None = None,
     on_cpu: bool = False,
 ) -> Parser:
-    """Adds a command, with the `extra` that its packages come with.
+    """Adds a command; its packages come with the `extra`.
 
     `explain` turns any error into the line that is printed; None lets errors through.
     """
@@ -84,14 +84,14 @@ def at_least(lowest: int, *, at_most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def path(text: str) -> Path:
-    """Returns a path of this machine."""
+    """Reads a path of this machine, and refuses a URL."""
     if "://" in text:
         raise argparse.ArgumentTypeError(f"needs a local file, got {text}")
     return Path(place(text))
 
 
 def picture(text: str) -> Path:
-    """Returns a file of this machine that a picture can be written to."""
+    """Reads the path of a picture, and refuses one of another format."""
     file = path(text)
     if file.suffix.lower() not in PICTURES:
         raise argparse.ArgumentTypeError(
@@ -101,17 +101,17 @@ def picture(text: str) -> Path:
 
 
 def place(text: str) -> str:
-    """Returns a path, or a URL of a storage that Orbax knows."""
+    """Reads a path, or a URL of a storage that Orbax knows."""
     if not text:  # would be the current folder
         raise argparse.ArgumentTypeError("needs a path, got an empty text")
     return text
 
 
 def json_file(text: str, hook: Callable[[Any], Any] | None = None) -> Any:
-    """Returns what a JSON file of this machine holds; `hook` makes its objects.
+    """Reads a JSON file of this machine; `hook` makes its objects from their pairs.
 
     Raises:
-        argparse.ArgumentTypeError: If it cannot be read, or is too large.
+        argparse.ArgumentTypeError: If the file cannot be read, or is too large.
     """
     try:
         with path(text).open(encoding="utf-8") as file:
@@ -136,7 +136,7 @@ def tell(line: str) -> None:
 
 
 def print_lines(values: Mapping[str, object]) -> None:
-    """Prints values with their names before them; without those that are None."""
+    """Prints a line for each value that is not None, with its name before it."""
     width = max(map(len, values)) + 2
     for name, value in values.items():
         if value is not None:
@@ -144,12 +144,12 @@ def print_lines(values: Mapping[str, object]) -> None:
 
 
 def print_json(figures: Mapping[str, object]) -> None:
-    """Prints JSON for programs, and paths as text."""
+    """Prints values as JSON for programs, with paths as text."""
     print(json.dumps(figures, indent=2, default=str), flush=True)
 
 
 def explained(error: Exception) -> str:
-    """Returns an error on one line, with options of a command for arguments."""
+    """Writes an error on one line, with a command's options in place of arguments."""
     line = one_line(error, limit=None)
     if not isinstance(error, (OSError, ValueError, TypeError, OverflowError)):
         line = f"{type(error).__name__}: {line}"
@@ -157,7 +157,7 @@ def explained(error: Exception) -> str:
 
 
 def as_options(text: str) -> str:
-    """Returns an error's advice with options of a command where it names arguments.
+    """Rewrites the arguments that an error names as options of a command.
 
     >>> as_options("Pass step=300, or tree='shadow/fast'.")
     'Pass --step 300, or --tree shadow/fast.'
@@ -173,7 +173,7 @@ def as_options(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Returns one line that a terminal shows as it is, whoever chose the names in it.
+    r"""Escapes characters that a terminal would act on, in names that others chose.
 
     >>> printable("\x1b[2J cleared\n")
     '\\x1b[2J cleared\\n'

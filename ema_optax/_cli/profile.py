@@ -75,7 +75,7 @@ def add(commands: parsing.Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    decays: dict[str, Decay] = dict(args.decay)  # asked for twice, told once
+    decays: dict[str, Decay] = dict(args.decay)  # a decay passed twice is shown once
     if args.out:
         from ema_optax import plots
 
@@ -103,10 +103,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _table(runs: Mapping[str, Profile]) -> list[str]:
-    """Returns lines of at most 80 columns; a long name stands on a line of its own."""
-    room = min(max(map(len, runs)), 24)
+    """Writes a table of at most 80 columns, with a long name on a line of its own."""
+    name_width = min(max(map(len, runs)), 24)
     head = "".join(f"{column:>11}" for column in _COLUMNS)
-    table = [f"{'decay':<{room}}{head}", "-" * (room + len(head))]
+    table = [f"{'decay':<{name_width}}{head}", "-" * (name_width + len(head))]
     for name, run in runs.items():
         cells = (
             f"{run.width:.2e}" if 0 < run.width < 0.001 else f"{run.width:.4f}",
@@ -115,22 +115,22 @@ def _table(runs: Mapping[str, Profile]) -> list[str]:
             f"{run.initial_weight:.3g}",
             f"{run.effective_size:,.1f}",
         )
-        if len(name) > room:
+        if len(name) > name_width:
             table.append(name)
             name = ""
-        table.append(f"{name:<{room}}" + "".join(f"{cell:>11}" for cell in cells))
+        table.append(f"{name:<{name_width}}" + "".join(f"{cell:>11}" for cell in cells))
     return table
 
 
 def _draw(runs: Mapping[str, Profile], every: int) -> None:
-    using = sketch.characters(sys.stdout.encoding)
+    characters = sketch.characters(sys.stdout.encoding)
     for name, run in runs.items():
-        print("", name, *sketch.lines(run, every, using), sep="\n")
+        print("", name, *sketch.lines(run, every, characters), sep="\n")
         if initial := percent(run.initial_weight):
             print(f"        Not drawn: {initial} still on the initial params.")
     steps = len(next(iter(runs.values())).weights)
     part = "one update" if steps <= sketch.COLUMNS else f"1/{sketch.COLUMNS} of the run"
-    print(f"\nA bar holds {part}. {using.mark} is the mean age.")
+    print(f"\nA bar holds {part}. {characters.mark} is the mean age.")
 
 
 def _figures(

@@ -50,7 +50,7 @@ def add(commands: parsing.Commands) -> None:
     parser.usage = (  # argparse would put RUN last, where --width takes it
         "ema-optax reconstruct RUN [RUN ...] --width W [W ...] --out DIR [options]"
     )
-    parser.set_defaults(wrong=parser.error)
+    parser.set_defaults(refuse=parser.error)
     parser.add_argument(
         "runs", type=parsing.place, nargs="+", metavar="RUN", help="folder of snapshots"
     )
@@ -70,11 +70,11 @@ def add(commands: parsing.Commands) -> None:
 
 
 def _explained(error: Exception) -> str:
-    """Returns one line that says what is wrong, and what to do about it here."""
+    """Writes an error on one line; for a damaged step, with the advice to remove it."""
     from ema_optax.checkpoint import CorruptCheckpointError
 
     if isinstance(error, CorruptCheckpointError):
-        # Other commands can take an older step instead; here the others suffice.
+        # Other commands advise an older step; averages do without the damaged one.
         cause = one_line(error.__cause__ or error, limit=None)
         step, _, _ = one_line(error, limit=None).partition(cause)
         return (
@@ -102,10 +102,10 @@ def _width(text: str) -> float:
 
 
 def _run(args: argparse.Namespace) -> int:
-    given = {"--width": args.width, "--out": args.out}
-    missing = [name for name, value in given.items() if value is None]
+    required = {"--width": args.width, "--out": args.out}
+    missing = [name for name, value in required.items() if value is None]
     if missing and not args.dry_run:
-        args.wrong(f"needs {' and '.join(missing)}, or --dry-run")
+        args.refuse(f"needs {' and '.join(missing)}, or --dry-run")
     with (
         wide.in_64_bits(),
         warning_lines.of("reconstruct", ReconstructionWarning),
@@ -132,7 +132,7 @@ def _do(args: argparse.Namespace) -> int:
         if args.width:
             plan.check()
         return 0
-    found = reconstruct(
+    reconstructed = reconstruct(
         snapshots,
         width=[row.width for row in plan.rows],
         step=args.step,
@@ -140,6 +140,6 @@ def _do(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         progress=None,
     )
-    average_files.write(plan, found)
+    average_files.write(plan, reconstructed)
     averages.show(plan, as_json=args.json)
     return 0

@@ -13,7 +13,7 @@ _ROWS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Characters:
-    """What a drawing is made of: `levels` from an empty cell to a full one."""
+    """Characters of a drawing, with `levels` from an empty cell to a full one."""
 
     levels: str
     side: str
@@ -40,10 +40,10 @@ def characters(encoding: str | None) -> Characters:
 
 
 def shares(run: Profile, every: int, bins: int) -> np.ndarray:
-    """Returns float64[bins]: the share of the average that each part of a run holds.
+    """Computes the share of the average that each part of a run holds, float64[bins].
 
-    A fold's weight is spread over the updates since the fold before it. Counted at its
-    own step, bins that hold now two folds and now three would draw a comb.
+    A fold's weight is spread over the updates since the fold before it: at the fold's
+    own step alone, bins with two folds and bins with three would draw a comb.
 
     Args:
         run: The profile of a run of `len(run.weights)` updates.
@@ -52,16 +52,16 @@ def shares(run: Profile, every: int, bins: int) -> np.ndarray:
     """
     steps = len(run.weights)
     folds = np.arange(every, steps + 1, every)
-    until = np.append(0.0, np.cumsum(run.weights[folds - 1]))
+    cumulative = np.append(0.0, np.cumsum(run.weights[folds - 1]))
     edges = np.linspace(0, steps, bins + 1)
-    return np.diff(np.interp(edges, np.append(0, folds), until))
+    return np.diff(np.interp(edges, np.append(0, folds), cumulative))
 
 
 def lines(run: Profile, every: int, using: Characters) -> list[str]:
-    """Returns a drawing: bars over a linear axis from 0 to the length of the run.
+    """Draws bars over a linear axis from 0 to the length of the run.
 
     The tallest bar fills the height and is labelled. The mark under the axis stands at
-    the mean age. What is still on the initial params is not drawn.
+    the mean age. The weight that is still on the initial params is not drawn.
 
     Args:
         run: The profile of a run of `len(run.weights)` updates.
@@ -70,28 +70,28 @@ def lines(run: Profile, every: int, using: Characters) -> list[str]:
     """
     steps = len(run.weights)
     bins = min(COLUMNS, steps)
-    thick = COLUMNS // bins  # columns of one bar
+    bar_width = COLUMNS // bins  # columns of one bar
     heights = shares(run, every, bins)
     top = float(heights.max())
     full = len(using.levels) - 1
-    # From 0 to all levels of all rows; what rounds to less than one is left blank.
+    # From 0 to all levels of all rows; a height that rounds to 0 is left blank.
     filled = np.rint(heights / top * full * _ROWS).astype(int) if top else 0 * heights
-    drawn = []
+    drawing = []
     for row in range(_ROWS - 1, -1, -1):
         cells = np.clip(filled - row * full, 0, full).astype(int)
-        bars = "".join(using.levels[cell] * thick for cell in cells).rstrip()
+        bars = "".join(using.levels[cell] * bar_width for cell in cells).rstrip()
         label = f"{top:.1%}" if row == _ROWS - 1 else ""
-        drawn.append(f"{label:>6} {using.side}{bars}".rstrip())
+        drawing.append(f"{label:>6} {using.side}{bars}".rstrip())
 
-    axis = [using.base] * (bins * thick)
+    axis = [using.base] * (bins * bar_width)
     # A bar holds the updates after its left edge up to its right one.
-    at = math.ceil((1 - run.mean_age / steps) * len(axis)) - 1
-    axis[max(at, 0)] = using.mark
-    drawn.append(f"{'0%':>6} {using.corner}{''.join(axis)}")
+    mark = math.ceil((1 - run.mean_age / steps) * len(axis)) - 1
+    axis[max(mark, 0)] = using.mark
+    drawing.append(f"{'0%':>6} {using.corner}{''.join(axis)}")
     middle = f"{steps // 2:,}" if steps % 2 == 0 and steps > 2 else ""
     numbers = f"{'0':<{len(axis)}}"
     half = len(axis) // 2 - len(middle) // 2
     numbers = numbers[:half] + middle + numbers[half + len(middle) :]
     end = f"{steps:,}"
-    drawn.append(f"{'':>8}{numbers[: len(axis) - len(end)]}{end}")
-    return drawn
+    drawing.append(f"{'':>8}{numbers[: len(axis) - len(end)]}{end}")
+    return drawing

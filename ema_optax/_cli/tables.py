@@ -8,22 +8,22 @@ from rich.table import Table
 
 
 def console() -> Console:
-    """Returns where to print, without markup and as wide as a pipe lets it be."""
-    made = Console(markup=False, emoji=False, highlight=False)
-    if not made.is_terminal:
-        made.width = 100_000
-    return made
+    """Opens stdout without markup, and without a limit of width in a pipe or file."""
+    stdout = Console(markup=False, emoji=False, highlight=False)
+    if not stdout.is_terminal:
+        stdout.width = 100_000
+    return stdout
 
 
 def table(columns: Iterable[str], *, right: Iterable[str] = ()) -> Table:
     """Returns an empty table.
 
     Args:
-        columns: Their heads; what does not fit is wrapped.
-        right: Those with numbers, which end below each other.
+        columns: Heads of the columns; a text that does not fit is wrapped.
+        right: Heads of the columns with numbers, which are aligned to the right.
     """
-    made = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), pad_edge=False)
+    empty = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
         side = "right" if column in right else "left"
-        made.add_column(column, justify=side, overflow="fold")
-    return made
+        empty.add_column(column, justify=side, overflow="fold")
+    return empty

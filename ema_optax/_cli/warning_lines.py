@@ -1,4 +1,4 @@
-"""What the library warns of, as lines of stderr."""
+"""Warnings of the library, as lines of stderr."""
 
 import contextlib
 import warnings
@@ -10,7 +10,7 @@ from ema_optax._cli import parsing
 
 @contextlib.contextmanager
 def of(command: str, kind: type[Warning]) -> Iterator[None]:
-    """Has each warning of a kind told in one line of stderr, as soon as it comes."""
+    """Prints each warning of a kind as one line of stderr, as soon as it comes."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", kind)
         show = warnings.showwarning

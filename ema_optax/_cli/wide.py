@@ -1,4 +1,4 @@
-"""Has a command compute in 64 bits, for runs that did."""
+"""64-bit types of JAX in a command, for runs that were trained with them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ import jax
 @contextlib.contextmanager
 def in_64_bits() -> Iterator[None]:
     """Enables JAX's 64-bit types inside the block."""
-    before = jax.config.read("jax_enable_x64")
+    usual = jax.config.read("jax_enable_x64")
     jax.config.update("jax_enable_x64", True)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_x64", before)
+        jax.config.update("jax_enable_x64", usual)

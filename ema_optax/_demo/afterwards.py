@@ -1,4 +1,4 @@
-"""What the demo makes of a finished run: a width that is chosen, and a merge."""
+"""Averages that the demo makes of a finished run: one of a chosen width, a merge."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ LEAST = 10  # checkpoints of a run, of which the newer half is merged
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A model on the held-out digits that chose nothing.
+    """A model, measured on the held-out digits that chose nothing.
 
     Attributes:
-        name: What it is, for a table.
+        name: Its name in the table.
         loss: Mean cross-entropy, in nats.
         accuracy: Share of digits that it gets right, in [0, 1].
     """
@@ -54,19 +54,19 @@ def candidates(
     data: Digits,
     known: dict[str, nnx.State],
 ) -> tuple[tuple[Candidate, ...], reconstruction.Choice]:
-    """Makes two averages from the checkpoints of a run, and compares all.
+    """Makes two averages from the checkpoints of a run, and measures all models.
 
     Args:
         run: The folder of the checkpoints.
-        saved: Their steps, `LEAST` or more, ascending.
-        graph: Of the classifier.
+        saved: Steps of the checkpoints, `LEAST` or more, ascending.
+        graph: Graph of the classifier.
         data: The digits.
-        known: What the run ended with, by its name in the table.
+        known: Trees that the run ended with, by their names in the table.
 
     Returns:
-        The models: those that are known, the width that the first half of the held-out
-        digits chose, and the mean of the newer half of the checkpoints; measured on
-        the second half. And the choice.
+        The known models, the average of the width that the first half of the held-out
+        digits chose, and the mean of the newer half of the checkpoints, all measured
+        on the second half of the digits; and the choice.
     """
 
     def logits(params: nnx.State, data: Digits) -> jax.Array:

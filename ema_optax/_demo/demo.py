@@ -29,10 +29,10 @@ class Comparison:
 
     Attributes:
         tree: `params` or `shadow/ema`, as the checkpoint calls it.
-        name: What it is, for a table.
+        name: Its name in the table.
         before: Accuracy of the trained model, in [0, 1].
         after: Accuracy of a fresh model that was given the restored tree.
-        exact: Whether both gave the same logits for every image, bit for bit.
+        exact: Whether both models gave the same logits for every image, bit for bit.
     """
 
     tree: str
@@ -44,16 +44,16 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class DemoRun:
-    """What a run of the demo found and wrote.
+    """Results and files of a run of the demo.
 
     Attributes:
-        comparisons: That of the raw params, then that of the EMA.
-        candidates: Models of the finished run, and those that were put together
-            afterwards; empty where the run was too short for that.
+        comparisons: Of the raw params, then of the EMA.
+        candidates: Models that the run ended with, and averages made afterwards; empty
+            where the run was too short.
         picture: The PNG of accuracy over steps.
-        choice: The PNG of the widths that were tried; None where none was.
+        choice: The PNG of the widths that were tried; None without `candidates`.
         checkpoint: The last step, which holds params and shadows.
-        decay: That of the EMA.
+        decay: Decay of the EMA.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -139,6 +139,7 @@ def _compared(
     seed: int,
 ) -> Comparison:
     """Restores a tree of the last step into a fresh model, and compares the logits."""
+    # Of another seed, so that only the restored tree can give the same logits.
     fresh = digits.Classifier(rngs=nnx.Rngs(seed + 1))
     like = nnx.state(fresh, nnx.Param)
     nnx.update(fresh, checkpoint.restore(folder, tree, like=like))
@@ -154,10 +155,10 @@ def _compared(
 
 
 def _claim(out: Path, marker: dict[str, Any]) -> None:
-    """Makes the folder and leaves a marker, after removing what an earlier demo wrote.
+    """Makes the folder, removes an earlier demo's files, and writes a marker.
 
     Raises:
-        DemoError: If that is not possible, or if the folder is somebody else's.
+        DemoError: If the folder cannot be made, or has somebody's files.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -167,7 +168,7 @@ def _claim(out: Path, marker: dict[str, Any]) -> None:
                 f"--out {out} has files in it and is no earlier demo's folder. Choose "
                 "a new or an empty one."
             )
-        # By name, as there may be somebody's own files beside them by now.
+        # By name, as the user may have put files beside the steps since.
         for step in earlier or ():
             for name in (f"{step}", f"{step}.orbax-checkpoint-tmp"):
                 if (out / _CHECKPOINTS / name).exists():
@@ -186,7 +187,7 @@ def _claim(out: Path, marker: dict[str, Any]) -> None:
 
 
 def _earlier_steps(marker: Path) -> list[int] | None:
-    """Returns the steps that an earlier demo saved, or None if none left `marker`."""
+    """Reads the steps of an earlier demo; None if `marker` is no demo's."""
     try:
         earlier = json.loads(marker.read_text())
     except (FileNotFoundError, ValueError):  # ValueError: no JSON, or no text

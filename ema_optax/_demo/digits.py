@@ -21,11 +21,11 @@ _BATCH = 32
 _PIXEL_NOISE = 0.3
 _LEARNING_RATE = 0.1
 _MOMENTUM = 0.9
-DECAY = 0.99  # of the last hundred updates or so
+DECAY = 0.99  # averages the last hundred updates or so
 # One EMA as most runs have it, and two power profiles that give any other length later.
 DECAYS = {"ema": DECAY, "short": power(0.05), "long": power(0.10)}
 _TEST_SHARE = 0.3
-_MEASUREMENTS = 50
+_MEASUREMENTS = 50  # points of a curve in the picture, about
 
 
 class Digits(NamedTuple):
@@ -150,8 +150,8 @@ def logits(
     """Computes the logits float32[n, 10] of a classifier.
 
     Args:
-        graph: Of the classifier, as `nnx.split` returns it.
-        params: Its params.
+        graph: Graph of the classifier, as `nnx.split` returns it.
+        params: Params of the classifier.
         images: float32[n, 64], pixels in [0, 1].
 
     >>> import jax.numpy as jnp
