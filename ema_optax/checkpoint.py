@@ -3,7 +3,7 @@
     manager.save(step, args=checkpoint.EmaSave(params, opt_state))
     params = checkpoint.restore(directory, "shadow", like=abstract_params)
 
-This package is the only importer of Orbax.
+Of the whole library, only the folder `_checkpoint` imports Orbax.
 """
 
 from ema_optax._checkpoint.adopting import Adopted, adopt

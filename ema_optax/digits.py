@@ -3,7 +3,7 @@
     data = digits.load(seed=0)
     digits.accuracy(logits, data)
 
-They come from scikit-learn, which `pip install 'ema-optax[demo]'` brings.
+The images come from scikit-learn, which `pip install 'ema-optax[demo]'` installs.
 """
 
 from ema_optax._demo.digits import Classifier, Digits, accuracy, load, logits

@@ -1,4 +1,4 @@
-"""Where a shadow lives apart from its params: over a mesh axis, or in host memory.
+"""Places a shadow apart from its params: over a mesh axis, or in host memory.
 
 ema_params(0.9999, shadow_sharding=placement.over_axis("data"))
 ema_params(0.9999, shadow_sharding=placement.in_host_memory())

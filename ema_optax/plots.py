@@ -1,4 +1,4 @@
-"""Pictures of runs, of what decays average over, of lag, of widths, of a choice."""
+"""Pictures of runs, of the weights and the lag of decays, of widths, of a choice."""
 
 from ema_optax._plots.choices import choice
 from ema_optax._plots.lag import lag

@@ -1,4 +1,4 @@
-"""Averages whose length is chosen after training, and merging of checkpoints.
+"""Chooses the length of an average after training, and merges checkpoints.
 
 snapshots = checkpoint.snapshots(folder)
 found = reconstruction.reconstruct(snapshots, width=0.03, params=params)

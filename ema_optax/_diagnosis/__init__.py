@@ -1,4 +1,4 @@
-"""Why an average is worse than the raw weights: what is seen, and the remedy."""
+"""Explains why an average is worse than the raw weights, with remedies."""
 
 from ema_optax._diagnosis.diagnosing import diagnose
 from ema_optax._diagnosis.findings import Diagnosis, Finding

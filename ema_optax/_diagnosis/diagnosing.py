@@ -1,4 +1,4 @@
-"""`diagnose`: the checks of all averages of an optimizer state."""
+"""`diagnose`: checks all averages of an optimizer state."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -38,36 +38,46 @@ def diagnose(
 
     From the state and the params alone:
 
-    - `initial_weight`: the average still holds initial params, Πβ of them.
-    - `lag`: its mean age is more than a third of the run; `too_short`: it is of fewer
-      than two params; `not_started`, `never_folded`, `standing_still`: it copies the
-      params, or was never folded, or its decay has ended at 1.
-    - `dead_zone`: most elements would not change in a fold, as their shadow is too
-      narrow for it; `rounding_noise`: most are rounded by more than they are apart.
+    - `initial_weight`: the average still holds the initial params, with weight Πβ.
+    - `lag`: the mean age of the averaged params is more than a third of the run.
+    - `too_short`: the average is of fewer than two params.
+    - `not_started`, `never_folded`, `standing_still`: the average copies the params,
+      was never folded, or its decay has ended at 1.
+    - `dead_zone`: a fold would leave most elements as they are, because the dtype of
+      the shadow is too narrow.
+    - `rounding_noise`: most elements are rounded by more than they differ from the
+      params.
     - `batch_stats`: BatchNorm's running statistics are those of the raw params.
-    - `restarted`, `micro_batches`: it has seen fewer updates than the optimizer, or
-      each micro-batch. `batch_size`: its decay was chosen for another batch.
-    - `equal`, `nothing_averaged`, `nonfinite_shadow`, `nonfinite_params`.
+    - `restarted`: the average has seen fewer updates than the optimizer.
+    - `micro_batches`: the average counts each micro-batch as an update.
+    - `batch_size`: the decay was chosen for another batch size.
+    - `equal`, `nothing_averaged`: reading gives the raw params.
+    - `nonfinite_shadow`, `nonfinite_params`: some elements are NaN or infinite.
 
-    With `evaluate` also from the loss at seven points s + λ(p − s), λ from −¼ to 1¼,
-    with s the shadow and p the params: `too_long` where it is lowest between them,
-    `params_best` or `still_falling` where at the params or beyond, `longer` where
-    beyond the shadow, `barrier` where it is higher between than at both,
-    `within_noise` and `flat` where it does not tell, `evaluation` where it failed.
+    With `evaluate`, also from the loss at seven points s + λ(p − s), λ from −¼ to 1¼,
+    with s the shadow and p the params:
 
-    Healthy averages give no finding. Nothing is changed, and arrays are looked at on
-    the host, leaf by leaf; not under `jit`.
+    - `too_long`: the loss is lowest between shadow and params.
+    - `params_best`, `still_falling`: the loss is lowest at the params, or beyond them.
+    - `longer`: the loss is lowest beyond the shadow, away from the params.
+    - `barrier`: the loss is higher between shadow and params than at both.
+    - `within_noise`, `flat`: the loss does not tell shadow and params apart.
+    - `evaluation`: `evaluate` failed at a point.
+
+    A healthy average gives no finding. `diagnose` changes nothing. It reads the arrays
+    on the host, leaf by leaf, and does not work under `jit`.
 
     Args:
         opt_state: The optimizer state.
         params: The live params.
-        evaluate: From params to a loss: a number; two numbers or more, such as one for
-            each batch; or a `reconstruction.Score(value, error)`.
-            Called seven times for each shadow, at λ = 0, 1, ½, ¼, ¾, −¼, 1¼. An error,
-            or a value that is not finite, is reported, and the other points go on. Two
-            values differ where they do by twice the standard error of the difference;
-            without one, what is left beside a cubic through the points is taken for it.
-        name: Name of the shadow. None takes each of them.
+        evaluate: Function from params to a loss. It returns a number; two numbers or
+            more, such as one for each batch; or a `reconstruction.Score(value, error)`.
+            It is called seven times for each shadow, at λ = 0, 1, ½, ¼, ¾, −¼, 1¼. An
+            error, or a value that is not finite, is reported, and the other points are
+            still evaluated. Two values count as different from twice the standard error
+            of their difference on. Where no standard error is known, the scatter of the
+            values around a cubic takes its place.
+        name: Name of the shadow. None diagnoses every shadow.
         maximize: Whether larger values of `evaluate` are better, as of an accuracy.
         batch_sizes: The batch size that the decay was chosen for, and that of the run.
 
@@ -77,8 +87,8 @@ def diagnose(
     Raises:
         ValueError: If there is no shadow, or no such name, if the params do not fit it,
             or if the state is stacked.
-        TypeError: If an argument is of another kind, or `evaluate` returns what is no
-            score.
+        TypeError: If an argument is of another kind, or `evaluate` returns something
+            that is no score.
 
     >>> import optax, ema_optax
     >>> optimizer = optax.chain(
@@ -110,27 +120,25 @@ def diagnose(
             )
     maximize = arguments.flag(maximize, "maximize")
     sizes = _sizes(batch_sizes)
-    found = averages.find(opt_state, call=_CALL, params=params)
-    seen = _Seen(
-        opt_state, params, evaluate, maximize, sizes, _counts(opt_state, found)
-    )
-    if name is not None or len(found.names) < 2:
-        chosen = found.of(name)
-        seen.look_at(chosen, None if name is None else chosen[0].name)
+    every_average = averages.find(opt_state, call=_CALL, params=params)
+    counts = _other_counts(opt_state, every_average)
+    checkup = _Checkup(opt_state, params, evaluate, maximize, sizes, counts)
+    if name is not None or len(every_average.names) < 2:
+        checkup.check_shadow(every_average.of(name))
     else:
-        for each in found.names:
-            seen.look_at([a for a in found if a.name == each], each)
+        for shadow in every_average.names:
+            checkup.check_shadow([a for a in every_average if a.name == shadow])
     return Diagnosis(
-        findings=ordered(seen.findings),
-        figures=seen.figures,
-        evaluated=seen.evaluated,
-        unchecked=tuple(seen.unchecked),
+        findings=ordered(checkup.findings),
+        figures=checkup.figures,
+        evaluated=checkup.evaluated,
+        unchecked=tuple(checkup.unchecked),
     )
 
 
 @dataclasses.dataclass
-class _Seen:
-    """Collects findings on one state and its params."""
+class _Checkup:
+    """Checks one state and its params, and collects the findings."""
 
     opt_state: Any
     params: Any
@@ -143,13 +151,14 @@ class _Seen:
     evaluated: dict[str, tuple[Figures, ...]] = dataclasses.field(default_factory=dict)
     unchecked: list[str] = dataclasses.field(default_factory=list)
 
-    def look_at(self, chosen: Sequence[Average], name: str | None) -> None:
-        """Checks the averages of one name; several are of disjoint leaves."""
-        kept = {each.where: each.kept(self.params) for each in chosen}
-        shadow = averages.whole(kept, self.params)
+    def check_shadow(self, chosen: Sequence[Average]) -> None:
+        """Checks the averages of one name; several average disjoint leaves."""
+        folded = {average.where: average.kept(self.params) for average in chosen}
+        shadow = averages.whole(folded, self.params)
         several = len(chosen) > 1
-        looked = [
-            self._average(each, each.where if several else each.name) for each in chosen
+        checked = [
+            self._check_average(average, average.where if several else average.name)
+            for average in chosen
         ]
         paths, leaves, _ = trees.flatten(shadow)
         masked = [
@@ -159,14 +168,15 @@ class _Seen:
         ]
         statistics = leaf_pairs.statistics_in(paths)
         stale = [path for path in statistics if path in set(masked)]
-        record = looked[0]
+        record = checked[0]
         if stale:
             self.findings.append(leaf_pairs.stale_statistics(record, stale))
         if self.evaluate is not None:
             norms = [] if statistics else leaf_pairs.norms_in(paths)
-            self._along(chosen, name, record, norms)
+            self._check_line(chosen, record, norms)
 
-    def _average(self, average: Average, label: str) -> Record:
+    def _check_average(self, average: Average, label: str) -> Record:
+        """Checks one average leaf by leaf, and its decay and count."""
         record = _record(average, label)
         pairs = Pairs(record)
         kept = average.kept(self.params) if average.is_computed else average.tree
@@ -177,7 +187,7 @@ class _Seen:
         ):
             if trees.is_placeholder(s):
                 continue
-            if not all(_is_here(x) for x in (s, p)):
+            if not all(_is_readable(x) for x in (s, p)):
                 self.unchecked.append(
                     f"{path!r} and others, parts of which are on other processes"
                 )
@@ -193,20 +203,17 @@ class _Seen:
             self.unchecked.append(records.why_unknown(label))
         return record
 
-    def _along(
-        self,
-        chosen: Sequence[Average],
-        name: str | None,
-        record: Record,
-        norms: list[str],
+    def _check_line(
+        self, chosen: Sequence[Average], record: Record, norms: list[str]
     ) -> None:
+        """Evaluates the points between shadow and params, and checks the losses."""
         assert self.evaluate is not None
         points = []
         for at in line.POINTS:
             tree = _between(chosen, self.params, at)
             points.append(line.evaluated(self.evaluate, tree, at))
         self.evaluated[record.shadow] = tuple(
-            dataclasses.asdict(each) for each in sorted(points, key=lambda p: p.at)
+            dataclasses.asdict(point) for point in sorted(points, key=lambda p: p.at)
         )
         self.findings += line.check(record, points, maximize=self.maximize, norms=norms)
 
@@ -223,23 +230,24 @@ def _record(average: Average, label: str) -> Record:
         for name in ("bfloat16", "float32")
         if average.is_rounded_by_chance(jnp.dtype(name))
     )
-    bema = isinstance(average, BemaAverage)
-    if bema:
-        made = average.made_by
-        decay = records.BemaDecay(made) if made else None
+    is_bema = isinstance(average, BemaAverage)
+    if is_bema:
+        bema = average.made_by
+        decay = records.BemaDecay(bema) if bema else None
     else:
         decay = average.decay
-    made_by = average.made_by if bema else decay
+    made_by = average.made_by if is_bema else decay
     text = None if made_by is None else str(made_by)
     return Record(
-        label, int(count), decay, average.every, text, bema, by_chance=by_chance
+        label, int(count), decay, average.every, text, is_bema, by_chance=by_chance
     )
 
 
 def _between(chosen: Sequence[Average], params: Any, at: float) -> Any:
-    """Computes s + λ(p − s) like the params, in arrays of its own.
+    """Computes s + λ(p − s) in new arrays, with the dtypes of the params.
 
-    Leaves that are not averaged are the params'. It is exact to the bit at 0 and 1.
+    A leaf that is not averaged is that of the params. At λ = 0 and 1 the result is the
+    shadow and the params to the bit.
     """
     shadow = averages.whole({each.where: each.read(params) for each in chosen}, params)
     shadows = jax.tree.leaves(shadow, is_leaf=trees.is_placeholder)
@@ -247,6 +255,7 @@ def _between(chosen: Sequence[Average], params: Any, at: float) -> Any:
 
     def point(s: Any, p: Any) -> Any:
         if trees.is_placeholder(s) or at == 1:
+            # A copy, because `evaluate` may delete or donate what it gets.
             return jnp.copy(p) if isinstance(p, jax.Array) else p
         if at:
             s = s.astype(trees.wide(s.dtype))
@@ -257,27 +266,29 @@ def _between(chosen: Sequence[Average], params: Any, at: float) -> Any:
     return jax.tree.unflatten(structure, [point(s, p) for s, p in pairs])
 
 
-def _counts(opt_state: optax.OptState, found: averages.Averages) -> dict[str, int]:
-    """Lists the counts of updates in a state by path, without those of the averages."""
-    ours = {under(each.path, records.COUNT) for each in found}
+def _other_counts(
+    opt_state: optax.OptState, every_average: averages.Averages
+) -> dict[str, int]:
+    """Lists by path the counts of updates in a state, except those of the averages."""
+    ours = {under(average.path, records.COUNT) for average in every_average}
     counts = {}
     for key_path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
         path = trees.path_name(key_path)
-        if path not in ours and records.is_count(path, leaf) and _is_here(leaf):
+        if path not in ours and records.is_count(path, leaf) and _is_readable(leaf):
             counts[path] = int(leaf)
     return counts
 
 
-def _is_here(leaf: object) -> bool:
-    """Whether this process can read all of an array."""
+def _is_readable(leaf: object) -> bool:
+    """Returns whether this process can read all of an array."""
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
-def _sizes(given: object) -> tuple[int, int] | None:
-    if given is None:
+def _sizes(batch_sizes: object) -> tuple[int, int] | None:
+    if batch_sizes is None:
         return None
     example = "batch_sizes=(256, 4096) is 16 times the batch that β was chosen for."
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise TypeError(f"batch_sizes is a pair, got {brief(given)}. {example}")
-    before, now = (arguments.whole(x, "A batch size", 1, example) for x in given)
+    if not isinstance(batch_sizes, (tuple, list)) or len(batch_sizes) != 2:
+        raise TypeError(f"batch_sizes is a pair, got {brief(batch_sizes)}. {example}")
+    before, now = (arguments.whole(x, "A batch size", 1, example) for x in batch_sizes)
     return before, now

@@ -23,13 +23,13 @@ class Finding:
     """Names one cause, its figures, and what to do.
 
     Attributes:
-        what: Its key, such as `"initial_weight"` or `"lag"`.
+        what: Key of the cause, such as `"initial_weight"` or `"lag"`.
         severity: `"problem"` where the average is not what was meant, `"warning"` where
             it is likely worse than it could be, `"note"` for what is good to know.
-        sentence: What is seen, with the figures.
+        sentence: The observation, with its figures.
         remedy: What to do.
         figures: Numbers by name.
-        shadow: Name of the shadow; empty where it has none.
+        shadow: Name of the shadow; empty for a shadow without a name.
     """
 
     what: str
@@ -42,14 +42,14 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """Holds all findings on the averages of a state; `str` of it is for people.
+    """Holds all findings on the averages of a state; print it to read them.
 
     Attributes:
-        findings: The worst first; empty where nothing is wrong.
-        figures: For each shadow, by name, what was looked at: decay, every, count,
+        findings: The findings, the worst first; empty where nothing is wrong.
+        figures: Figures of each shadow, by its name: decay, every, count,
             initial_weight, mean_age, effective_size, distance and others, where known.
-        evaluated: For each shadow the points s + λ(p − s) that were evaluated: `at`,
-            `value`, `standard_error` and `problem`.
+        evaluated: The evaluated points s + λ(p − s) of each shadow, by its name: `at`
+            (λ), `value`, `standard_error` and `problem`.
         unchecked: Checks that were not possible, and why.
     """
 
@@ -61,7 +61,7 @@ class Diagnosis:
     unchecked: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Returns a line or two of figures a shadow, then a sentence a finding."""
+        """Writes the figures of each shadow, then each finding and its remedy."""
         lines: list[str] = []
         for name, figures in self.figures.items():
             lines.append(f"{_called(name)}: {_summary(figures)}")
@@ -69,10 +69,11 @@ class Diagnosis:
                 along = ", ".join(map(_point, points))
                 lines.append(f"  along s + λ(p − s), λ: {along}")
         several = len(self.figures) > 1
-        for each in self.findings:
-            whose = f" of {_called(each.shadow)}" if several else ""
-            lines.append(f"{each.severity}{whose}: {one_line(each.sentence, None)}")
-            lines.append(f"  → {one_line(each.remedy, None)}")
+        for finding in self.findings:
+            whose = f" of {_called(finding.shadow)}" if several else ""
+            sentence = one_line(finding.sentence, None)
+            lines.append(f"{finding.severity}{whose}: {sentence}")
+            lines.append(f"  → {one_line(finding.remedy, None)}")
         if not self.findings:
             lines.append("nothing found: the average is what it was meant to be")
         lines += [f"not looked at: {one_line(why, None)}" for why in self.unchecked]
@@ -84,8 +85,8 @@ class Diagnosis:
 
 
 def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Sorts findings: the worst first, those of one severity as they came."""
-    return tuple(sorted(findings, key=lambda each: _ORDER[each.severity]))
+    """Sorts findings, the worst first; the order within a severity stays."""
+    return tuple(sorted(findings, key=lambda finding: _ORDER[finding.severity]))
 
 
 def percent(share: float) -> str:
@@ -140,10 +141,11 @@ def _point(point: Figures) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        each = cast("Mapping[str, Any]", value)
-        return {key: _plain(inner) for key, inner in each.items()}
+        mapping = cast("Mapping[str, Any]", value)
+        return {key: _plain(inner) for key, inner in mapping.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in cast("list[Any]", value)]
+    # JSON has neither NaN nor infinity.
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,4 +1,4 @@
-"""A shadow beside its params, leaf by leaf: what cannot move, is equal, not finite."""
+"""Compares shadow and params leaf by leaf: elements stuck, equal or not finite."""
 
 import dataclasses
 import re
@@ -11,9 +11,9 @@ from ema_optax._diagnosis.findings import Finding, percent
 from ema_optax._diagnosis.records import Record
 from ema_optax._messages.text import some
 
-_BLOCK = 2**21  # elements that are looked at together, in float64
-_MOST = 0.5  # of the elements: the average as a whole is concerned
-_NEAR = 2  # ulps: of elements that are so near it does not matter
+_BLOCK = 2**21  # elements in float64 at a time: 16 MiB an array
+_MOST = 0.5  # of the elements: from here on the average as a whole is concerned
+_NEAR = 2  # ulps: elements nearer to their params need not move
 
 _STATISTICS = (
     {"mean", "var"},  # Flax
@@ -26,21 +26,21 @@ _NORM = re.compile(r"(^|/)(batch_?norm(ali[sz]ation)?|bn)_?\d*/", re.IGNORECASE)
 
 @dataclasses.dataclass
 class Pairs:
-    """Sums over the averaged leaves, to which each is added and then let go of.
+    """Counts elements over the averaged leaves, which are added one at a time.
 
     Attributes:
         record: How the average was made.
-        elements: Numbers that were added, two for a complex one.
-        finite: Those that are finite in shadow and params.
-        apart: Those that differ.
-        stuck: Those that would be folded and not change, though they differ by more
-            than two units in the last place.
-        noisy: Those that are rounded by chance, and nearer than half such a unit.
-        bad_shadow: Those that are not finite in the shadow.
-        bad_params: Those that are not finite in the params.
-        first_bad: Path of the first leaf with such.
-        dtypes: Of the shadow's leaves, by name, with the elements that are stuck or
-            noisy.
+        elements: Real numbers that were added; a complex number is two.
+        finite: Elements that are finite in shadow and params.
+        apart: Elements that differ between shadow and params.
+        stuck: Elements that a fold would not change, though shadow and params differ by
+            more than two units in the last place.
+        noisy: Elements that are rounded by chance, where shadow and params differ by
+            less than half a unit in the last place.
+        bad_shadow: Elements that are not finite in the shadow.
+        bad_params: Elements that are not finite in the params.
+        first_bad: Path of the first leaf with an element that is not finite.
+        dtypes: Number of stuck or noisy elements, by the dtype of the shadow's leaf.
     """
 
     record: Record
@@ -59,7 +59,7 @@ class Pairs:
         self._weight = self.record.newest_weight
 
     def add(self, path: str, shadow: np.ndarray, param: np.ndarray) -> None:
-        """Adds a leaf, of the same shape in both, of any floating or complex dtype."""
+        """Adds a leaf of any floating or complex dtype, as shadow and param."""
         shadow, param = (_as_reals(np.asarray(x)).reshape(-1) for x in (shadow, param))
         for start in range(0, shadow.size, _BLOCK):
             end = start + _BLOCK
@@ -68,8 +68,8 @@ class Pairs:
     def _add(self, path: str, shadow: np.ndarray, param: np.ndarray) -> None:
         dtype = shadow.dtype
         with np.errstate(over="ignore", invalid="ignore"):
-            held = param.astype(dtype)  # as a shadow would start
-        equal = (held == shadow) | ((held != held) & (shadow != shadow))
+            stored = param.astype(dtype)  # as a shadow would start
+        equal = (stored == shadow) | ((stored != stored) & (shadow != shadow))
         s, p = shadow.astype(np.float64), param.astype(np.float64)
         fine = np.isfinite(s) & np.isfinite(p)
         self.elements += s.size
@@ -86,27 +86,28 @@ class Pairs:
         self._squares += np.array([change @ change, s @ s])
         if not self._weight or dtype.itemsize > 4:
             return
-        with np.errstate(over="ignore", invalid="ignore"):  # next to the largest
+        # The spacing beside the largest number of a dtype overflows.
+        with np.errstate(over="ignore", invalid="ignore"):
             ulps = np.spacing(np.abs(shadow)).astype(np.float64)
         if dtype.name in self.record.by_chance:
-            hit = (np.abs(change) < ulps / 2) & (change != 0)
-            self.noisy += (found := int(hit.sum()))
+            noisy = (np.abs(change) < ulps / 2) & (change != 0)
+            self.noisy += (hits := int(noisy.sum()))
         else:
             with np.errstate(over="ignore"):
                 folded = (s + self._weight * change).astype(dtype)
-            hit = (folded == shadow) & (np.abs(change) > _NEAR * ulps)
-            self.stuck += (found := int(hit.sum()))
-        self.dtypes[dtype.name] = self.dtypes.get(dtype.name, 0) + found
+            stuck = (folded == shadow) & (np.abs(change) > _NEAR * ulps)
+            self.stuck += (hits := int(stuck.sum()))
+        self.dtypes[dtype.name] = self.dtypes.get(dtype.name, 0) + hits
 
     @property
     def distance(self) -> float | None:
-        """‖p − s‖ / ‖s‖ over what is finite; None without any."""
+        """‖p − s‖ / ‖s‖ over the finite elements; None where there are none."""
         if not self.finite:
             return None
         return float(np.sqrt(self._squares[0] / (self._squares[1] or 1.0)))
 
     def figures(self) -> dict[str, Any]:
-        """Returns the sums by name; shares are of the elements that are averaged."""
+        """Returns the figures by name; shares are of all averaged elements."""
         total = max(self.elements, 1)
         return {
             "distance": self.distance,
@@ -129,7 +130,7 @@ class Pairs:
             )
             return
         yield from self._nonfinite()
-        copied = self._weight == 1  # the newest fold was a copy, and meant as one
+        copied = self._weight == 1  # by its decay the newest fold was a copy
         if not self.apart and not copied and record.count >= (record.every or 1):
             yield find(
                 "equal",
@@ -202,14 +203,14 @@ class Pairs:
 
 
 def statistics_in(paths: Iterable[str]) -> list[str]:
-    """Returns the paths that are running statistics by their names.
+    """Returns the paths whose names are those of running statistics.
 
     >>> statistics_in(["bn/mean", "bn/var", "bn/scale", "head/mean"])
     ['bn/mean', 'bn/var']
     """
-    known = list(paths)
+    all_paths = list(paths)
     keys: dict[str, set[str]] = {}
-    for path in known:
+    for path in all_paths:
         parent, _, key = path.rpartition("/")
         keys.setdefault(parent, set()).add(key)
 
@@ -219,11 +220,11 @@ def statistics_in(paths: Iterable[str]) -> list[str]:
             key in pair and pair <= keys[parent] for pair in _STATISTICS
         )
 
-    return [path for path in known if is_statistic(path)]
+    return [path for path in all_paths if is_statistic(path)]
 
 
 def norms_in(paths: Iterable[str]) -> list[str]:
-    """Returns the paths that are of batch norms by the names of their layers.
+    """Returns the paths whose layers are named like batch norms.
 
     >>> norms_in(["BatchNorm_0/scale", "bn1/bias", "Dense_0/kernel"])
     ['BatchNorm_0/scale', 'bn1/bias']
@@ -232,7 +233,7 @@ def norms_in(paths: Iterable[str]) -> list[str]:
 
 
 def stale_statistics(record: Record, paths: list[str]) -> Finding:
-    """Builds the finding on statistics that are read from the params."""
+    """Builds the finding on running statistics that come from the raw params."""
     return record.finding(
         "batch_stats",
         "warning",

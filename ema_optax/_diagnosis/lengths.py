@@ -1,7 +1,7 @@
-"""How long an average is after any number of updates: mean age, size, what is left.
+"""Computes the length of an average after any number of updates.
 
-Runs of up to a million updates are summed as `profile` does. Longer ones are summed on
-a grid: update by update where they are young, in blocks of a 4,096th of their age else.
+Runs of up to a million updates are summed as in `profile`. Longer runs are summed on a
+grid: young updates one by one, older ones in blocks of a 4,096th of their age.
 """
 
 import dataclasses
@@ -12,21 +12,21 @@ from ema_optax._decays.decay import Decay
 from ema_optax._decays.profiles import profile
 
 _EXACT = 2**20  # updates
-_YOUNG = 2**16  # updates, or folds, that are looked at one by one on the grid
-_FIRST = 2**12  # updates of the run that are looked at one by one on the grid
-_FINER = 2**12  # blocks for each factor of e
+_YOUNG = 2**16  # newest updates, or folds, that the grid has one by one
+_FIRST = 2**12  # first updates of the run that the grid has one by one
+_FINER = 2**12  # blocks for each factor of e in age
 _GONE = -800.0  # log of a weight that float64 holds as 0
-LAST = 2**31 - 1  # where a count stays
+LAST = 2**31 - 1  # the last count: an int32 counts no further
 
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """The length of an average, as in `Profile`, without the weight of each step.
+    """Holds the length of an average, as `Profile` without the weights of the steps.
 
     Attributes:
         initial_weight: Weight of the initial params.
         mean_age: Mean distance of the averaged params from the last update, in updates.
-        effective_size: 1/Σ weights²: of so many params it is the plain mean.
+        effective_size: 1/Σ weights²: a plain mean of so many params is as smooth.
     """
 
     initial_weight: float
@@ -35,11 +35,11 @@ class Length:
 
 
 def length(decay: Decay, count: int, every: int) -> Length:
-    """Computes how long an average is.
+    """Computes mean age, effective size and initial weight of an average.
 
     Args:
-        decay: Its decay.
-        count: Updates it has seen, ≥ 0.
+        decay: The decay of the average.
+        count: Updates that the average has seen, ≥ 0.
         every: Updates between folds, ≥ 1.
 
     >>> import ema_optax
@@ -69,9 +69,9 @@ def weight_of_fold(decay: Decay, count: int, every: int) -> float:
 
 
 def updates_until(decay: Decay, every: int, initial_weight: float) -> int | None:
-    """Finds the smallest count at which less of the initial params is left.
+    """Finds the first count at which the initial params weigh less than given.
 
-    None if counts end before.
+    Returns None where the counts end before.
 
     >>> import ema_optax
     >>> updates_until(ema_optax.constant(0.9999), 1, 0.01)  # log .01 / log .9999
@@ -81,10 +81,10 @@ def updates_until(decay: Decay, every: int, initial_weight: float) -> int | None
         return None
     folds = np.arange(every, _EXACT + 1, every)
     if folds.size:
-        left = np.cumsum(decay.log_product(folds, every))
-        gone = np.flatnonzero(left < np.log(initial_weight))
-        if gone.size:
-            return int(folds[gone[0]])
+        log_weights = np.cumsum(decay.log_product(folds, every))
+        below = np.flatnonzero(log_weights < np.log(initial_weight))
+        if below.size:
+            return int(folds[below[0]])
     low, high = 0, max(every, _EXACT)
     while length(decay, high, every).initial_weight >= initial_weight:
         if high == LAST:
@@ -105,15 +105,15 @@ def _on_grid(decay: Decay, count: int, every: int) -> Length:
     steps = count - ages[:-1] - (sizes - 1) / 2  # in the middle of each block
     steps = np.maximum(steps, 1)  # float64 rounds counts beyond 2⁵³
     logs = np.maximum(decay.log_product(steps) * sizes, _GONE)
-    # Log of the weight of all that is older, had every update been folded.
+    # Log of the weight of all older params, had every update been folded.
     older = np.concatenate([[0.0], np.cumsum(logs)])
     waiting = count % every  # updates since the newest fold
     folds = _edges(count // every)
-    left = np.interp(waiting + every * folds, ages, older)
-    left = np.exp(left - left[0])
-    weights, sizes = -np.diff(left), np.diff(folds)
+    older_logs = np.interp(waiting + every * folds, ages, older)
+    older_weights = np.exp(older_logs - older_logs[0])
+    weights, sizes = -np.diff(older_weights), np.diff(folds)
     fold_ages = waiting + every * (folds[:-1] + (sizes - 1) / 2)
-    initial = float(left[-1])
+    initial = float(older_weights[-1])
     return Length(
         initial_weight=initial,
         mean_age=float(weights @ fold_ages) + initial * count,
@@ -122,7 +122,7 @@ def _on_grid(decay: Decay, count: int, every: int) -> Length:
 
 
 def _edges(end: int, finely_from: int | None = None) -> np.ndarray:
-    """Returns where blocks of growing size begin, from 0, and the end."""
+    """Lists the edges of blocks that grow with age, from 0 to `end`."""
     young = np.arange(min(_YOUNG, end) + 1, dtype=np.float64)
     parts = [young, [end]]
     if end > _YOUNG:

@@ -1,4 +1,4 @@
-"""The loss along s + λ(p − s): where it is lowest, and what that says."""
+"""Evaluates the loss along s + λ(p − s), and reads from it what is wrong."""
 
 import dataclasses
 import math
@@ -13,24 +13,24 @@ from ema_optax._diagnosis.records import Record, shorter
 from ema_optax._messages.text import one_line, some
 from ema_optax._reconstruction.scores import NOISE, Score, as_score, difference
 
-# 0 is the shadow and 1 the params. Two first: they alone say whether there is anything
-# to explain.
+# 0 is the shadow and 1 the params. These two come first: they alone say whether there
+# is anything to explain.
 POINTS = (0.0, 1.0, 0.5, 0.25, 0.75, -0.25, 1.25)
 
-_RIDGE = 0.05  # of the loss, where its noise is not known: a barrier is no flicker
-_GAIN = 0.05  # of the spread along the line: less is not worth another average
+_RIDGE = 0.05  # of the loss: a lower bump is no barrier where the noise is not known
+_GAIN = 0.05  # of the spread along the line: a smaller gain is not worth a change
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What was evaluated at s + λ(p − s).
+    """Holds the evaluation of one s + λ(p − s).
 
     Attributes:
         at: λ.
-        value: What `evaluate` returned; None where it raised.
-        standard_error: Of the value, where it is known.
-        problem: Why there is no finite value; empty where there is.
-        samples: What the value is the mean of, where it is known.
+        value: Value that `evaluate` returned; None where `evaluate` raised.
+        standard_error: Standard error of the value, where it is known.
+        problem: Why there is no finite value; empty where there is one.
+        samples: Numbers whose mean is the value, where they are known.
     """
 
     at: float
@@ -41,10 +41,10 @@ class Point:
 
 
 def evaluated(evaluate: Callable[[Any], Any], params: Any, at: float) -> Point:
-    """Evaluates a point; an error of `evaluate` is kept in it.
+    """Evaluates a point, which keeps an error that `evaluate` raises.
 
     Raises:
-        TypeError: If `evaluate` returns what is no score.
+        TypeError: If `evaluate` returns something that is no score.
     """
     try:
         result = evaluate(params)
@@ -61,9 +61,9 @@ def check(
     """Yields the findings on the points of one shadow.
 
     Args:
-        record: Of the average.
-        points: Evaluated ones, those at 0 and 1 among them.
-        maximize: Whether larger is better.
+        record: The record of the average.
+        points: Evaluated points, with those at λ = 0 and 1.
+        maximize: Whether larger values are better.
         norms: Paths of batch norms whose statistics are not among the params.
     """
     line = _Line(record, points, maximize)
@@ -85,59 +85,65 @@ def check(
 
 
 class _Line:
-    """The losses along the line, smaller is better.
+    """Holds the losses along the line, where smaller is better.
 
     Attributes:
-        loss: By λ, where it is finite.
+        loss: Finite losses by λ.
     """
 
     def __init__(self, record: Record, points: list[Point], maximize: bool) -> None:
         sign = -1 if maximize else 1
         self._record, self._points = record, points
-        fine = [p for p in points if p.value is not None and not p.problem]
-        self.loss = {p.at: sign * float(p.value or 0.0) for p in fine}
-        self._known = {p.at for p in fine if p.standard_error is not None}
-        flicker = self._unsmooth()
+        finite = [p for p in points if p.value is not None and not p.problem]
+        self.loss = {p.at: sign * float(p.value or 0.0) for p in finite}
+        # The λ of points whose standard error is known.
+        self._known = {p.at for p in finite if p.standard_error is not None}
+        # An accuracy goes in steps of one example: without standard errors, its scatter
+        # around a smooth curve is its noise.
+        scatter = self._scatter()
         self._scores = {
             p.at: Score(
                 self.loss[p.at],
-                flicker if p.standard_error is None else p.standard_error,
+                scatter if p.standard_error is None else p.standard_error,
                 p.samples,
             )
-            for p in fine
+            for p in finite
         }
 
     def failures(self) -> Iterator[Finding]:
-        bad = [p for p in self._points if p.problem]
-        if bad:
+        """Yields the finding on the points where `evaluate` failed, if any."""
+        failed = [p for p in self._points if p.problem]
+        if failed:
             yield self._record.finding(
                 "evaluation",
-                "problem" if any(p.at in (0, 1) for p in bad) else "note",
-                f"Evaluating failed at {len(bad)} of {len(self._points)} points of "
-                f"s + λ(p − s), first at λ = {bad[0].at:g}: {bad[0].problem}.",
+                "problem" if any(p.at in (0, 1) for p in failed) else "note",
+                f"Evaluating failed at {len(failed)} of {len(self._points)} points of "
+                f"s + λ(p − s), first at λ = {failed[0].at:g}: {failed[0].problem}.",
                 "See that it gives a finite number for the shadow (λ = 0) and the "
                 "params (λ = 1).",
-                failed=[p.at for p in bad],
+                failed=[p.at for p in failed],
             )
 
     def noise(self, a: float, b: float) -> float:
-        """Returns how much two values may differ by chance.
-
-        Where `evaluate` gives no standard errors, those of a smooth curve do: an
-        accuracy goes in steps of one example.
-        """
+        """Returns how much the losses at two λ may differ by chance."""
         return NOISE * difference(self._scores[a], self._scores[b])[1]
 
-    def _unsmooth(self) -> float:
-        """Returns the standard deviation of the losses around a cubic; 0 for few."""
-        spare = len(self.loss) - 4
-        if spare < 2:
+    def _scatter(self) -> float:
+        """Computes the standard deviation of the losses around a cubic; 0 for few."""
+        freedom = len(self.loss) - 4  # a cubic has four coefficients
+        if freedom < 2:
             return 0.0
         at, loss = np.array(list(self.loss.items())).T
-        rest = loss - np.polyval(np.polyfit(at, loss, 3), at)
-        return math.sqrt(float(rest @ rest) / spare)
+        residuals = loss - np.polyval(np.polyfit(at, loss, 3), at)
+        return math.sqrt(float(residuals @ residuals) / freedom)
 
     def verdict(self, worse: bool) -> Iterator[Finding]:
+        """Yields the finding on where along the line the loss is lowest.
+
+        Args:
+            worse: Whether the loss at the average is higher than at the params, by more
+                than the noise.
+        """
         loss, find = self.loss, self._record.finding
         best = min(loss, key=lambda at: (loss[at], abs(at)))
         low, high = min(loss.values()), max(loss.values())
@@ -176,9 +182,10 @@ class _Line:
         gain = min(loss[0.0], loss[1.0]) - low
         noise = self.noise(0.0, 1.0)
         within = abs(loss[0.0] - loss[1.0]) <= noise and gain <= self.noise(best, 0.0)
-        # Where its noise is known, or the average looks worse by less than it.
-        asked = 0.0 in self._known or loss[0.0] > loss[1.0]
-        if within and asked and noise > 0:
+        # Reported where the noise is known, or where the average looks worse by less
+        # than the noise.
+        is_in_question = 0.0 in self._known or loss[0.0] > loss[1.0]
+        if within and is_in_question and noise > 0:
             yield find(
                 "within_noise",
                 "note",
@@ -208,16 +215,17 @@ class _Line:
             yield self._moving(best, clear, figures)
 
     def _barrier(self) -> tuple[float, float] | None:
-        ends = max(0.0, 1.0, key=lambda at: self.loss[at])
+        """Finds the highest λ between the ends, and its height above both."""
+        end = max(0.0, 1.0, key=lambda at: self.loss[at])
         between = [at for at in self.loss if 0 < at < 1]
         if not between:
             return None
         at = max(between, key=lambda at: self.loss[at])
-        height = self.loss[at] - self.loss[ends]
-        known = {at, ends} <= self._known
-        least = self.noise(at, ends) if known else _RIDGE * abs(self.loss[ends])
-        steep = 2 * _GAIN * abs(self.loss[0.0] - self.loss[1.0])
-        return (at, height) if height > max(least, steep) else None
+        height = self.loss[at] - self.loss[end]
+        known = {at, end} <= self._known
+        least = self.noise(at, end) if known else _RIDGE * abs(self.loss[end])
+        slope = 2 * _GAIN * abs(self.loss[0.0] - self.loss[1.0])
+        return (at, height) if height > max(least, slope) else None
 
     def _too_long(self, best: float, figures: Mapping[str, Any]) -> Finding:
         at = self._refined(best)
@@ -264,11 +272,11 @@ class _Line:
         return next(float(p.value or 0.0) for p in self._points if p.at == at)
 
     def _refined(self, best: float) -> float:
-        """Returns the lowest point of the parabola through the best and its next."""
-        known = sorted(self.loss)
-        i = known.index(best)
-        if not 0 < i < len(known) - 1:
+        """Finds the minimum of the parabola through the best λ and its neighbours."""
+        lambdas = sorted(self.loss)
+        i = lambdas.index(best)
+        if not 0 < i < len(lambdas) - 1:
             return best
-        xs = np.array(known[i - 1 : i + 2])
+        xs = np.array(lambdas[i - 1 : i + 2])
         a, b, _ = np.polyfit(xs, [self.loss[x] for x in xs], 2)
         return float(np.clip(-b / (2 * a), xs[0], xs[2])) if a > 0 else best

@@ -1,4 +1,4 @@
-"""Checks of a decay and a count, without arrays: start, lag, size, other counts."""
+"""Checks a decay and a count, without arrays: start, lag, size, other counts."""
 
 import dataclasses
 import math
@@ -21,29 +21,29 @@ from ema_optax._diagnosis.lengths import (
 )
 from ema_optax._messages.text import one_line
 
-_LEFT = 0.01  # of the initial params is nothing to speak of
-_EARLY = 10  # folds in which every average begins
+_LEFT = 0.01  # weight of the initial params: a smaller one does not matter
+_EARLY = 10  # folds: before them every average is at its beginning
 _LONG = 1 / 3  # of a run: the params of its middle count most
-_GOOD = 0.05  # of a run: what power(0.05) and fraction(0.05) come to
+_GOOD = 0.05  # of a run: about the mean age of power(0.05) and fraction(0.05)
 _SEVERAL = 2.0  # params: an average of fewer smooths nothing
 _SETTLED = 2**21  # updates: by then any average is as long as it gets
-# What states of Optax call a number of updates; of MultiSteps those that were applied,
-# and the gradients that wait for the next one.
+# Names in the states of Optax: the number of updates; in MultiSteps the number of
+# applied updates, and the gradients that wait for the next one.
 COUNT, APPLIED, WAITING = "count", "gradient_step", "mini_step"
 _SHORTER = 0.9  # of the mean age that all updates would have given
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """How an average was made, and how many updates it has seen.
+    """Records how an average was made, and how many updates it has seen.
 
     Attributes:
-        shadow: Its name.
-        count: Updates it has seen.
-        decay: Its decay; None where it is not known.
+        shadow: Name of the shadow.
+        count: Updates that the average has seen.
+        decay: Decay of the average; None where it is not known.
         every: Updates between folds; None where that is not known.
         text: The decay in words; None where it is not known.
-        is_bema: Whether it is BEMA's, whose lag is corrected when it is read.
+        is_bema: Whether `bema_params` made the average: reading corrects its lag.
         by_chance: Names of the dtypes that are rounded stochastically.
     """
 
@@ -57,20 +57,20 @@ class Record:
 
     @property
     def length(self) -> Length | None:
-        """How long the average is; None where its decay is not known."""
+        """Length of the average; None where its decay is not known."""
         if self.decay is None or self.every is None:
             return None
         return length(self.decay, self.count, self.every)
 
     @property
     def newest_weight(self) -> float | None:
-        """Weight of the params in the newest fold; None where there was none."""
+        """Weight of the params in the newest fold; None before the first fold."""
         if self.decay is None or self.every is None or self.count < self.every:
             return None
         return weight_of_fold(self.decay, self.count, self.every)
 
     def figures(self) -> dict[str, Any]:
-        """Returns what is known of it, by name."""
+        """Returns decay, every, count and, where the decay is known, the length."""
         known = self.length
         return {
             "decay": self.text,
@@ -80,20 +80,20 @@ class Record:
         }
 
     def finding(self, what: str, severity: Any, *texts: str, **figures: Any) -> Finding:
-        """Returns a finding of its shadow, of a sentence and a remedy."""
+        """Builds a finding on this shadow from a sentence and a remedy."""
         return Finding(what, severity, *texts, figures=figures, shadow=self.shadow)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BemaDecay(Decay, registered=False):
-    """1 − b of BEMA's folds, as a decay: the share of a fold at each of its updates."""
+    """Spreads 1 − b of each fold of BEMA over its updates, as a decay does."""
 
     made_by: BemaMadeBy
 
     def _log_product(self, t: Floats, k: int, xp: ModuleType) -> Floats:
-        made = self.made_by
-        b = (made.lag + made.multiplier * t) ** -made.ema_power
-        return k / made.every * xp.log1p(-xp.maximum(b, made.min_newest_weight))
+        bema = self.made_by
+        b = (bema.lag + bema.multiplier * t) ** -bema.ema_power
+        return k / bema.every * xp.log1p(-xp.maximum(b, bema.min_newest_weight))
 
 
 def check(
@@ -105,18 +105,19 @@ def check(
     """Yields the findings on a record.
 
     Args:
-        record: Of one average.
+        record: The record of one average.
         others: Counts of updates in the optimizer state, by their places.
-        batch_sizes: The batch that the decay was chosen for, and that of the run.
+        batch_sizes: The batch size that the decay was chosen for, and that of the run.
     """
-    never = list(_unfolded(record))
-    yield from never or [*_checked_length(record), *_other_counts(record, others)]
+    # An average that was never folded has no length to check.
+    unfolded = list(_unfolded(record))
+    yield from unfolded or [*_checked_length(record), *_other_counts(record, others)]
     if batch_sizes:
         yield from _batches(record, *batch_sizes)
 
 
 def why_unknown(label: str) -> str:
-    """Writes why start and lag of a shadow could not be checked."""
+    """Writes why the length of a shadow could not be checked."""
     whose = f" of {one_line(label)!r}" if label else ""
     return (
         f"weight on the initial params, lag and dead zone{whose}: the decay is not "
@@ -135,7 +136,7 @@ def is_count(path: str, leaf: Any) -> bool:
 
 
 def shorter(mean_age: float) -> str:
-    """Returns the call of a decay with a mean age, β/(1−β), in updates.
+    """Writes the call of a decay whose mean age, β/(1−β), is so many updates.
 
     >>> shorter(50)
     'warmup(0.98)'
@@ -209,7 +210,7 @@ def _checked_length(record: Record) -> Iterator[Finding]:
 
 
 def _is_copying(decay: Decay, count: int) -> bool:
-    """Whether it copies for now; one that always does never starts."""
+    """Returns whether a decay copies the params now, and will fold them later."""
     return math.isinf(decay.log_product(count)) and math.isfinite(
         decay.log_product(LAST)
     )
@@ -267,22 +268,22 @@ def _short(record: Record, known: Length, each_update: Length) -> Finding:
     assert every is not None
     size = f"{known.effective_size:.2f}"
     if each_update.effective_size >= _SEVERAL:
-        often = max(1, int(each_update.mean_age / 5))
-        seen = (
+        advised = max(1, int(each_update.mean_age / 5))
+        sentence = (
             f"With every={every:,} the average is of {size} params, where each update "
             f"would give {number(each_update.effective_size)}: a fold replaces all "
             "that was averaged before."
         )
-        remedy = f"Fold more often, such as every={often:,}, or take a larger β."
+        remedy = f"Fold more often, such as every={advised:,}, or take a larger β."
     else:
-        seen = f"The average is of {size} params: there is nothing to smooth."
+        sentence = f"The average is of {size} params: there is nothing to smooth."
         remedy = (
             "Take a larger β: 0.99 averages over about 200 params, 0.999 over 2,000."
         )
     return record.finding(
         "too_short",
         "warning",
-        seen,
+        sentence,
         remedy,
         effective_size=known.effective_size,
         every=every,
@@ -291,32 +292,34 @@ def _short(record: Record, known: Length, each_update: Length) -> Finding:
 
 
 def _other_counts(record: Record, others: Mapping[str, int]) -> Iterator[Finding]:
-    """Compares with the counts of the optimizer, which see the same updates.
+    """Compares the count of the average with the largest count of the optimizer.
 
-    Where gradients are accumulated only the count of those that were applied does: the
-    others are of micro-batches, or inside. A larger count of the average alone is none
-    of a fault, as after `started_from`; that of micro-batches is a whole multiple.
+    Where gradients are accumulated, only the count of applied updates compares: other
+    counts are of micro-batches, or lie inside. An average may well have seen more
+    updates than the optimizer, as after `started_from`. It is said to count
+    micro-batches only where its count is a whole multiple of the optimizer's.
     """
     applied = {at: n for at, n in others.items() if _key(at) == APPLIED}
     counts = applied or {at: n for at, n in others.items() if _key(at) == COUNT}
     if not counts:
         return
-    place, most = max(counts.items(), key=lambda pair: pair[1])
+    place, updates = max(counts.items(), key=lambda pair: pair[1])
     waiting = others.get(place.removesuffix(APPLIED) + WAITING, 0)
-    if applied and most and record.count - waiting >= 2 * most:
-        if (record.count - waiting) % most == 0:
-            yield _micro_batches(record, place, most, (record.count - waiting) // most)
-    elif most > record.count and _is_younger(record, most):
+    seen = record.count - waiting
+    if applied and updates and seen >= 2 * updates:
+        if seen % updates == 0:
+            yield _micro_batches(record, place, updates, seen // updates)
+    elif updates > record.count and _is_younger(record, updates):
         yield record.finding(
             "restarted",
             "warning",
             f"The average has seen {record.count:,} updates, where the optimizer has "
-            f"seen {most:,} (at {place!r}): it was started anew, and is shorter than "
-            "the run would give.",
+            f"seen {updates:,} (at {place!r}): it was started anew, and is shorter "
+            "than the run would give.",
             "Resume the count with the shadow, with checkpoint.resume; or put it back, "
-            f"with started_from(opt_state, shadow, count={most}).",
+            f"with started_from(opt_state, shadow, count={updates}).",
             count=record.count,
-            optimizer_count=most,
+            optimizer_count=updates,
         )
 
 
@@ -324,27 +327,27 @@ def _key(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _micro_batches(record: Record, place: str, most: int, each: int) -> Finding:
+def _micro_batches(record: Record, place: str, updates: int, batches: int) -> Finding:
     return record.finding(
         "micro_batches",
         "problem",
         f"The average has seen {record.count:,} updates, where the optimizer has "
-        f"applied {most:,} (at {place!r}): it counts each of {each:,} micro-batches, "
-        f"and is {each:,} times shorter than its decay says.",
+        f"applied {updates:,} (at {place!r}): it counts each of {batches:,} "
+        f"micro-batches, and is {batches:,} times shorter than its decay says.",
         "Chain it inside: optax.MultiSteps(optax.chain(optimizer, ema_params(…)), "
-        f"{each}).",
+        f"{batches}).",
         count=record.count,
-        optimizer_count=most,
-        micro_batches=each,
+        optimizer_count=updates,
+        micro_batches=batches,
     )
 
 
-def _is_younger(record: Record, most: int) -> bool:
-    """Whether the updates that were not counted still matter."""
+def _is_younger(record: Record, updates: int) -> bool:
+    """Returns whether an average of all updates would be clearly longer."""
     known = record.length
     if known is None or record.decay is None or record.every is None:
-        return record.count * 2 <= most
-    whole = length(record.decay, most, record.every)
+        return record.count * 2 <= updates
+    whole = length(record.decay, updates, record.every)
     return known.mean_age < _SHORTER * whole.mean_age
 
 

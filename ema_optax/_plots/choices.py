@@ -1,4 +1,4 @@
-"""Pictures of a choice: the scores of all that was tried, with their noise."""
+"""Pictures of a choice: the scores of every value that was tried, with their noise."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,17 +23,18 @@ _OTHERS = ((0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1, 1.5)))
 
 
 def choice(found: Choice, *, over: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draws the scores of what a choice tried, over their values.
+    """Draws the scores of a choice over the values that were tried.
 
-    A bar is a score ± its standard error; where the evaluation gave a number for each
-    batch, ± that of its difference from the best, in which the batches are alike.
-    Points whose difference from the best may be noise are filled, others are hollow,
-    and failures are crosses at the bottom. Where several things were searched, lines
-    stand at the best of each of the others.
+    A bar is a score ± its standard error. Where the evaluation gave a number for each
+    batch, the error is that of the difference from the best, on the same batches.
+    Points whose difference from the best may be noise are filled, other points are
+    hollow, and failures are crosses at the bottom. Where several things were searched,
+    a line stands at the best of each of the others.
 
     Args:
-        found: What `reconstruction.choose` returned.
-        over: Which of the things that were searched; None is that of the best.
+        found: The result of `reconstruction.choose`.
+        over: The thing whose values are drawn, such as `"width"`. None is the one with
+            the best score.
         ax: Where to draw. None makes a figure of its own, without pyplot: save it with
             `ax.figure.savefig(path)`.
 
@@ -41,8 +42,8 @@ def choice(found: Choice, *, over: str | None = None, ax: Axes | None = None) ->
         The axes.
 
     Raises:
-        TypeError: If it is no choice.
-        ValueError: If nothing of that name was tried.
+        TypeError: If `found` is no choice.
+        ValueError: If `over` was not searched.
 
     >>> from ema_optax import reconstruction
     >>> snapshots = [
@@ -64,12 +65,12 @@ def choice(found: Choice, *, over: str | None = None, ax: Axes | None = None) ->
         raise ValueError(f"over={over!r} was not searched; {tried} were.")
     names = [point.value for point in points if isinstance(point.value, str)]
     ax = style.axes(ax)
-    good = [point for point in points if point.failure is None]
-    near = [point for point in good if point is found.best or point in found.ties]
-    far = [point for point in good if point not in near]
-    _draw(ax, found, far, names, "told from the best", markerfacecolor="none")
-    _draw(ax, found, near, names, "not told from the best")
-    best = min(good, key=_rank(found), default=None)
+    scored = [point for point in points if point.failure is None]
+    ties = [point for point in scored if point is found.best or point in found.ties]
+    worse = [point for point in scored if point not in ties]
+    _draw(ax, found, worse, names, "told from the best", markerfacecolor="none")
+    _draw(ax, found, ties, names, "not told from the best")
+    best = min(scored, key=_rank(found), default=None)
     if best is not None:
         _mark(ax, best, names, is_best=best is found.best)
     failed = [_at(point, names) for point in points if point.failure is not None]
@@ -77,7 +78,7 @@ def choice(found: Choice, *, over: str | None = None, ax: Axes | None = None) ->
         ax.plot(
             failed,
             np.full(len(failed), 0.03),
-            transform=ax.get_xaxis_transform(),  # at the bottom, whatever is there
+            transform=ax.get_xaxis_transform(),  # y is a share of the height
             label="failed",
             **_FAILED,
         )
@@ -139,20 +140,20 @@ def _mark(ax: Axes, best: Point, names: Sequence[str], *, is_best: bool) -> None
 
 
 def _at(point: Point, names: Sequence[str]) -> float:
-    """Places a point on the x axis: names side by side, as they were tried."""
+    """Places a point on the x axis: names side by side, in the order of the search."""
     if isinstance(point.value, str):
         return float(names.index(point.value))
     return float(point.value)
 
 
 def _rank(found: Choice) -> Callable[[Point], tuple[bool, float]]:
-    """Returns what sorts points with the best first."""
+    """Returns the key that sorts the best point first."""
     sign = -1 if found.maximize else 1
     return lambda point: (point is not found.best, sign * point.score)
 
 
 def _best_of_others(found: Choice, over: str) -> list[Point]:
-    """Returns the best point of each other thing that was searched."""
+    """Returns the best point of each thing searched, except `over`."""
     others: dict[str, list[Point]] = {}
     for point in found.points:
         if point.over != over and point.failure is None:

@@ -1,4 +1,4 @@
-"""Pictures of how far shadows trail behind what they average."""
+"""Pictures of how far shadows trail behind the values that they average."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,16 +24,17 @@ def lag(
 ) -> Axes:
     """Draws values and the shadows that follow them, with the lag of each.
 
-    The lag is the mean age of what is averaged at the end of the run: β/(1−β) updates
-    for a constant decay. Its arrow ends on the shadow. On a straight slope it begins on
-    the values, because the shadow is where they were that long ago; after a jump it is
-    about the time in which the shadow makes two thirds of the way.
+    The lag is the mean age of the averaged values at the end of the run: β/(1−β)
+    updates for a constant decay. The arrow of a lag ends on the shadow. On a straight
+    slope the arrow begins on the values, because the shadow is where the values were
+    that long ago. After a jump its length is about the time that the shadow takes for
+    two thirds of the way.
 
     Args:
-        values: What a param, or anything else, is after updates 1, 2, …; at least one,
-            and all finite.
+        values: Values of a param, or of anything else, after updates 1, 2, …; at least
+            one, and all finite.
         decays: A decay, or one to six by their labels; a float β means `warmup(β)`.
-        start: What the shadows start from. None is the first of the values.
+        start: Value that the shadows start from. None is the first of `values`.
         every: Updates between folds, ≥ 1, as in `ema_params`.
         at: The update at which the arrows end, such as one soon after a jump. None is
             the last.
@@ -41,7 +42,7 @@ def lag(
             `ax.figure.savefig(path)`.
 
     Returns:
-        The axes, with the line `raw` first, and then one a decay.
+        The axes, with the line `raw` first, and then a line for each decay.
 
     Raises:
         ValueError: If there are no values or some are not finite, no decay or more than
@@ -64,14 +65,14 @@ def lag(
     ax.plot(updates, raw, label="raw", marker=marker, color="0.45", linewidth=1.1)
     ends = []
     for (name, decay), look in zip(named.items(), style.CURVES, strict=False):
-        late = profile(decay, raw.size, every).mean_age
-        told = f"{late:,.1f}" if late < 100 else f"{late:,.0f}"
+        mean_age = profile(decay, raw.size, every).mean_age
+        text = f"{mean_age:,.1f}" if mean_age < 100 else f"{mean_age:,.0f}"
         shadow = _shadow(raw, decay, raw[0] if start is None else start, every)
         color = look["color"]
         look = {**look, "marker": marker, "linewidth": 2.2}
-        label = f"{name}: lag {told}"
+        label = f"{name}: lag {text}"
         ax.plot(updates, shadow, label=label, **look)
-        ends.append((float(shadow[at - 1]), late, told, color))
+        ends.append((float(shadow[at - 1]), mean_age, text, color))
     style.dress(
         ax,
         title="The shadow trails behind what it averages",
@@ -86,20 +87,20 @@ def lag(
 
 
 def _draw_lags(ax: Axes, at: int, ends: list[tuple[float, float, str, str]]) -> None:
-    """Draws the arrows that end at an update, and their lengths beside them."""
+    """Draws an arrow to the end of each shadow, with its length beside it."""
     low, high = ax.get_ylim()
     free = -np.inf  # above this height, nothing is written yet
-    for height, late, told, color in sorted(ends):
+    for height, length, text, color in sorted(ends):
         look = {"arrowstyle": "<->", "color": color, "linewidth": 1.2}
         ax.annotate(
             "",
             xy=(at, height),
-            xytext=(at - late, height),
+            xytext=(at - length, height),
             arrowprops={**look, "shrinkA": 0, "shrinkB": 0},
             annotation_clip=False,
         )
         ax.annotate(
-            told,
+            text,
             xy=(at, max(height, free)),
             xytext=(7, 0),
             textcoords="offset points",

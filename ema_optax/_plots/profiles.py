@@ -1,4 +1,4 @@
-"""Pictures of what decays average over."""
+"""Pictures of the weight that decays give to every part of a run."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from ema_optax._decays.profiles import Profile, profile
 from ema_optax._messages.text import percent
 from ema_optax._plots import style
 
-_FINE = 1000  # parts of a run: more than a picture resolves
+_FINE = 1000  # parts of a run: a picture resolves no more
 _TOO_TALL = 20  # times a typical peak: it would flatten all the others
 
 
@@ -21,13 +21,13 @@ def profiles(
     every: int = 1,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws what decays average over: the weight of every part of a run.
+    """Draws the weight that decays give to every part of a run.
 
-    The area under a curve is the weight of those updates, with the whole run one unit
-    wide: the plain mean is 1 everywhere. A fold's weight is spread over the updates
-    since the fold before it. A marker stands at the mean age. Weight that is still on
-    the initial params is outside the curve and told in the legend, as is the height of
-    a curve so narrow that all of it would flatten the others.
+    The area under a curve is the weight of the updates below it, with the whole run one
+    unit wide: the plain mean is 1 everywhere. The weight of a fold is spread over the
+    updates since the fold before. A marker stands at the mean age. The legend gives the
+    weight that is still on the initial params, which no curve shows. A peak so high
+    that it would flatten the other curves is cut off, and the legend gives its height.
 
     Args:
         decays: A decay, or one to six by their labels; a float β means `warmup(β)`.
@@ -37,7 +37,7 @@ def profiles(
             `ax.figure.savefig(path)`.
 
     Returns:
-        The axes, with one line a decay.
+        The axes, with one line for each decay.
 
     Raises:
         ValueError: If there is no decay or more than six, or `steps` or `every` is
@@ -56,9 +56,9 @@ def profiles(
     top = _top([float(density.max()) for _, density in curves.values()])
     for (name, run), look in zip(runs.items(), style.CURVES, strict=False):
         edges, density = curves[name]
-        label = f"{name}: {_told(run)}"
+        label = f"{name}: {_described(run)}"
         if density.max() > top:
-            # Of one fold: the curve holds the mean of several.
+            # The height of one fold: a point of the curve is the mean of several.
             label += f", cut off: reaches {run.weights.max() / every * steps:,.0f}"
         look = {**look, "drawstyle": "steps-pre", "linewidth": 1.8, "markersize": 7}
         (line,) = ax.plot(edges, density, label=label, markevery=[], **look)
@@ -96,18 +96,18 @@ def _top(peaks: Sequence[float]) -> float:
     return max(peak for peak in peaks if peak <= _TOO_TALL * typical) or 1.0
 
 
-def _told(run: Profile) -> str:
-    told = f"mean age {run.mean_age:,.0f} ({run.mean_age / len(run.weights):.1%})"
+def _described(run: Profile) -> str:
+    age = f"mean age {run.mean_age:,.0f} ({run.mean_age / len(run.weights):.1%})"
     initial = percent(run.initial_weight)
-    return f"{told}, {initial} on the initial params" if initial else told
+    return f"{age}, {initial} on the initial params" if initial else age
 
 
 def _density(run: Profile, every: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns edges, and at each the density of the weight since the edge before."""
+    """Computes edges, and at each the density of the weight since the edge before."""
     steps = len(run.weights)
     folds = np.arange(every, steps + 1, every)
     until = np.append(0.0, np.cumsum(run.weights[folds - 1]))
-    # Whole folds to a part; counted from the end, where most of the weight is.
+    # A part has whole folds, counted from the end, where most of the weight is.
     picked = np.arange(len(folds), 0, -(len(folds) // _FINE + 1))[::-1]
     picked = np.append(0, picked)
     edges, until = np.append(0, folds)[picked], until[picked]

@@ -1,4 +1,4 @@
-"""Pictures of a run while it trains."""
+"""Pictures of accuracies while a run trains."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 from ema_optax._messages import arguments
 from ema_optax._plots import style
 
-_START = 0.2  # of the run, where accuracies climb far below what is compared
+_START = 0.2  # of the run: the first climb is far below the accuracies to compare
 
 
 def accuracy_over_steps(
@@ -27,17 +27,17 @@ def accuracy_over_steps(
 
     Args:
         steps: Optimizer updates at which both were measured, ascending; at least one.
-        raw: Accuracies of the raw params there, in [0, 1].
-        shadow: Accuracies of the shadow there, in [0, 1].
-        label: What the legend calls the shadow, such as `"EMA, β = 0.99"`.
+        raw: Accuracies of the raw params at those steps, in [0, 1].
+        shadow: Accuracies of the shadow at those steps, in [0, 1].
+        label: Name of the shadow in the legend, such as `"EMA, β = 0.99"`.
         ax: Where to draw. None makes a figure of its own, without pyplot: save it with
             `ax.figure.savefig(path)`.
 
     Returns:
-        The axes, with the lines `raw params` and that of the shadow.
+        The axes, with the line `raw params` and the line of the shadow.
 
     Raises:
-        ValueError: If there are no steps, or not one accuracy of each for every step.
+        ValueError: If there are no steps, or a step lacks one of the two accuracies.
 
     >>> ax = accuracy_over_steps([10, 20], [0.91, 0.93], [0.90, 0.96])
     >>> [line.get_label() for line in ax.get_lines()]

@@ -12,8 +12,9 @@ from ema_optax._messages.text import brief
 
 Named: TypeAlias = Mapping[str, DecayLike]
 
-# From the palette of Okabe and Ito, which colour-blind readers can tell apart. They
-# differ in lightness too, and the lines in dashes and width: a grey print still reads.
+# Colours of Okabe and Ito, which colour-blind readers can tell apart. The colours
+# differ in lightness too, and the lines in dashes and width: a grey print can still be
+# read.
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
 RAW = {"color": ORANGE, "linestyle": (0, (4, 1.5)), "linewidth": 1.1}
 SHADOW = {"color": BLUE, "linestyle": "-", "linewidth": 2.2}
@@ -25,39 +26,39 @@ CURVES = (
     {"color": "#CC79A7", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "v"},
     {"color": "#E69F00", "linestyle": (0, (10, 3)), "marker": "P"},
 )
-FEW = 12  # points; so few are marked, because one alone draws no line
+FEW = 12  # points: so few get markers, because a single point draws no line
 
 
 def named(caller: str, decays: DecayLike | Named) -> Named:
     """Returns decays by their labels.
 
     Raises:
-        ValueError: If there is none, or more than curves can be told apart.
+        ValueError: If there is no decay, or more than curves can be told apart.
     """
-    found = (
+    labelled = (
         decays
         if isinstance(decays, Mapping)
         else {f"{as_decay(decays, caller)}": decays}
     )
-    if not 1 <= len(found) <= len(CURVES):
+    if not 1 <= len(labelled) <= len(CURVES):
         raise ValueError(
             f"{caller} draws one to {len(CURVES)} decays, which dashes and colours "
-            f"still tell apart, got {len(found)}. Draw them on several axes."
+            f"still tell apart, got {len(labelled)}. Draw them on several axes."
         )
-    return found
+    return labelled
 
 
-def axes(given: object) -> Axes:
-    """Returns the axes that were given, or some in a figure of their own.
+def axes(ax: object) -> Axes:
+    """Returns the axes of the caller, or for None the axes of a new figure.
 
     Raises:
-        TypeError: If what was given are no axes of Matplotlib.
+        TypeError: If `ax` is neither None nor axes of Matplotlib.
     """
-    if isinstance(given, Axes):
-        return given
-    if given is not None:
-        raise TypeError(f"ax is an Axes of Matplotlib, or None; got {brief(given)}.")
-    # Without pyplot, which would keep it.
+    if isinstance(ax, Axes):
+        return ax
+    if ax is not None:
+        raise TypeError(f"ax is an Axes of Matplotlib, or None; got {brief(ax)}.")
+    # Without pyplot, which would keep the figure in memory until it is closed.
     return Figure(figsize=(8, 4.5), dpi=150, layout="constrained").add_subplot()
 
 
@@ -66,7 +67,7 @@ def dress(
 ) -> None:
     """Gives axes their title and labels, and takes the frame away.
 
-    With `steps` the x axis is of the updates of a run so long.
+    With `steps` the x axis goes from 0 to the last update of the run.
     """
     ax.set_title(title, loc="left", fontweight="bold")
     ax.set_xlabel(xlabel)
@@ -80,7 +81,7 @@ def dress(
 
 
 def star(ax: Axes, x: float, y: float, *, label: str) -> None:
-    """Marks the best of what is drawn."""
+    """Marks the best point with a star."""
     ax.plot(
         x,
         y,

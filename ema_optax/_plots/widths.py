@@ -18,7 +18,7 @@ from ema_optax._messages.text import brief
 from ema_optax._plots import style
 from ema_optax._reconstruction.projection import DOUBTFUL, WRONG
 
-Accuracy: TypeAlias = float | Sequence[float] | np.ndarray  # of one run, or of several
+Accuracy: TypeAlias = float | Sequence[float] | np.ndarray  # one run, or several
 
 _CURVE = {**style.SHADOW, "marker": "o", "markersize": 4}
 _TRAINED = {"color": style.BLACK, "linestyle": "none", "marker": "s", "markersize": 8}
@@ -40,16 +40,16 @@ def accuracy_over_width(
     raw: Accuracy | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws how good reconstructed averages are, over their widths.
+    """Draws the accuracy of reconstructed averages over their widths.
 
-    The best of the widths is marked. Wherever an accuracy stands, there may be those
-    of several runs, with other seeds: their mean is drawn, and their range.
+    A star marks the best width. In place of an accuracy, a sequence may give those of
+    several runs with other seeds: then the picture shows their mean and their range.
 
     Args:
         widths: σ_rel of the reconstructed averages, > 0; at least one.
-        accuracies: Of each, in [0, 1].
+        accuracies: Accuracy of each average, in [0, 1].
         trained: Accuracies of averages that were tracked in a run, by their widths: the
-            curve should run through them.
+            curve should run through these points.
         raw: Accuracy of the live params.
         ax: Where to draw. None makes a figure of its own, without pyplot: save it with
             `ax.figure.savefig(path)`.
@@ -58,8 +58,8 @@ def accuracy_over_width(
         The axes, with the line `reconstructed` first and the best width last.
 
     Raises:
-        ValueError: If there are no widths, a width is not positive, or there is not an
-            accuracy for each.
+        ValueError: If there are no widths, a width is not positive, or a width has no
+            accuracy.
 
     >>> ax = accuracy_over_width([0.02, 0.05, 0.1], [0.91, 0.94, 0.92], raw=0.88)
     >>> [line.get_label() for line in ax.get_lines()]
@@ -112,14 +112,14 @@ def error_over_width(
 ) -> Axes:
     """Draws how exactly snapshots give the averages of many widths.
 
-    Lines stand at the profile error from which `reconstruct` warns, and at that from
-    which it refuses. Errors below 1e-5 leave the picture.
+    One line stands at the profile error from which `reconstruct` warns, and one at the
+    error from which `reconstruct` refuses. Errors below 1e-5 are not in the picture.
 
     Args:
         widths: σ_rel of the averages, > 0; at least one.
-        errors: Profile error of each, as in `Plan` and `Reconstruction`.
-        noise_gains: Noise gain of each, ≥ 0, on an axis of its own at the right.
-        tracked: Widths that the snapshots were tracked with.
+        errors: Profile error of each average, as in `Plan` and `Reconstruction`.
+        noise_gains: Noise gain of each average, ≥ 0, on its own axis at the right.
+        tracked: Widths of the averages that were tracked for the snapshots.
         ax: Where to draw. None makes a figure of its own, without pyplot: save it with
             `ax.figure.savefig(path)`.
 
@@ -127,8 +127,8 @@ def error_over_width(
         The axes, with the line `profile error` first.
 
     Raises:
-        ValueError: If there are no widths, a width is not positive, or there is not an
-            error, or a noise gain, for each.
+        ValueError: If there are no widths, a width is not positive, or a width has no
+            error or no noise gain.
 
     >>> from ema_optax import reconstruction
     >>> found = reconstruction.plan(100_000, snapshots=64)
@@ -145,12 +145,12 @@ def error_over_width(
     ax.set_yscale("log")
     look = _CURVE if at.size <= _MANY else style.SHADOW
     lines = ax.plot(at[order], values[order], label="profile error", **look)
-    used = arguments.numbers(tracked, "tracked")
-    if used.size:
+    tracked_widths = arguments.numbers(tracked, "tracked")
+    if tracked_widths.size:
         lines += ax.plot(
-            used,
-            np.zeros(used.size),
-            transform=ax.get_xaxis_transform(),  # at the bottom, whatever is there
+            tracked_widths,
+            np.zeros(tracked_widths.size),
+            transform=ax.get_xaxis_transform(),  # y is a share of the height
             label="tracked widths",
             color=style.BLACK,
             linestyle="none",
@@ -206,7 +206,7 @@ def _of_runs(
     widths: Sequence[float] | np.ndarray,
     values: Sequence[Accuracy] | np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Computes mean, least and greatest value at each width; checks the arguments."""
+    """Checks the arguments, and computes mean, least and greatest value per width."""
     at = np.asarray(widths, np.float64)
     if at.ndim != 1 or at.size == 0 or len(values) != at.size:
         raise ValueError(
@@ -242,7 +242,7 @@ def _mark_best(ax: Axes, width: float, accuracy: float) -> None:
 
 
 def _width_axis(ax: Axes) -> None:
-    """Makes the x axis logarithmic, with the ticks as they are written in code."""
+    """Makes the x axis logarithmic, with ticks as plain numbers such as 0.05."""
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=_TICKS))
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
