@@ -827,3 +827,37 @@ def test_wrong_arguments():
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), (state, params))
     with pytest.raises(ValueError, match="is stacked"):
         diagnose(*stacked)
+
+
+def ring_run(k, every, count, still=False):
+    """State and params of a ring, whose params go one step up at each update."""
+    optimizer = optax.chain(optax.sgd(1.0), ema_optax.ring(k, every=every))
+    params = {"w": jnp.zeros(3)}
+    state = optimizer.init(params)
+    for _ in range(count):
+        grads = {"w": jnp.full(3, 0.0 if still else -1.0)}
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return state, params
+
+
+@pytest.mark.parametrize(("k", "every", "count"), [(1, 1, 4), (3, 2, 5), (4, 3, 20)])
+def test_a_ring_has_the_length_of_its_copies(k, every, count):
+    """Mean age and size are those of the params in it, counted by hand."""
+    state, params = ring_run(k, every, count)
+    found = ema_optax.diagnose(state, params, loss)
+    copied = [n for n in range(1, count + 1) if n % every == 0][-k:]
+    (figures,) = found.figures.values()
+    assert figures["decay"] == f"ring(k={k}, every={every})"
+    assert figures["mean_age"] == np.mean([count - n for n in copied])
+    assert figures["effective_size"] == len(copied)
+    assert figures["initial_weight"] == 0
+    assert figures["averaged_elements"] == 3
+    assert "equal" not in keys(found)
+    assert not any("decay is not recorded" in text for text in found.unchecked)
+
+
+def test_a_ring_before_its_first_copy_and_of_params_that_stand_still():
+    """It is of the initial params; later it is the raw params."""
+    only(ema_optax.diagnose(*ring_run(3, 4, 3)), "never_folded")
+    only(ema_optax.diagnose(*ring_run(3, 1, 5, still=True)), "equal")

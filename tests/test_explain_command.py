@@ -57,6 +57,8 @@ def keys(content):
         (ema_params(0.99), 0, 1, ["never_folded"]),
         (ema_params(0.99, every=200), 30, None, ["never_folded"]),
         (ema_optax.bema_params(), 900, None, ["initial_weight"]),
+        (ema_optax.ring(4, every=2), 9, None, []),
+        (ema_optax.ring(4, every=20), 9, None, ["never_folded"]),
     ],
     ids=[
         "healthy",
@@ -69,6 +71,8 @@ def keys(content):
         "never folded",
         "every too long",
         "bema",
+        "ring",
+        "ring before its first copy",
     ],
 )
 def test_it_says_what_diagnose_says(

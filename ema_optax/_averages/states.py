@@ -111,6 +111,9 @@ class RingMadeBy(_Placed, _RingFields):
         every: Updates between copies.
     """
 
+    def __str__(self) -> str:
+        return f"ring(k={self.k}, every={self.every})"
+
 
 class EmaParamsState(NamedTuple):
     """Holds the count and the shadow of `ema_params`.

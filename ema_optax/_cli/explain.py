@@ -105,7 +105,20 @@ def _record(label: str, average: Any, count: int) -> Record:
         decay, every, text = BemaDecay(bema), bema.every, str(bema)
     if average.bema and bema is None:  # joined with other averages: of no one length
         decay = None
-    return Record(label, count, decay, every, text, is_bema=bool(average.bema))
+    copies = None
+    if len(average.computed) == 1 and average.ring and not decay:
+        copies, text = average.ring[0].get("k"), str(average.computed[0])
+    if not isinstance(copies, int) or copies < 1:  # anyone may write a manifest
+        copies = None
+    return Record(
+        label,
+        count,
+        decay,
+        every,
+        text,
+        is_bema=bool(average.bema),
+        copies=copies,
+    )
 
 
 def _bema(arguments: Mapping[str, Any]) -> BemaMadeBy | None:

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from ema_optax._averages import averages
 from ema_optax._averages.average import Average
 from ema_optax._averages.bema import BemaAverage
+from ema_optax._averages.states import RingMadeBy
 from ema_optax._diagnosis import leaf_pairs, line, records
 from ema_optax._diagnosis.findings import Diagnosis, Figures, Finding, ordered
 from ema_optax._diagnosis.leaf_pairs import Pairs
@@ -230,16 +231,21 @@ def _record(average: Average, label: str) -> Record:
         for name in ("bfloat16", "float32")
         if average.is_rounded_by_chance(jnp.dtype(name))
     )
-    is_bema = isinstance(average, BemaAverage)
-    if is_bema:
-        bema = average.made_by
-        decay = records.BemaDecay(bema) if bema else None
-    else:
-        decay = average.decay
-    made_by = average.made_by if is_bema else decay
-    text = None if made_by is None else str(made_by)
+    decay, copies = average.decay, None
+    if isinstance(average, BemaAverage) and average.made_by:
+        decay = records.BemaDecay(average.made_by)
+    if isinstance(average.made_by, RingMadeBy):
+        copies = average.made_by.k
+    made_by = average.made_by if average.is_computed else decay
     return Record(
-        label, int(count), decay, average.every, text, is_bema, by_chance=by_chance
+        label,
+        int(count),
+        decay,
+        average.every,
+        text=None if made_by is None else str(made_by),
+        is_bema=isinstance(average, BemaAverage),
+        by_chance=by_chance,
+        copies=copies,
     )
 
 

@@ -130,7 +130,10 @@ class Pairs:
             )
             return
         yield from self._nonfinite()
-        copied = self._weight == 1  # by its decay the newest fold was a copy
+        # By its decay the newest fold was a copy, or a ring has no other one.
+        copied = self._weight == 1 or (
+            record.copies and record.length and record.length.effective_size == 1
+        )
         if not self.apart and not copied and record.count >= (record.every or 1):
             yield find(
                 "equal",

@@ -54,6 +54,24 @@ def length(decay: Decay, count: int, every: int) -> Length:
     return _on_grid(decay, count, every)
 
 
+def length_of_mean(copies: int, count: int, every: int) -> Length:
+    """Computes the length of the mean of the params at the last folds.
+
+    Args:
+        copies: Most params in the mean, ≥ 1.
+        count: Updates seen, ≥ 0.
+        every: Updates between folds, ≥ 1.
+
+    >>> length_of_mean(3, 11, 2)  # of the params after updates 6, 8 and 10
+    Length(initial_weight=0.0, mean_age=3.0, effective_size=3.0)
+    """
+    filled = min(copies, count // every)
+    if not filled:
+        return Length(1.0, float(count), 1.0)
+    age = count % every + every * (filled - 1) / 2
+    return Length(0.0, age, float(filled))
+
+
 def weight_of_fold(decay: Decay, count: int, every: int) -> float:
     """Returns the weight of the params in the newest fold, at or before `count`.
 

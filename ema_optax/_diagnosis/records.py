@@ -16,6 +16,7 @@ from ema_optax._diagnosis.lengths import (
     LAST,
     Length,
     length,
+    length_of_mean,
     updates_until,
     weight_of_fold,
 )
@@ -45,6 +46,8 @@ class Record:
         text: The decay in words; None where it is not known.
         is_bema: Whether `bema_params` made the average: reading corrects its lag.
         by_chance: Names of the dtypes that are rounded stochastically.
+        copies: Slots of a ring, which has no decay: it is the mean of so many of the
+            newest params. None for averages that are folded.
     """
 
     shadow: str
@@ -54,10 +57,13 @@ class Record:
     text: str | None
     is_bema: bool = False
     by_chance: tuple[str, ...] = ("bfloat16",)
+    copies: int | None = None
 
     @property
     def length(self) -> Length | None:
         """Length of the average; None where its decay is not known."""
+        if self.copies and self.every:
+            return length_of_mean(self.copies, self.count, self.every)
         if self.decay is None or self.every is None:
             return None
         return length(self.decay, self.count, self.every)
