@@ -233,7 +233,7 @@ def export(
                     plan,
                     folder,
                     exported.metadata,
-                    done=lambda: report(next(numbers)),
+                    report=lambda: report(next(numbers)),
                 )
                 if in_folder:
                     export_writing.write_index(
