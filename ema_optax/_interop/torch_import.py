@@ -170,14 +170,14 @@ def import_checkpoint(
         if value is not None:
             arguments.a_name(value, name, "model-ema" if name == "layout" else "model")
     read_rules = Rules.of(rules)
-    own, beside = torch_folders.found(_local(source, "source"))
+    own, beside = torch_folders.open_source(_local(source, "source"))
     if shadow_from is not None:
         if beside is not None:
             raise ValueError(
                 f"{own.origin} has an average beside it, {beside.origin}, and "
                 "shadow_from is another. Pass the folder of the raw weights as source."
             )
-        first, second = torch_folders.found(_local(shadow_from, "shadow_from"))
+        first, second = torch_folders.open_source(_local(shadow_from, "shadow_from"))
         beside = second or first
     pair = torch_weights.chosen(
         own, beside, params=params, shadow=shadow, layout=layout
