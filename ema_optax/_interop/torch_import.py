@@ -179,7 +179,7 @@ def import_checkpoint(
             )
         first, second = torch_folders.open_source(_local(shadow_from, "shadow_from"))
         beside = second or first
-    pair = torch_weights.chosen(
+    pair = torch_weights.pair_of(
         own, beside, params=params, shadow=shadow, layout=layout
     )
     moves = _moves(pair, read_rules)
