@@ -141,7 +141,7 @@ def export(
             returns. The first that fits a path counts, and each path needs one.
         max_shard_size: Bytes that a file holds at most, or a text such as `"5GB"`,
             which is 5 · 10⁹; a larger tensor has a file by itself. None for one file.
-        name: Of files in a folder, before their numbers; None for `"model"`.
+        name: Beginning of the files' names in a folder; None for `"model"`.
         overwrite: Whether to replace a file, or a folder of such files, that is there.
         dry_run: Whether to read and write no values, and to return what would be.
         progress: Whether to draw a bar on stderr; None does on a terminal. Or a

@@ -28,7 +28,7 @@ class Variable:
     Attributes:
         name: What TensorFlow calls it.
         key: What the checkpoint calls it: the name, or the path to the object.
-        shape: Its shape.
+        shape: Shape of the variable.
         dtype: By TensorFlow's name.
         role: Role of the variable, where the checkpoint says that it is no parameter.
     """

@@ -277,17 +277,17 @@ def _read(
     shadow: _Tree = {}
     total = len(moves) * (1 + has_both)
     with bars.shown(progress, "Reading tensors", total) as report:
-        for done, (path, move) in enumerate(moves.items(), start=1):
+        for count, (path, move) in enumerate(moves.items(), start=1):
             main[path] = _array(pair.main, path, move)
-            report(done)
+            report(count)
         if pair.raw is None or pair.average is None:
             return main, None
-        for done, (path, move) in enumerate(moves.items(), start=len(moves) + 1):
+        for count, (path, move) in enumerate(moves.items(), start=len(moves) + 1):
             array = _array_or_none(pair.average, path, move)
             # Integers are not averaged: equal ones lie in the params alone.
             if array is not None and not _is_same_integer(array, main[path]):
                 shadow[path] = array
-            report(done)
+            report(count)
     return main, shadow
 
 
