@@ -2,7 +2,7 @@
 
     rules = [interop.Rule("**.weight", "**/kernel", "o i -> i o")]
 
-Each partner has a module of its own. Its names as they were are here for this version:
+Each partner has a module of its own. This version keeps the old names of these here:
 
     swapped, shadow_copy          ema_optax.nnx.swapped, .shadow_copy
     nnx_split, nnx_update         ema_optax.nnx.split, .update

@@ -1,4 +1,4 @@
-"""Keras on JAX: variables as trees, the optimizer's average, and another in its place.
+"""Keras on JAX: variables as trees, the optimizer's average, and other params put in.
 
 params, rest = ema_optax.keras.split(model)
 with ema_optax.keras.swapped(model, shadow_params(opt_state, params)):

@@ -1,4 +1,4 @@
-"""Safetensors files: a tree of a checkpoint written as one, and one read as a source.
+"""Safetensors: exports a tree of a checkpoint, and opens files as sources to merge.
 
 ema_optax.safetensors.export("run", "model.safetensors", dtype="bfloat16")
 sources = [ema_optax.safetensors.stored(file) for file in files]

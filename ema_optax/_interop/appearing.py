@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Writes files and folders whole or not at all."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ INDEX = ".safetensors.index.json"
 
 
 def check_free(path: Path, overwrite: bool, *, folder: bool) -> None:
-    """Raises if a file, or a folder of files, cannot be written to a path.
+    """Refuses a path that a file, or a folder of files, cannot be written to.
 
     Raises:
-        FileExistsError: If something is there and `overwrite` is False, or if a folder
-            there holds files that no export writes.
-        FileNotFoundError: If its parent is no folder.
+        FileExistsError: If `path` exists and `overwrite` is False, or if `path` is a
+            folder with files that no export writes.
+        FileNotFoundError: If the parent of `path` is no folder.
         IsADirectoryError, NotADirectoryError: If `path` is a folder instead of a
             file, or a file instead of a folder.
     """
@@ -55,7 +55,11 @@ def check_free(path: Path, overwrite: bool, *, folder: bool) -> None:
 
 
 def check_room(path: Path, size: int) -> None:
-    """Raises OSError if the disk has no room for the tensors, of `size` bytes."""
+    """Refuses to write tensors of `size` bytes where the disk has no room.
+
+    Raises:
+        OSError: If the disk has less room.
+    """
     advice = "Pass a narrower dtype, or another path."
     disk.check_room(path.parent, size, f"The tensors of {path}", advice)
 
@@ -65,25 +69,25 @@ def whole(path: Path) -> Generator[Path, None, None]:
     """Yields a temporary path, and moves what was written there to `path` at the end.
 
     Args:
-        path: The file, or the folder, to write. What is there is replaced.
+        path: The file, or the folder, to write. One that exists is replaced.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.mkdir(exist_ok=True)  # a killed process may have left one
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(exist_ok=True)  # a killed process may have left one
     try:
-        written = beside / path.name
+        written = temporary / path.name
         yield written
-        usual = beside / "usual"
-        usual.touch()
+        new_file = temporary / "usual"
+        new_file.touch()
         for file in [written, *written.rglob("*")]:
-            if file.is_file():  # safetensors lets only the owner read it
-                file.chmod(usual.stat().st_mode)
+            if file.is_file():  # safetensors lets only the owner read its files
+                file.chmod(new_file.stat().st_mode)
         if path.is_dir():  # os.replace refuses a folder that is not empty
-            os.rename(path, beside / "before")
+            os.rename(path, temporary / "before")
         try:
             os.replace(written, path)
         except OSError:
-            if (beside / "before").exists():
-                os.rename(beside / "before", path)
+            if (temporary / "before").exists():
+                os.rename(temporary / "before", path)
             raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

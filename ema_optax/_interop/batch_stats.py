@@ -17,7 +17,7 @@ from ema_optax._trees import trees
 
 Batch: TypeAlias = optax.Params  # an array or a tree of them
 Run: TypeAlias = Callable[[Any, Any, Any], Any]
-_Called: TypeAlias = Callable[[list[Any], Batch], list[Any]]
+_Recompute: TypeAlias = Callable[[list[Any], Batch], list[Any]]
 
 _COLLECTION = "batch_stats"
 _UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
@@ -34,14 +34,14 @@ def refresh_batch_stats(
     """Recomputes the BatchNorm statistics of a Linen model for the params it has.
 
     Averaged params need statistics of their own: those in a train state follow the raw
-    params. For every BatchNorm the result holds
+    params. For every BatchNorm layer the result holds
 
         mean = Σ mean(batch) / n,    var = Σ var(batch) / n,
 
     over all n batches alike, whatever the layers' momentum, as `torch.optim.swa_utils.
     update_bn` does. Each layer normalises with the statistics of the batch, as in
-    training; of layers with an `axis_name` a batch is all that there is on that axis.
-    Layers that do not update theirs keep them.
+    training; for a layer with an `axis_name` a batch is all that there is on that axis.
+    Layers that do not update their statistics keep them.
 
     Args:
         apply_fn: Called as `apply_fn(variables, batch, mutable=["batch_stats"])`, it
@@ -74,11 +74,14 @@ def refresh_batch_stats(
     {'mean': Array([4.], dtype=float32), 'var': Array([1.], dtype=float32)}
     """
     if not isinstance(variables, Mapping) or not variables.get(_COLLECTION):
-        found = sorted(variables) if isinstance(variables, Mapping) else type(variables)
+        collections = (
+            sorted(variables) if isinstance(variables, Mapping) else type(variables)
+        )
         raise ValueError(
-            f"The variables have no 'batch_stats', only {found}: there is nothing to "
-            "refresh. Pass all collections of a model with BatchNorm, {'params': …, "
-            "'batch_stats': …}; without BatchNorm, params are all that it needs."
+            f"The variables have no 'batch_stats', only {collections}: there is "
+            "nothing to refresh. Pass all collections of a model with BatchNorm, "
+            "{'params': …, 'batch_stats': …}; without BatchNorm, params are all that "
+            "it needs."
         )
     rest = {name: part for name, part in variables.items() if name != _COLLECTION}
     run = _Linen(apply_fn)
@@ -89,7 +92,7 @@ def refresh_batch_stats(
 
 @dataclasses.dataclass(frozen=True)
 class _Linen:
-    """From other variables, statistics and a batch to new statistics."""
+    """Runs a Linen model: other variables, statistics, a batch → new statistics."""
 
     apply_fn: Callable[..., Any]
 
@@ -119,14 +122,14 @@ def averaged_stats(
     batches: Iterable[Batch],
     progress: Progress,
 ) -> optax.Params:
-    """Returns the plain mean of each batch's statistics, in the dtypes of `stats`.
+    """Averages the statistics of all batches alike, in the dtypes of `stats`.
 
-    A layer returns m·old + (1−m)·batch. With old = 0 that is (1−m)·batch, and m is
-    what it makes of an old value beside which the batch does not count.
+    A layer returns m·old + (1−m)·batch. With old = 0 that is (1−m)·batch; and m is
+    the factor on an old value so large that the batch does not count beside it.
 
     Args:
-        run: From rest, statistics and a batch to new statistics; hashable.
-        rest: What else the model needs.
+        run: A hashable function: rest, statistics, a batch → new statistics.
+        rest: The model's other variables.
         stats: A tree of the model's statistics.
         batches: At least one.
         progress: As in `tracked`.
@@ -136,12 +139,13 @@ def averaged_stats(
     """
     paths, old, structure = trees.flatten(stats)
 
-    def called(leaves: list[Any], batch: Batch) -> list[Any]:
-        new = _called(run, rest, jax.tree.unflatten(structure, leaves), batch)
-        found, leaves, _ = trees.flatten(new)
-        if found != paths:
+    def recompute(leaves: list[Any], batch: Batch) -> list[Any]:
+        new = _run(run, rest, jax.tree.unflatten(structure, leaves), batch)
+        new_paths, leaves, _ = trees.flatten(new)
+        if new_paths != paths:
             raise ValueError(
-                f"The model has statistics at {paths}, and returned some at {found}."
+                f"The model has statistics at {paths}, and returned some at "
+                f"{new_paths}."
             )
         return leaves
 
@@ -156,10 +160,10 @@ def averaged_stats(
         for batch in items:
             count += 1
             if count == 1:
-                updated = _updated(called, start, batch)
-                momenta = _momenta(called, start, updated, batch, paths)
+                updated = _updated(recompute, start, batch)
+                momenta = _momenta(recompute, start, updated, batch, paths)
                 average = [jnp.zeros_like(start[i]) for i in updated]
-            new = called(_with(start, updated, jnp.zeros_like), batch)
+            new = recompute(_with(start, updated, jnp.zeros_like), batch)
             average, faulty = _mean(average, [new[i] for i in updated], count, faulty)
     if not count:
         raise ValueError(
@@ -177,7 +181,7 @@ def averaged_stats(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _called(
+def _run(
     run: Run, rest: Mapping[str, Any], stats: optax.Params, batch: Batch
 ) -> optax.Params:
     names: list[str] = []
@@ -185,25 +189,25 @@ def _called(
         try:
             return _over_axes(run, names)(rest, stats, batch)
         except NameError as error:  # JAX's, of the axis_name of a BatchNorm
-            found = _UNBOUND.search(str(error))
-            if not found or found[1] in names:
+            match = _UNBOUND.search(str(error))
+            if not match or match[1] in names:
                 raise
-            names.append(found[1])
+            names.append(match[1])
 
 
 def _over_axes(run: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
-    """Returns `run` under axes of one member each, as on a single device."""
+    """Gives `run` named axes of one member each, as on a single device."""
     if not names:
         return run
     inner = jax.vmap(
         _over_axes(run, names[1:]), in_axes=(None, None, 0), axis_name=names[0]
     )
 
-    def one(rest: object, stats: object, batch: Batch) -> Any:
+    def on_one_member(rest: object, stats: object, batch: Batch) -> Any:
         new = inner(rest, stats, jax.tree.map(lambda x: jnp.asarray(x)[None], batch))
         return jax.tree.map(lambda x: x[0], new)
 
-    return one
+    return on_one_member
 
 
 @jax.jit
@@ -221,13 +225,14 @@ def _with(
     return [make(x) if i in chosen else x for i, x in enumerate(leaves)]
 
 
-def _updated(called: _Called, start: list[Any], batch: Batch) -> list[int]:
-    """Returns the numbers of the statistics that a batch changes.
+def _updated(recompute: _Recompute, start: list[Any], batch: Batch) -> list[int]:
+    """Finds which statistics a batch changes, by number.
 
-    The others are used as they are: layers that are frozen.
+    Frozen layers use theirs as they are.
     """
+    # Two old values: one alone may be equal to what the batch gives.
     probes = [start, [2 * x + 1 for x in start]]
-    answers = [called(probe, batch) for probe in probes]
+    answers = [recompute(probe, batch) for probe in probes]
     updated = [
         i
         for i in range(len(start))
@@ -246,33 +251,33 @@ def _updated(called: _Called, start: list[Any], batch: Batch) -> list[int]:
 
 
 def _momenta(
-    called: _Called,
+    recompute: _Recompute,
     start: list[Any],
     updated: list[int],
     batch: Batch,
     paths: list[str],
 ) -> list[float]:
-    """Returns the momentum of each statistic that is updated."""
-    near = called(_with(start, updated, jnp.zeros_like), batch)
+    """Measures the momentum of each statistic that a batch updates."""
+    near = recompute(_with(start, updated, jnp.zeros_like), batch)
     for i in updated:
         if not np.all(np.isfinite(np.asarray(near[i]))):
             raise _not_finite(paths[i], 1)
     scale = {i: float(np.max(np.abs(np.asarray(near[i])), initial=1)) for i in updated}
     probe = {i: _FAR * 2.0 ** np.ceil(np.log2(scale[i])) for i in updated}
-    far = called(
+    far = recompute(
         [jnp.full_like(x, probe[i]) if i in probe else x for i, x in enumerate(start)],
         batch,
     )
     momenta = []
     for i in updated:
         answer = np.asarray(far[i])
-        kept = answer / answer.dtype.type(probe[i])
-        momentum = float(str(kept.max(initial=0)))  # 0.99, not 0.9900000095
-        if momentum < 2 / _FAR:  # what it was is forgotten, or is not averaged at all
+        factors = answer / answer.dtype.type(probe[i])
+        momentum = float(str(factors.max(initial=0)))  # 0.99, not 0.9900000095
+        if momentum < 2 / _FAR:  # the old value is forgotten, or is not averaged at all
             momentum = 0.0
             fits = np.allclose(far[i], near[i], rtol=1e-4, atol=1e-6)
         else:
-            fits = momentum < 1 and np.ptp(kept) <= 1e-6
+            fits = momentum < 1 and np.ptp(factors) <= 1e-6
         if not fits:
             raise ValueError(
                 f"'{paths[i]}' is no running average of what a batch gives, so it has "

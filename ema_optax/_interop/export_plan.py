@@ -1,4 +1,4 @@
-"""Which tensors an export writes, of which leaves, and in which files."""
+"""Plans an export: which tensors it writes, of which leaves, and in which files."""
 
 import dataclasses
 import math
@@ -27,11 +27,11 @@ class Tensor:
     """Describes a tensor in a file.
 
     Attributes:
-        name: In the file.
-        paths: Of the leaves that it is made of.
-        made: What is done with them, in words; `""` where they stay as they lie.
-        shape: Its shape.
-        dtype: By name.
+        name: Name in the file.
+        paths: Paths of the leaves that the tensor is made of.
+        made: How the leaves become the tensor, in words; `""` for one as it lies.
+        shape: Shape of the tensor.
+        dtype: Name of its dtype.
         file: Name of the file.
     """
 
@@ -44,7 +44,7 @@ class Tensor:
 
     @property
     def bytes(self) -> int:
-        """Of its elements."""
+        """Size of its elements."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
@@ -55,7 +55,7 @@ def planned(
     rules: "Sequence[Rule | Mapping[str, Any]] | Rules | None",
     dtype: np.dtype | None,
 ) -> tuple[list[tuple[Tensor, Move]], dict[str, list[str]]]:
-    """Returns the tensors of a tree, in no file yet, and what each key fitted.
+    """Plans the tensors of a tree, in no file yet, and lists what each key fitted.
 
     Tensors of the same leaves follow each other.
 
@@ -86,33 +86,34 @@ def planned(
             )
     used = dict.fromkeys(path for move in moves.values() for path in move.sources)
     _check_dtypes({path: leaves[path] for path in used}, rules is not None)
-    made = []
+    plan = []
     for name, move in moves.items():
         kinds = {path: _after(leaves[path], dtype) for path in move.sources}
         if len(set(kinds.values())) > 1:
-            told = ", ".join(f"'{path}' is {kind}" for path, kind in kinds.items())
+            dtypes = ", ".join(f"'{path}' is {kind}" for path, kind in kinds.items())
             raise ValueError(
-                f"'{name}' would be made of arrays of several dtypes: {told}. Pass "
+                f"'{name}' would be made of arrays of several dtypes: {dtypes}. Pass "
                 "dtype='float32', or make them alike before."
             )
         kind = kinds[move.sources[0]]
-        made.append((Tensor(name, move.sources, str(move), move.shape, kind, ""), move))
-    return made, renamed
+        plan.append((Tensor(name, move.sources, str(move), move.shape, kind, ""), move))
+    return plan, renamed
 
 
 def in_files(
-    tensors: Sequence[tuple[Tensor, Move]], name: str, most: int | None
+    tensors: Sequence[tuple[Tensor, Move]], name: str, limit: int | None
 ) -> list[tuple[Tensor, Move]]:
-    """Returns the tensors with the names of their files, in order.
+    """Distributes tensors over files, in order.
 
-    A file takes tensors until the next would make it larger than `most` bytes; a tensor
-    that is larger by itself has its own. One file is called NAME.safetensors, several
-    NAME-00001-of-0000N.safetensors, as Hugging Face's libraries call them.
+    A file takes tensors until the next would make it larger than `limit` bytes; a
+    tensor that is larger by itself has a file of its own. One file is called
+    NAME.safetensors, several NAME-00001-of-0000N.safetensors, as Hugging Face's
+    libraries call them.
     """
     numbers: list[int] = []
     number = size = 0
     for tensor, _ in tensors:
-        if size and most is not None and size + tensor.bytes > most:
+        if size and limit is not None and size + tensor.bytes > limit:
             number, size = number + 1, 0
         size += tensor.bytes
         numbers.append(number)
@@ -127,10 +128,10 @@ def in_files(
 
 
 def shard_size(value: int | str | None) -> int | None:
-    """Returns how many bytes a file may have.
+    """Reads how many bytes a file may have; None for any number.
 
     Raises:
-        TypeError, ValueError: If it is no such size.
+        TypeError, ValueError: If `value` is no such size.
 
     >>> shard_size("500MB"), shard_size("1.5GB")
     (500000000, 1500000000)
@@ -138,33 +139,33 @@ def shard_size(value: int | str | None) -> int | None:
     if value is None:
         return None
     if isinstance(value, str):
-        found = re.fullmatch(
+        match = re.fullmatch(
             r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]B)?\s*", value, re.I
         )
-        if found is None or (found[2] is None and "." in found[1]):
+        if match is None or (match[2] is None and "." in match[1]):
             raise ValueError(
                 "max_shard_size is a size such as '5GB' or '500MB', got "
                 f"{brief(value)}."
             )
         value = (
-            int(float(found[1]) * _UNITS[found[2].upper()])
-            if found[2]
-            else int(found[1])
+            int(float(match[1]) * _UNITS[match[2].upper()])
+            if match[2]
+            else int(match[1])
         )
     return arguments.whole(value, "max_shard_size", 1, "max_shard_size='5GB'")
 
 
 def file_name(name: str | None) -> str:
-    """Returns what files in a folder are called before their numbers.
+    """Reads how the names of files in a folder begin; None for `model`.
 
     Raises:
-        TypeError, ValueError: If it is no name of a file.
+        TypeError, ValueError: If `name` is no name of a file.
     """
     if name is None:
         return "model"
     name = arguments.a_name(name, "name", "diffusion_pytorch_model")
-    bad = not name or Path(name).name != name or not name.isprintable()
-    if bad or len(name) > 100:
+    is_bad = not name or Path(name).name != name or not name.isprintable()
+    if is_bad or len(name) > 100:
         raise ValueError(
             f"name begins the names of files, got {brief(name)}. Pass "
             "name='diffusion_pytorch_model'."
@@ -180,26 +181,26 @@ def _after(leaf: checkpoint.Leaf, dtype: np.dtype | None) -> str:
 def _check_dtypes(leaves: Mapping[str, checkpoint.Leaf], by_rules: bool) -> None:
     from safetensors import SafetensorError, TensorSpec
 
-    wrong = {}
+    refused = {}
     for path, leaf in leaves.items():
         if leaf.key:
-            wrong[path] = f"a PRNG key ({leaf.key})"
+            refused[path] = f"a PRNG key ({leaf.key})"
             continue
         size = jnp.dtype(leaf.dtype).itemsize
         try:
             TensorSpec(dtype=leaf.dtype, shape=[1], data_ptr=0, data_len=size)
         except SafetensorError:
-            wrong[path] = leaf.dtype
-    if not wrong:
+            refused[path] = leaf.dtype
+    if not refused:
         return
-    path, what = next(iter(wrong.items()))
-    more = f" (and {len(wrong) - 1} more such leaves)" if len(wrong) > 1 else ""
-    first = list(wrong)[:5]
-    out = ", ".join(f'"{path}": None' for path in first)
-    out = f"rename={{{out}}}"
+    path, kind = next(iter(refused.items()))
+    more = f" (and {len(refused) - 1} more such leaves)" if len(refused) > 1 else ""
+    first = list(refused)[:5]
+    advice = ", ".join(f'"{path}": None' for path in first)
+    advice = f"rename={{{advice}}}"
     if by_rules:
-        out = ", ".join(f'Rule(None, "{path}")' for path in first)
+        advice = ", ".join(f'Rule(None, "{path}")' for path in first)
     raise ValueError(
-        f"'{path}' is {what}{more}, which safetensors files cannot hold. Leave out "
-        f"what is not needed: {out}."
+        f"'{path}' is {kind}{more}, which safetensors files cannot hold. Leave out "
+        f"what is not needed: {advice}."
     )

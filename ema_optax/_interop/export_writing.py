@@ -1,4 +1,4 @@
-"""The files of an export: leaves read one by one, and tensors written file by file."""
+"""Writes the files of an export: reads leaf by leaf, and writes file by file."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from ema_optax._interop.moves import Move
 
 
 class Reader:
-    """Leaves of a tree, rounded, each read when it is asked for.
+    """Reads leaves of a tree, each when it is asked for, and rounds them.
 
     Raises:
         CorruptCheckpointError: If data on disk is not what was saved.
@@ -23,22 +23,24 @@ class Reader:
     """
 
     def __init__(
-        self, found: checkpoint.Description, tree: str, dtype: np.dtype | None
+        self, description: checkpoint.Description, tree: str, dtype: np.dtype | None
     ) -> None:
-        self._found, self._tree, self._dtype = found, tree, dtype
-        self._source = checkpoint.stored(found.path, tree)
+        self._description, self._tree, self._dtype = description, tree, dtype
+        self._source = checkpoint.stored(description.path, tree)
         self._others: dict[str, np.ndarray] = {}
 
     def prepare(self, paths: Sequence[str]) -> None:
-        """Reads what is no floating number, of one file at once."""
+        """Reads the leaves of one file that are not floating numbers, all at once."""
         leaves = self._source.entries
         others = {p: _like(leaves[p]) for p in paths if p not in self._source.leaves}
         self._others = (
-            checkpoint.restore(self._found.path, "params", others) if others else {}
+            checkpoint.restore(self._description.path, "params", others)
+            if others
+            else {}
         )
 
     def __call__(self, path: str) -> np.ndarray:
-        """Returns a leaf."""
+        """Returns a leaf by its path."""
         array = self._others.get(path)
         if array is None:
             array = self._read(path)
@@ -49,17 +51,17 @@ class Reader:
         try:
             return self._source.read(path, (slice(None),) * len(leaf.shape))
         except checkpoint.CorruptCheckpointError:
-            # Read again by what names the newest step that is whole.
-            own = path in self._found.trees[self._tree].leaves
-            tree = self._tree if own else "params"
-            checkpoint.restore(self._found.path, tree, {path: _like(leaf)})
+            # The error of `restore` names the newest step that is whole.
+            is_own = path in self._description.trees[self._tree].leaves
+            tree = self._tree if is_own else "params"
+            checkpoint.restore(self._description.path, tree, {path: _like(leaf)})
             raise
 
 
 def _rounded(array: np.ndarray, dtype: np.dtype | None, path: str) -> np.ndarray:
     if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
-    with np.errstate(over="ignore"):  # said below, with the name
+    with np.errstate(over="ignore"):  # the error below names the leaf
         cast = array.astype(dtype)
     if not (np.isfinite(cast) | ~np.isfinite(array)).all():
         raise OverflowError(
@@ -75,17 +77,17 @@ def write(
     plan: Sequence[tuple[Tensor, Move]],
     folder: Path,
     metadata: Mapping[str, str],
-    done: Callable[[], None],
+    report: Callable[[], None],
 ) -> None:
     """Writes the files of a tree, each when its tensors are read.
 
     Args:
-        save_file: Of safetensors.
-        reader: Of the tree.
-        plan: Its tensors, in the order of their files.
-        folder: That is there.
-        metadata: In each file's header.
-        done: Called after each tensor.
+        save_file: `safetensors.numpy.save_file`.
+        reader: Reads the leaves of the tree.
+        plan: Tensors of the tree, in the order of their files.
+        folder: A folder that exists.
+        metadata: Texts for each file's header.
+        report: Called after each tensor.
     """
     for file, group in itertools.groupby(plan, lambda pair: pair[0].file):
         pairs = list(group)
@@ -93,15 +95,15 @@ def write(
         tensors: dict[str, np.ndarray] = {}
         leaves: dict[str, np.ndarray] = {}
         for tensor, move in pairs:
-            # Those of the tensor before, where it is made of the same.
+            # Tensors split from one leaf follow each other: one reading serves all.
             leaves = {p: leaves[p] for p in tensor.paths if p in leaves}
             for path in tensor.paths:
                 if path not in leaves:
                     leaves[path] = reader(path)
-            made = move([leaves[path] for path in tensor.paths])
-            # safetensors takes the memory as it lies.
-            tensors[tensor.name] = np.asarray(made, order="C")
-            done()
+            array = move([leaves[path] for path in tensor.paths])
+            # safetensors writes the memory as it lies, whatever the strides.
+            tensors[tensor.name] = np.asarray(array, order="C")
+            report()
         leaves.clear()
         save_file(tensors, folder / file, metadata=dict(metadata))
 
@@ -109,16 +111,16 @@ def write(
 def write_index(
     tensors: Sequence[Tensor], folder: Path, name: str, metadata: Mapping[str, str]
 ) -> None:
-    """Writes which file holds which tensor, where there are several files."""
+    """Writes an index of which file holds which tensor, where there are several."""
     files = {tensor.name: tensor.file for tensor in tensors}
     if len(set(files.values())) == 1:
         return
     size = sum(tensor.bytes for tensor in tensors)
-    told = {"metadata": {"total_size": size, **metadata}, "weight_map": files}
-    text = json.dumps(told, indent=2)
+    index = {"metadata": {"total_size": size, **metadata}, "weight_map": files}
+    text = json.dumps(index, indent=2)
     (folder / f"{name}{INDEX}").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _like(leaf: checkpoint.Leaf) -> np.ndarray:
-    """Returns a slot for a leaf that takes no memory, and keeps 64 bits."""
+    """Makes a slot for a leaf that takes no memory, and keeps 64 bits."""
     return np.broadcast_to(np.zeros((), jnp.dtype(leaf.dtype)), leaf.shape)

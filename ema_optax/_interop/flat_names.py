@@ -1,4 +1,4 @@
-"""Flat names of leaves from their paths, as libraries without nested trees need."""
+"""Names leaves without nesting, by their paths, as PyTorch's libraries need."""
 
 from collections.abc import Collection, Mapping
 
@@ -12,7 +12,7 @@ SEPARATOR = "."  # of PyTorch's state dicts, and of Flax models among safetensor
 def flat_names(
     paths: Collection[str], rename: Mapping[str, str | None] | None = None
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Returns the name of each path that is not left out, and what each key fitted.
+    """Names each path that is not left out, and lists what each key fitted.
 
     Args:
         paths: Stored paths, their keys joined by slashes.
@@ -21,17 +21,17 @@ def flat_names(
 
     Raises:
         TypeError: If `rename` is no such mapping.
-        ValueError: If it names what is not there, or two leaves have one name.
+        ValueError: If a key fits no path, or two leaves get one name.
 
     >>> flat_names(["dense/kernel", "dense/bias"], {"dense": "model.fc"})[0]
     {'dense/kernel': 'model.fc.kernel', 'dense/bias': 'model.fc.bias'}
     """
     renames = Renames(rename, separator=SEPARATOR, may_leave_out=True)
-    new = {path: renames(path) for path in paths}
+    renamed = {path: renames(path) for path in paths}
     renames.check_used(paths, "stored path")
     names: dict[str, str] = {}
     owners: dict[str, str] = {}
-    for path, name in new.items():
+    for path, name in renamed.items():
         if name is None:
             continue
         check_name(name, path)
@@ -50,19 +50,19 @@ def check_name(name: str, path: str) -> None:
     """Refuses a name that would make a file that cannot be read.
 
     Raises:
-        ValueError: If it is empty, too long, not printable, or the format's own.
+        ValueError: If `name` is empty, too long, not printable, or the format's own.
     """
-    wrong = None
+    problem = None
     if not name:
-        wrong = "an empty name"
+        problem = "an empty name"
     elif name == "__metadata__":
-        wrong = "the name '__metadata__', which the format keeps for itself"
+        problem = "the name '__metadata__', which the format keeps for itself"
     elif not name.isprintable():
-        wrong = f"the name {brief(name)}, with characters that cannot be printed"
+        problem = f"the name {brief(name)}, with characters that cannot be printed"
     elif len(name) > _LONGEST:
-        wrong = f"the name {brief(name)}, of {len(name):,} characters"
-    if wrong:
+        problem = f"the name {brief(name)}, of {len(name):,} characters"
+    if problem:
         raise ValueError(
-            f"'{path}' would get {wrong}. Give it another: "
+            f"'{path}' would get {problem}. Give it another: "
             f'rename={{"{path}": "weights"}}.'
         )

@@ -27,9 +27,9 @@ class KerasAverage:
 
     Attributes:
         tree: The averages of the trainable variables, in the layout of `split`.
-        count: Updates that it has seen.
-        decay: What they were averaged with: `start_after(constant(ema_momentum), 1)`.
-            None where no decay says it: with `gradient_accumulation_steps` Keras folds
+        count: Updates that the average has seen.
+        decay: Decay of the average: `start_after(constant(ema_momentum), 1)`. None
+            where no decay is the same: with `gradient_accumulation_steps` Keras folds
             at each batch, and an `ema_momentum` of 1 keeps the first update for ever.
     """
 
@@ -50,15 +50,15 @@ def split(
         params, rest = ema_optax.keras.split(model)
         checkpoint.save("run", params, optimizer.init(params), step=10)
 
-    Each is nested dicts by the variables' paths, `dense/kernel`. The second holds
-    BatchNorm's statistics and the states of seed generators. The arrays are copies:
-    `fit` donates those of the model. In a callback they are those of that moment.
+    Each tree is nested dicts by the variables' paths, `dense/kernel`. The second holds
+    BatchNorm's statistics and the states of seed generators. The arrays are copies, as
+    `fit` donates the model's own; in a callback, copies of that moment.
 
     Keras counts names through the whole process: the first model that a program builds
     has `sequential/dense/kernel`, the next by the same code
     `sequential_1/dense_1/kernel`. Call `keras.utils.clear_session()` before each, and
-    their paths are the same. Names of one's own do for the params, and not for seed
-    generators, which take none.
+    their paths are the same. Names that you give to layers fix the paths of params, but
+    not those of seed generators, which take no name.
 
     Args:
         model: A Keras model that is built, on the backend `jax`.
@@ -70,9 +70,9 @@ def split(
 
     Raises:
         RuntimeError: If Keras runs on another backend.
-        TypeError: If it is no Keras model.
-        ValueError: If it is not built, two variables have one path, or the values are
-            not those of its variables.
+        TypeError: If `model` is no Keras model.
+        ValueError: If the model is not built, two variables have one path, or the
+            values do not fit its variables.
 
     Example, with `KERAS_BACKEND=jax` in the environment:
 
@@ -81,11 +81,11 @@ def split(
         params["sequential"]["dense"]["kernel"]
     """
     slots = _slots(model, "ema_optax.keras.split")
-    given = (params, rest)
+    replacements = (params, rest)
     make = _maker(copy)
     trainable, others = (
         trees.nested({path: make(x) for path, x in _fitted(part, values).items()})
-        for part, values in zip(slots, given, strict=True)
+        for part, values in zip(slots, replacements, strict=True)
     )
     return trainable, others
 
@@ -115,26 +115,26 @@ def update(
 
     Raises:
         RuntimeError: If Keras runs on another backend.
-        TypeError: If it is no Keras model.
-        ValueError: If it is not built, or a value is missing, is of no variable, or
-            has another shape or kind than its variable.
+        TypeError: If `model` is no Keras model.
+        ValueError: If the model is not built, or a value is missing, is of no variable,
+            or has another shape or kind than its variable.
     """
     slots = _slots(model, "ema_optax.keras.update")
     make = _maker(copy)
-    new: list[tuple[Any, Any]] = []
+    assignments: list[tuple[Any, Any]] = []
     for part, values in zip(slots, (params, rest), strict=True):
         if values is not None:
             fitted = _fitted(part, values)
-            new += [
+            assignments += [
                 (variable, make(fitted[path], variable.dtype))
                 for path, variable in part.variables.items()
             ]
-    before = [variable.value for variable, _ in new]
+    old_values = [variable.value for variable, _ in assignments]
     try:
-        for variable, value in new:
+        for variable, value in assignments:
             variable.assign(value)
     except BaseException:
-        for (variable, _), value in zip(new, before, strict=True):
+        for (variable, _), value in zip(assignments, old_values, strict=True):
             variable.assign(value)
         raise
 
@@ -160,13 +160,13 @@ def swapped(model: Any, params: Values, *, copy: bool = True) -> Iterator[Any]:
     Raises:
         RuntimeError, TypeError, ValueError: As in `update`.
     """
-    # Copies: after `fit` with use_ema=True the optimizer shares them, and donates its.
-    before, _ = split(model, copy=copy)
+    # After `fit` with use_ema=True the optimizer shares these arrays and donates them.
+    own_params, _ = split(model, copy=copy)
     update(model, params, copy=copy)
     try:
         yield model
     finally:
-        update(model, before, copy=False)
+        update(model, own_params, copy=False)
 
 
 def average(model: Any, optimizer: Any = None) -> KerasAverage:
@@ -186,11 +186,11 @@ def average(model: Any, optimizer: Any = None) -> KerasAverage:
 
     Args:
         model: A Keras model that is built, on the backend `jax`.
-        optimizer: Of a loop of one's own; None for the one that `compile` was given.
+        optimizer: The optimizer of your own loop; None for the one of `compile`.
 
     Raises:
         RuntimeError: If Keras runs on another backend.
-        TypeError: If they are no Keras model and optimizer.
+        TypeError: If `model` or `optimizer` is not one of Keras.
         ValueError: If the optimizer has no average, has made no update, or averages
             other variables than the model trains.
 
@@ -232,7 +232,7 @@ def average(model: Any, optimizer: Any = None) -> KerasAverage:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Some variables of a model by their paths, and what they are called together."""
+    """Holds some variables of a model by their paths, and the group's name."""
 
     name: str
     variables: Mapping[str, Any]
@@ -260,7 +260,7 @@ def _imported(caller: str) -> ModuleType:
 
 
 def _slots(model: Any, caller: str) -> tuple[_Part, _Part]:
-    """Returns the variables of a model, those that are trained and the others."""
+    """Splits the variables of a model into those that are trained and the others."""
     keras = _keras(caller)
     if not isinstance(model, keras.Model):
         raise TypeError(f"{caller} takes a keras.Model, got {brief(model)}.")
@@ -276,31 +276,31 @@ def _slots(model: Any, caller: str) -> tuple[_Part, _Part]:
 
 
 def _by_path(variables: Sequence[Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    by_path: dict[str, Any] = {}
     for variable in variables:
-        if variable.path in found:
+        if variable.path in by_path:
             raise ValueError(
                 f"Two variables of the model have the path '{variable.path}', so that "
                 "no tree tells them apart. Give the layers names: "
                 "Dense(64, name='encoder')."
             )
-        found[variable.path] = variable
-    return found
+        by_path[variable.path] = variable
+    return by_path
 
 
 def _fitted(part: _Part, values: Values | None) -> dict[str, Any]:
-    """Returns a value for each path, of the variable's shape and kind."""
+    """Gives each path a value of its variable's shape and kind."""
     if values is None:
         return {path: variable.value for path, variable in part.variables.items()}
     if isinstance(values, (list, tuple)):
-        given = _listed(part, cast("Sequence[Any]", values))
+        fitted = _listed(part, cast("Sequence[Any]", values))
     else:
         paths, leaves, _ = trees.flatten(values)
-        given = dict(zip(paths, leaves, strict=True))
-        _check_paths(part, given)
+        fitted = dict(zip(paths, leaves, strict=True))
+        _check_paths(part, fitted)
     for path, variable in part.variables.items():
-        _check_leaf(path, variable, given[path])
-    return given
+        _check_leaf(path, variable, fitted[path])
+    return fitted
 
 
 def _listed(part: _Part, values: Sequence[Any]) -> dict[str, Any]:
@@ -313,15 +313,15 @@ def _listed(part: _Part, values: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(part.variables, values, strict=True))
 
 
-def _check_paths(part: _Part, given: Mapping[str, Any]) -> None:
+def _check_paths(part: _Part, values: Mapping[str, Any]) -> None:
     """Refuses values without a variable, and variables without a value."""
-    extra = [path for path in given if path not in part.variables]
-    missing = [path for path in part.variables if path not in given]
+    extra = [path for path in values if path not in part.variables]
+    missing = [path for path in part.variables if path not in values]
     if not extra and not missing:
         return
     if missing:
         what = f"no value for '{missing[0]}'"
-        near = nearest(missing[0], extra or given) if given else "The tree is empty."
+        near = nearest(missing[0], extra or values) if values else "The tree is empty."
         count = len(missing)
     else:
         what = f"a value for '{extra[0]}', which the model does not have"
@@ -361,24 +361,24 @@ def _check_leaf(path: str, variable: Any, value: Any) -> None:
 
 
 def _averages(optimizer: Any, part: _Part) -> dict[str, Any]:
-    """Returns the variable that averages each one, by the path of the latter.
+    """Finds the average of each variable in an optimizer, by the variable's path.
 
-    Keras calls it by the path of its variable, with `_` for `/`, and `_average`.
+    Keras names an average by that path, with `_` for `/`, and `_average` at the end.
     """
     ending = "_average"
-    kept: dict[str, list[Any]] = {}
+    by_name: dict[str, list[Any]] = {}
     for variable in optimizer.variables:
         if variable.name.endswith(ending):
-            kept.setdefault(variable.name, []).append(variable)
-    found: dict[str, Any] = {}
+            by_name.setdefault(variable.name, []).append(variable)
+    averages: dict[str, Any] = {}
     for path, variable in part.variables.items():
         name = path.replace("/", "_") + ending
-        candidates = kept.get(name, [])
+        candidates = by_name.get(name, [])
         if not candidates:
             raise ValueError(
                 f"The optimizer has no average of '{path}'. It averages the variables "
                 "that it was built with, and that one is of another model, or was "
-                f"frozen then. It has averages called {some(kept) or 'nothing'}."
+                f"frozen then. It has averages called {some(by_name) or 'nothing'}."
             )
         fitting = [v for v in candidates if tuple(v.shape) == tuple(variable.shape)]
         if len(candidates) > 1 or not fitting:
@@ -387,12 +387,12 @@ def _averages(optimizer: Any, part: _Part) -> dict[str, Any]:
                 f"{len(fitting)} of the shape of '{path}': which it is cannot be told. "
                 "Give the layers names that differ in more than '/' and '_'."
             )
-        found[path] = fitting[0]
-    unused = kept.keys() - {v.name for v in found.values()}
+        averages[path] = fitting[0]
+    unused = by_name.keys() - {v.name for v in averages.values()}
     if unused:
         raise ValueError(
             f"The optimizer averages {len(unused)} variables that the model does not "
             f"train now: {some(sorted(unused))}. Set layer.trainable as it was when "
             "the optimizer was built."
         )
-    return found
+    return averages

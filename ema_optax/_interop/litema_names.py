@@ -1,4 +1,4 @@
-"""Names of the average of latent-diffusion's LitEma, which are without dots."""
+"""Names of the average of latent-diffusion's LitEma, which lost their dots."""
 
 from collections.abc import Mapping
 
@@ -10,16 +10,16 @@ LITEMA = "model_ema."
 def split(
     tensors: Tensors, names: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns raw tensors and average, whose names lost their dots.
+    """Separates raw tensors from averages, whose names lost their dots.
 
-    They begin where the averaged module's do: at `model`, or at the whole.
+    The name of an average starts at the averaged module: at `model`, or at the whole.
 
     Args:
-        tensors: What the file holds.
-        names: Of all tensors of the model: its names → those in the file.
+        tensors: Tensors of the file.
+        names: Names of all tensors of the model → names in the file.
 
     Raises:
-        ValueError: If it is not clear which tensor one is the average of.
+        ValueError: If it is not clear which tensor has which average.
     """
     raw = {k: full for k, full in names.items() if not k.startswith(LITEMA)}
     owners: dict[str, list[str]] = {}
@@ -31,12 +31,12 @@ def split(
         key = name.removeprefix(LITEMA)
         if name in raw or key in ("decay", "num_updates"):
             continue
-        of = owners.get(key, [])
-        if len(of) != 1 or of[0] in average:
+        candidates = owners.get(key, [])
+        if len(candidates) != 1 or candidates[0] in average:
             raise ValueError(
                 f"'{full}' in {tensors.origin} is the average of "
-                f"{' or '.join(map(repr, of)) or 'no tensor that is there'}: names "
-                "without dots do not say which."
+                f"{' or '.join(map(repr, candidates)) or 'no tensor that is there'}: "
+                "names without dots do not say which."
             )
-        average[of[0]] = full
+        average[candidates[0]] = full
     return raw, average

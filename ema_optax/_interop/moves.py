@@ -15,7 +15,7 @@ Shape: TypeAlias = Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Rows of an axis, which one of several arrays takes from a joined one."""
+    """Marks the rows of a joined array that become one of several arrays."""
 
     axis: int
     start: int
@@ -24,21 +24,21 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Move:
-    """How one array is made of others, known by their shapes alone.
+    """Makes one array of others, and knows its shape from theirs alone.
 
-    In this order: a part of each is taken, they are stacked, their axes are rearranged,
-    one of the stack is taken, and what is left is joined.
+    In this order: a part of each source is taken, sources are stacked into members, the
+    axes of members are rearranged, one place of a stack is taken, and members joined.
 
     Attributes:
-        sources: Names, or paths, of the arrays that it is made of.
-        shapes: Theirs.
-        shape: What comes out has it.
-        part: What is taken of each.
-        counts: Lengths of the axes that are stacked, as many sources a member.
-        pattern: Of `einops.rearrange`, or None for as they lie.
-        sizes: Of axes in the pattern.
-        index: Of what is taken, on the first axes.
-        axis: That members are joined along, or None for one member.
+        sources: Names, or paths, of the arrays that the result is made of.
+        shapes: Shapes of the sources.
+        shape: Shape of the result.
+        part: The part that is taken of each source.
+        counts: Lengths of the stacked axes; each member has a source for each place.
+        pattern: Pattern of `einops.rearrange`, or None for axes as they lie.
+        sizes: Sizes of axes in the pattern.
+        index: The place on the first axes that is taken.
+        axis: Axis that members are joined along, or None for one member.
     """
 
     sources: tuple[str, ...]
@@ -55,57 +55,62 @@ class Move:
         object.__setattr__(self, "shape", self._planned())
 
     def __call__(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
-        """Returns the array; where nothing is stacked or joined, a view.
+        """Makes the array; a view where nothing is stacked or joined.
 
         Args:
-            arrays: In the order of the sources, of their shapes, all of one dtype.
+            arrays: The sources in order, of their shapes, all of one dtype.
 
         Raises:
-            ValueError: If they are others.
+            ValueError: If shapes or dtypes are others.
         """
-        left = [np.asarray(array) for array in arrays]
-        if tuple(array.shape for array in left) != self.shapes:
+        pieces = [np.asarray(array) for array in arrays]
+        if tuple(array.shape for array in pieces) != self.shapes:
             raise ValueError(
                 f"{some(self.sources)} have the shapes {some(map(str, self.shapes))}, "
-                f"got arrays of {some(str(array.shape) for array in left)}."
+                f"got arrays of {some(str(array.shape) for array in pieces)}."
             )
-        dtypes = {array.dtype.name: name for array, name in zip(left, self.sources)}  # noqa: B905
+        dtypes = {array.dtype.name: name for array, name in zip(pieces, self.sources)}  # noqa: B905
         if len(dtypes) > 1:
-            which = ", ".join(f"'{name}' is {kind}" for kind, name in dtypes.items())
+            listed = ", ".join(f"'{name}' is {kind}" for kind, name in dtypes.items())
             raise ValueError(
-                f"Arrays that become one are of one dtype: {which}. Convert them first."
+                f"Arrays that become one are of one dtype: {listed}. Convert them "
+                "first."
             )
         if self.part is not None:
-            left = [_taken(array, self.part) for array in left]
+            pieces = [_taken(array, self.part) for array in pieces]
         if self.counts:
             size = math.prod(self.counts)
-            left = [
-                np.stack(left[at : at + size]).reshape(*self.counts, *left[at].shape)
-                for at in range(0, len(left), size)
+            pieces = [
+                np.stack(pieces[at : at + size]).reshape(
+                    *self.counts, *pieces[at].shape
+                )
+                for at in range(0, len(pieces), size)
             ]
         if self.pattern is not None:
-            left = [rearranged(array, self.pattern, self.sizes) for array in left]
-        left = [array[self.index] for array in left]
-        return left[0] if self.axis is None else np.concatenate(left, axis=self.axis)
+            pieces = [rearranged(array, self.pattern, self.sizes) for array in pieces]
+        pieces = [array[self.index] for array in pieces]
+        return (
+            pieces[0] if self.axis is None else np.concatenate(pieces, axis=self.axis)
+        )
 
     def __str__(self) -> str:
-        """Returns what is done, in words for a table; `""` for nothing."""
-        done = []
+        """Lists the steps, in words for a table; `""` for none."""
+        steps = []
         if self.part is not None:
-            done.append(f"[{self.part.start}:{self.part.stop}] of {self.part.axis}")
+            steps.append(f"[{self.part.start}:{self.part.stop}] of {self.part.axis}")
         if self.counts:
-            done.append(f"stack {'×'.join(map(str, self.counts))}")
+            steps.append(f"stack {'×'.join(map(str, self.counts))}")
         if self.pattern is not None:
             sizes = "".join(f", {name}={size}" for name, size in self.sizes.items())
-            done.append(f"{self.pattern}{sizes}")
+            steps.append(f"{self.pattern}{sizes}")
         if self.index:
-            done.append(f"[{','.join(map(str, self.index))}]")
+            steps.append(f"[{','.join(map(str, self.index))}]")
         if self.axis is not None:
-            done.append(f"join {len(self.members())} on {self.axis}")
-        return "; ".join(done)
+            steps.append(f"join {len(self.members())} on {self.axis}")
+        return "; ".join(steps)
 
     def members(self) -> list[tuple[int, ...]]:
-        """Returns the shapes of what is joined.
+        """Returns the shapes of the members, before any are joined.
 
         Raises:
             ValueError: If a step does not fit the shapes.
@@ -134,8 +139,8 @@ class Move:
         if self.axis is None:
             return shapes[0]
         axis = checked_axis(self.axis, shapes[0])
-        rests = [_with_axis(shape, axis, 0) for shape in shapes]
-        if any(rest != rests[0] for rest in rests):
+        without_axis = [_with_axis(shape, axis, 0) for shape in shapes]
+        if any(rest != without_axis[0] for rest in without_axis):
             raise ValueError(
                 f"what is joined along axis {self.axis} differs elsewhere: "
                 f"{some(map(str, shapes), 8)}"
@@ -144,7 +149,7 @@ class Move:
 
 
 def rearranged(array: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
-    """Returns an array with its axes as an einops pattern says, a view if it can.
+    """Rearranges the axes of an array by an einops pattern; a view where possible.
 
     Raises:
         ModuleNotFoundError: If einops is not installed.
@@ -165,7 +170,7 @@ def rearranged(array: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.
 
 
 def turned(shape: Shape, pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Returns the shape that an array of one shape is rearranged to.
+    """Returns the shape that a pattern turns a shape into.
 
     Raises:
         ModuleNotFoundError: If einops is not installed.
@@ -177,7 +182,7 @@ def turned(shape: Shape, pattern: str, sizes: Mapping[str, int]) -> tuple[int, .
 
 
 def checked_axis(axis: int, shape: Shape) -> int:
-    """Returns an axis counted from the first.
+    """Counts an axis from the first, also where `axis` is negative.
 
     Raises:
         ValueError: If the shape does not have it.
@@ -190,10 +195,10 @@ def checked_axis(axis: int, shape: Shape) -> int:
 def parts(
     shape: Shape, axis: int, count: int, lengths: Sequence[int] | None
 ) -> list[Part]:
-    """Returns the parts that a joined array is split into.
+    """Splits an axis of a joined array into parts, equal ones or by lengths.
 
     Raises:
-        ValueError: If it does not split so.
+        ValueError: If the axis does not split so.
     """
     axis = checked_axis(axis, shape)
     whole = shape[axis]

@@ -18,14 +18,14 @@ from ema_optax._trees import trees
 
 
 class _Live(NamedTuple):
-    """What a module held when its shadow was put in."""
+    """Holds a module's raw params and statistics while its shadow is in it."""
 
     params: Any
     stats: Any
 
 
-# Modules that hold their shadow now. Saving one, copying it or swapping it again inside
-# the `with` goes by these.
+# Raw values of the modules that hold their shadow now: inside the `with`, saving one,
+# copying it or swapping it again reads them here.
 _SWAPPED: dict[int, _Live] = {}
 
 
@@ -49,13 +49,13 @@ def swapped(
         optimizer: Its `nnx.Optimizer`, with `ema_params` or `bema_params` in its chain.
         name: Which shadow, as in `shadow_params`.
         copy: Whether the module gets copies, as of `shadow_params`. Without, it holds
-            the optimizer's own arrays: donate neither of them inside.
+            the optimizer's own arrays: donate neither of the two inside.
 
     Yields:
         The module.
 
     Raises:
-        TypeError: If they are no module and optimizer.
+        TypeError: If `model` is no module, or `optimizer` no `nnx.Optimizer`.
         ValueError: As in `shadow_params`.
         RuntimeError: If the optimizer was stepped inside: the step was taken from the
             shadow, and is lost for the params.
@@ -77,7 +77,7 @@ def swapped(
 
     live = _live(model, optimizer)
     shadow = _shadow(optimizer, live.params, name, "swapped", copy)
-    before = _held(model, optimizer)
+    previous = _current(model, optimizer)
     step = optimizer.step[...]
     outermost = id(model) not in _SWAPPED
     try:
@@ -86,8 +86,8 @@ def swapped(
         nnx.update(model, shadow)
         yield model
     finally:
-        nnx.update(model, before.params)
-        nnx.update(model, before.stats)
+        nnx.update(model, previous.params)
+        nnx.update(model, previous.stats)
         if outermost:
             del _SWAPPED[id(model)]
     if _differ(step, optimizer.step[...]):
@@ -104,19 +104,18 @@ def shadow_copy(
 ) -> Any:
     """Copies an NNX module to one whose params are the shadow, for evaluation.
 
-    It shares nothing with the module, which may go on and donate its arrays. Variables
-    that are no params are copied as they are; so is the mode (`averaged.eval()`).
+    The copy shares nothing with the module, which may go on and donate its arrays.
+    Other variables and the mode (`averaged.eval()`) are copied as they are.
 
     Args:
         model: The module that the optimizer trains.
         optimizer: Its `nnx.Optimizer`, with `ema_params` or `bema_params` in its chain.
         name: Which shadow, as in `shadow_params`.
-        copy: Whether its arrays are copies. Without, it is a module of its own that
-            holds arrays of the module and the optimizer: donate none of the three
-            while it is used.
+        copy: Whether its arrays are copies. Without, the new module holds arrays of
+            the old one and the optimizer: donate none of the three while it is used.
 
     Raises:
-        TypeError: If they are no module and optimizer.
+        TypeError: If `model` is no module, or `optimizer` no `nnx.Optimizer`.
         ValueError: As in `shadow_params`.
 
     >>> import optax, ema_optax
@@ -144,8 +143,8 @@ def split(model: Any, optimizer: Any) -> tuple[Any, Any]:
 
         checkpoint.save("run", *ema_optax.nnx.split(model, optimizer), step=10)
 
-        found = checkpoint.resume("run", *ema_optax.nnx.split(model, optimizer))
-        ema_optax.nnx.update(model, optimizer, *found)
+        resumed = checkpoint.resume("run", *ema_optax.nnx.split(model, optimizer))
+        ema_optax.nnx.update(model, optimizer, *resumed)
 
     The first tree is the model's whole state, batch statistics and PRNG keys included
     and intermediates left out; the second is the optimizer's. For inference, without an
@@ -161,7 +160,7 @@ def split(model: Any, optimizer: Any) -> tuple[Any, Any]:
         optimizer: Its `nnx.Optimizer`.
 
     Raises:
-        TypeError: If they are no module and optimizer.
+        TypeError: If `model` is no module, or `optimizer` no `nnx.Optimizer`.
 
     >>> import optax, ema_optax
     >>> from flax import nnx
@@ -189,7 +188,7 @@ def split(model: Any, optimizer: Any) -> tuple[Any, Any]:
 def update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
     """Puts the two trees of `split` back into a module and its optimizer.
 
-    All of it or nothing: where the trees do not fit, both stay as they are.
+    All of it or nothing: where the trees do not fit, nothing is changed.
 
     Args:
         model: A module like the one that was split.
@@ -198,7 +197,7 @@ def update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
         opt_state: The second.
 
     Raises:
-        TypeError: If they are no module and optimizer.
+        TypeError: If `model` is no module, or `optimizer` no `nnx.Optimizer`.
         ValueError: If the trees are not of such a module and optimizer.
         RuntimeError: If the module is inside `swapped`, which would undo it.
 
@@ -219,13 +218,13 @@ def update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
             "The model is inside ema_optax.nnx.swapped, which will put its old params "
             "back. Call ema_optax.nnx.update after the with."
         )
-    before = split(model, optimizer)
-    for given, held, names in (
-        (state, before[0], ("first tree", "model")),
-        (opt_state, before[1], ("second tree", "optimizer")),
+    previous = split(model, optimizer)
+    for tree, current, names in (
+        (state, previous[0], ("first tree", "model")),
+        (opt_state, previous[1], ("second tree", "optimizer")),
     ):
-        paths = trees.arranged(given, held)
-        difference = trees.difference(paths, held, names)
+        paths = trees.arranged(tree, current)
+        difference = trees.difference(paths, current, names)
         if difference:
             raise ValueError(
                 "ema_optax.nnx.update takes what ema_optax.nnx.split gave of such a "
@@ -234,7 +233,7 @@ def update(model: Any, optimizer: Any, state: Any, opt_state: Any) -> None:
     try:
         _put(model, optimizer, state, opt_state)
     except BaseException:
-        _put(model, optimizer, *before)
+        _put(model, optimizer, *previous)
         raise
 
 
@@ -256,7 +255,7 @@ def refresh_batch_stats(
 ) -> None:
     """Recomputes the BatchNorm statistics of an NNX module for the params it has.
 
-    As `ema_optax.linen.refresh_batch_stats`, in the module itself:
+    Works as `ema_optax.linen.refresh_batch_stats`, in the module itself:
 
         copy = ema_optax.nnx.shadow_copy(model, optimizer)
         ema_optax.nnx.refresh_batch_stats(copy, batches)
@@ -276,7 +275,7 @@ def refresh_batch_stats(
             function that is called with the batches done and all of them.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If `model` is no module.
         ValueError: As in `ema_optax.linen.refresh_batch_stats`.
 
     >>> import ema_optax
@@ -317,7 +316,7 @@ def refresh_batch_stats(
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """From other state, statistics and a batch to new statistics."""
+    """Runs an NNX module: other state, statistics, a batch → new statistics."""
 
     graph: Any
     call: Callable[[Any, Any], Any]
@@ -347,10 +346,10 @@ def _shadow(
 def _live(model: object, optimizer: object) -> _Live:
     """Returns raw params and statistics, also while the module holds its shadow."""
     _check(model, optimizer)
-    return _SWAPPED.get(id(model)) or _held(model, optimizer)
+    return _SWAPPED.get(id(model)) or _current(model, optimizer)
 
 
-def _held(model: Any, optimizer: Any) -> _Live:
+def _current(model: Any, optimizer: Any) -> _Live:
     from flax import nnx
 
     filters = (optimizer.wrt, nnx.BatchStat)
@@ -372,7 +371,7 @@ def _differ(before: object, after: object) -> bool:
 
 
 def _check_flax() -> None:
-    """Refuses a Flax that cannot do this, before anything of a module is touched."""
+    """Refuses a Flax without `nnx.as_pure`, before anything of a module is touched."""
     from flax import nnx
 
     if not hasattr(nnx, "as_pure"):

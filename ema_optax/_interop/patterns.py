@@ -9,20 +9,22 @@ from ema_optax._messages.text import brief
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # as it is written; "00" would not come back
 _DIGITS = 9
 
-# Where a part of a pattern that begins at a place may end; None is anywhere after it.
+# The place where a part of a pattern begins → places where the part may end; None for
+# any place from there on.
 _Step: TypeAlias = Callable[[int], Iterable[int]] | None
 
 
 class Pattern:
-    """A name of a tensor, or a path of a leaf, with wildcards in it.
+    """Matches names of tensors, or paths of leaves, by wildcards.
 
     `*` stands for characters of one key, `**` for any number of keys, also none, and
     `#` for a number without leading zeros. Each takes as much as it can, the first one
     first. A fit takes time in proportion to the name, whatever the name is.
 
     Attributes:
-        text: As it was given.
-        wildcards: In order.
+        text: The pattern itself.
+        separator: What its keys are joined by.
+        wildcards: Its wildcards, in order.
 
     Raises:
         ValueError: If a key is empty, or wildcards lie side by side in one.
@@ -41,7 +43,7 @@ class Pattern:
         self.wildcards = tuple(w for key in self._keys for w in key.wildcards)
 
     def fit(self, name: str) -> tuple[str, ...] | None:
-        """Returns what each wildcard stands for, or None where the name does not fit.
+        """Reads each wildcard's text from a name, or None where the name does not fit.
 
         The keys of a `**` are joined by the pattern's own separator.
         """
@@ -69,63 +71,63 @@ class Pattern:
         return tuple(texts)
 
     def filled(self, texts: Sequence[str], separator: str) -> str:
-        """Returns the name with these texts for its wildcards.
+        """Makes a name: puts texts in the place of the wildcards.
 
         Args:
-            texts: One a wildcard, as `fit` of the other side returns them.
-            separator: The other side's, which joins the keys of a `**` in them.
+            texts: A text for each wildcard, as `fit` of the other side returns them.
+            separator: The other side's, which joins the keys of a `**` in a text.
         """
-        left = iter(texts)
+        remaining = iter(texts)
         keys: list[str] = []
         for key in self._keys:
             if key.is_run:
-                run = next(left)
+                run = next(remaining)
                 keys += run.split(separator) if run else []
             else:
-                keys.append(key.filled([next(left) for _ in key.wildcards]))
+                keys.append(key.filled([next(remaining) for _ in key.wildcards]))
         return self.separator.join(keys)
 
 
 class _Key:
-    """One key of a pattern."""
+    """Matches one key of a name."""
 
-    def __init__(self, key: str, whole: str) -> None:
+    def __init__(self, key: str, pattern: str) -> None:
         self.is_run = key == "**"
         self.parts = ["**"] if self.is_run else re.findall(r"[*#]|[^*#]+", key)
         self.wildcards = [part for part in self.parts if part in ("*", "**", "#")]
         if not key:
-            raise ValueError(f"The pattern {brief(whole)} has an empty key.")
+            raise ValueError(f"The pattern {brief(pattern)} has an empty key.")
         pairs = zip(self.parts, self.parts[1:], strict=False)
         if any(a in "*#" and b in "*#" for a, b in pairs):
             raise ValueError(
-                f"The pattern {brief(whole)} has the key {brief(key)}: `**` is a key "
+                f"The pattern {brief(pattern)} has the key {brief(key)}: `**` is a key "
                 "by itself, and in a key no wildcard follows another."
             )
 
     def may_be(self, key: str) -> bool:
-        """Returns quickly whether a key may fit, for the first and the last key."""
+        """Tells quickly whether a key may fit, for the first and the last key."""
         return bool(self.wildcards) or key == self.parts[0]
 
     def step(self, keys: Sequence[str]) -> Callable[[int], Iterable[int]]:
-        """Returns the step over one key of several."""
+        """Makes the step over one key of several."""
         return lambda at: (
             (at + 1,) if at < len(keys) and self.fit(keys[at]) is not None else ()
         )
 
     def fit(self, key: str) -> tuple[str, ...] | None:
-        """Returns what each wildcard in it stands for."""
+        """Reads each wildcard's text from a key, or None where the key does not fit."""
         if not self.wildcards:
             return () if key == self.parts[0] else None
         if len(self.wildcards) == 1:
             at = self.parts.index(self.wildcards[0])
             before, after = "".join(self.parts[:at]), "".join(self.parts[at + 1 :])
             text = key[len(before) : len(key) - len(after)]
-            whole = len(key) >= len(before) + len(after) and (
+            fits = len(key) >= len(before) + len(after) and (
                 key.startswith(before) and key.endswith(after)
             )
-            number = self.wildcards[0] == "#"
-            whole = whole and (not number or _NUMBER.fullmatch(text) is not None)
-            return (text,) if whole else None
+            is_number = self.wildcards[0] == "#"
+            fits = fits and (not is_number or _NUMBER.fullmatch(text) is not None)
+            return (text,) if fits else None
         ends = _ends([_in_key(part, key) for part in self.parts], len(key))
         if ends is None:
             return None
@@ -137,9 +139,9 @@ class _Key:
         )
 
     def filled(self, texts: Sequence[str]) -> str:
-        """Returns the key with these texts for its wildcards."""
-        left = iter(texts)
-        return "".join(next(left) if part in "*#" else part for part in self.parts)
+        """Makes a key: puts texts in the place of the wildcards."""
+        remaining = iter(texts)
+        return "".join(next(remaining) if part in "*#" else part for part in self.parts)
 
 
 def _in_key(part: str, key: str) -> _Step:
@@ -155,10 +157,13 @@ def _in_key(part: str, key: str) -> _Step:
 
 
 def _ends(steps: Sequence[_Step], size: int) -> list[int] | None:
-    """Returns where each step ends, the first as far as it can; None for no way.
+    """Finds where each step ends, as far as it can, the first one first.
 
-    A table of where the steps after each can begin, from the last on, has no step
-    tried twice, as regular expressions do.
+    Tables, made from the last step on, say from which places the steps after each can
+    reach the end. No step is tried twice at a place, unlike in regular expressions.
+
+    Returns:
+        The places, or None where no way reaches the end.
     """
     tables = [[False] * size + [True]]
     for step in reversed(steps):

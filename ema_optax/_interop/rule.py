@@ -1,4 +1,4 @@
-"""One rule: what tensors of a file are in a tree, and how their axes lie."""
+"""One rule: which tensors of a file are which leaves, and how their axes lie."""
 
 import dataclasses
 import functools
@@ -15,24 +15,24 @@ _Side: TypeAlias = "str | tuple[str, ...] | None"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Says what tensors of a file are in a tree, by patterns, and how their axes lie.
+    """Says which tensors of a file are which leaves of a tree, and how axes lie.
 
     `*` stands for characters of one key, `**` for any number of keys, also none, and
     `#` for a number; they carry over in order. Where `#` is in `name` and not in
     `path`, the arrays 0 … n − 1 are stacked on a new first axis, as scanned layers lie.
 
     Attributes:
-        name: Of tensors in a file, keys joined by dots. Several become one leaf, joined
-            along `axis` of it. None leaves a leaf out of an export.
-        path: Of a leaf of the tree, keys joined by slashes. Several are made of one
-            tensor, split along `axis` of it. None leaves a tensor out of an import.
+        name: Name of tensors in a file, keys joined by dots. Several become one leaf,
+            joined along its `axis`. None leaves a leaf out of an export.
+        path: Path of a leaf in the tree, keys joined by slashes. Several are made of
+            one tensor, split along its `axis`. None leaves a tensor out of an import.
         rearrange: An einops pattern from the file's axes to the tree's: `"o i -> i o"`
             of a linear layer, `"o i h w -> h w i o"` of a convolution, `"(h d) i -> i h
-            d"` of heads; turned round for an export. With a stack its axis is named
-            too, first. None for as they lie.
-        sizes: Of axes in the pattern, `{"h": 12}`, which the shapes do not say.
-        axis: Of the joined array, as it lies where it is joined.
-        lengths: Of the parts along `axis`; None for equal ones.
+            d"` of heads; turned round for an export. The axis of a stack is named too,
+            first. None for axes as they lie.
+        sizes: Sizes of axes in the pattern, `{"h": 12}`, which the shapes do not say.
+        axis: Axis that parts are joined along, counted in the joined array.
+        lengths: Lengths of the parts along `axis`; None for equal ones.
 
     Raises:
         TypeError, ValueError: If the parts of the rule do not fit each other.
@@ -74,13 +74,13 @@ class Rule:
 
     @functools.cached_property
     def stacked(self) -> int:
-        """How many axes are stacked: of each `#` in `name`, where `path` has none."""
+        """Number of stacked axes: one for each `#` in `name`, where `path` has none."""
         if not self.names or not self.paths or "#" in self.paths[0].wildcards:
             return 0
         return self.names[0].wildcards.count("#")
 
     def fields(self) -> dict[str, object]:
-        """Returns what differs from the defaults, as JSON has it."""
+        """Returns name, path and each field that differs from its default, for JSON."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -90,16 +90,16 @@ class Rule:
 
 
 def _side(value: object, field: str) -> _Side:
-    given = [value] if isinstance(value, str) else value
-    if given is None:
+    items = [value] if isinstance(value, str) else value
+    if items is None:
         return None
-    if not isinstance(given, (list, tuple)) or not all(
-        isinstance(text, str) for text in given
+    if not isinstance(items, (list, tuple)) or not all(
+        isinstance(text, str) for text in items
     ):
         raise TypeError(
             f"{field} is a text, several, or None to leave out; got {brief(value)}."
         )
-    texts = cast("Sequence[str]", given)
+    texts = cast("Sequence[str]", items)
     if len(set(texts)) < len(texts) or not texts:
         raise ValueError(f"{field} has one text, or several, got {brief(value)}.")
     return texts[0] if len(texts) == 1 else tuple(texts)
@@ -147,8 +147,8 @@ def _check_joined(rule: Rule) -> None:
     object.__setattr__(
         rule, "axis", arguments.whole(rule.axis, "axis", -(2**31), "axis=1")
     )
-    alone = max(counts) == 1 or min(counts) == 0
-    if alone and (rule.axis or rule.lengths is not None):
+    is_single = max(counts) == 1 or min(counts) == 0
+    if is_single and (rule.axis or rule.lengths is not None):
         raise ValueError(
             "axis and lengths are of several names or paths that are joined, and "
             f"{brief(rule.name)} ↔ {brief(rule.path)} joins none."
@@ -163,24 +163,24 @@ def _check_wildcards(rule: Rule) -> None:
     sides = [*rule.names, *rule.paths]
     if not rule.names or not rule.paths:
         return
-    without = [[w for w in side.wildcards if w != "#"] for side in sides]
+    carried = [[w for w in side.wildcards if w != "#"] for side in sides]
     numbers = [side.wildcards.count("#") for side in sides]
-    same = [side.wildcards for side in sides[: len(rule.names)]]
-    same += [side.wildcards for side in sides[len(rule.names) :]]
-    names, paths = same[0], same[len(rule.names)]
+    wildcards = [side.wildcards for side in sides[: len(rule.names)]]
+    wildcards += [side.wildcards for side in sides[len(rule.names) :]]
+    names, paths = wildcards[0], wildcards[len(rule.names)]
     fits = (
-        all(w == without[0] for w in without)
-        and all(w == names for w in same[: len(rule.names)])
-        and all(w == paths for w in same[len(rule.names) :])
+        all(w == carried[0] for w in carried)
+        and all(w == names for w in wildcards[: len(rule.names)])
+        and all(w == paths for w in wildcards[len(rule.names) :])
         and (names == paths or numbers[-1] == 0)
     )
     if not fits:
-        told = ", ".join(
+        listed = ", ".join(
             f"{brief(side.text, 200)} has {' '.join(side.wildcards) or 'none'}"
             for side in sides
         )
         raise ValueError(
-            f"The wildcards do not fit each other: {told}. Both sides have the same, "
+            f"The wildcards do not fit each other: {listed}. Both sides have the same, "
             "in one order. Only `#` may be in the name alone, then all of them: they "
             "are stacked; `*` carries a number over."
         )

@@ -1,4 +1,4 @@
-"""Which rule takes which name or path, and the moves that follow."""
+"""Finds which rule takes which name or path, and plans the moves that follow."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,8 @@ _Groups: TypeAlias = dict[tuple[str, ...], dict[int, dict[_Index, str]]]
 def to_tree(
     rules: Sequence[Rule], names: Mapping[str, Shape], *, must_fit: bool
 ) -> dict[str, Move]:
-    """Returns the move of each path, as `Rules.to_tree` says."""
-    made = _Made("path")
+    """Plans the move to each path, as `Rules.to_tree` describes."""
+    planned = _Planned("path")
     for at, groups in _fits(rules, names, "name", must_fit).items():
         rule = rules[at]
         for texts, members in groups.items():
@@ -41,15 +41,15 @@ def to_tree(
                         axis=rule.axis if len(rule.names) > 1 else None,
                     )
                     _check_lengths(rule, move)
-                    made.add(path.filled(texts, "."), move, path.separator)
-    return made.checked()
+                    planned.add(path.filled(texts, "."), move, path.separator)
+    return planned.checked()
 
 
 def to_names(
     rules: Sequence[Rule], paths: Mapping[str, Shape], *, must_fit: bool
 ) -> dict[str, Move]:
-    """Returns the move of each name, as `Rules.to_names` says."""
-    made = _Made("name")
+    """Plans the move to each name, as `Rules.to_names` describes."""
+    planned = _Planned("name")
     for at, groups in _fits(rules, paths, "path", must_fit).items():
         rule = rules[at]
         for texts, members in groups.items():
@@ -70,12 +70,12 @@ def to_names(
                         move = dataclasses.replace(whole, index=index, axis=axis)
                         _check_lengths(rule, move)
                         numbered = _numbered(name, texts, index)
-                        made.add(name.filled(numbered, "/"), move, name.separator)
-    return made.checked()
+                        planned.add(name.filled(numbered, "/"), move, name.separator)
+    return planned.checked()
 
 
 class _Where(contextlib.AbstractContextManager[None]):
-    """Says in an error which rule met which source."""
+    """Names in an error the rule, and the source that does not fit."""
 
     def __init__(
         self, at: int, rule: Rule, members: Mapping[int, Mapping[_Index, str]]
@@ -91,8 +91,8 @@ class _Where(contextlib.AbstractContextManager[None]):
             ) from None
 
 
-class _Made:
-    """The moves by what they make, each once."""
+class _Planned:
+    """Collects moves by the path or name they make, each once."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -132,37 +132,37 @@ class _Made:
 def _fits(
     rules: Sequence[Rule], sources: Collection[str], what: str, must_fit: bool
 ) -> dict[int, _Groups]:
-    """Returns what each rule takes, without what rules leave out."""
-    asked = {
+    """Groups the sources that each rule takes, without those that rules leave out."""
+    candidates = {
         at: patterns
         for at, rule in enumerate(rules)
         if (patterns := rule.names if what == "name" else rule.paths)
     }
     fits: dict[int, _Groups] = {}
-    unused, left = set(asked), list[str]()
+    unused, untaken = set(candidates), list[str]()
     for source in sources:
-        at, member, texts = next(_all_fits(asked, source), (-1, 0, ()))
+        at, member, texts = next(_all_fits(candidates, source), (-1, 0, ()))
         if at < 0:
-            left.append(source)
+            untaken.append(source)
             continue
         unused.discard(at)
         rule = rules[at]
         if rule.names and rule.paths:
             stacked = what == "name" and rule.stacked
-            carried, index = _carried(asked[at][member], texts, bool(stacked))
+            carried, index = _carried(candidates[at][member], texts, bool(stacked))
             group = fits.setdefault(at, {}).setdefault(carried, {})
             group.setdefault(member, {})[index] = source
     if unused and must_fit:
-        raise _fits_nothing(min(unused), asked[min(unused)], sources, what)
-    if left:
-        known = [pattern.text for patterns in asked.values() for pattern in patterns]
-        first = json.dumps(left[0][:200])
-        out = f"{first}, None" if what == "name" else f"None, {first}"
+        raise _fits_nothing(min(unused), candidates[min(unused)], sources, what)
+    if untaken:
+        known = [p.text for patterns in candidates.values() for p in patterns]
+        first = json.dumps(untaken[0][:200])
+        arguments = f"{first}, None" if what == "name" else f"None, {first}"
         raise ValueError(
-            f"No rule takes {len(left):,} of {len(sources):,} {what}s: "
-            f"{some(brief(name, 200) for name in left)}. "
-            f"{nearest(left[0], known) if known else 'There are no rules.'} Give one, "
-            f"or leave it out: Rule({out})."
+            f"No rule takes {len(untaken):,} of {len(sources):,} {what}s: "
+            f"{some(brief(name, 200) for name in untaken)}. "
+            f"{nearest(untaken[0], known) if known else 'There are no rules.'} Give "
+            f"one, or leave it out: Rule({arguments})."
         )
     return dict(sorted(fits.items()))
 
@@ -170,24 +170,24 @@ def _fits(
 def _fits_nothing(
     at: int, patterns: Sequence[Pattern], sources: Collection[str], what: str
 ) -> ValueError:
-    told = f"rules[{at}] has the {what} {brief(patterns[0].text, 200)}, which"
+    start = f"rules[{at}] has the {what} {brief(patterns[0].text, 200)}, which"
     own = {at: patterns}
     taken = next((s for s in sources if next(_all_fits(own, s), None)), None)
     if taken is not None:
         return ValueError(
-            f"{told} takes nothing: a rule before it takes {brief(taken, 200)}. The "
+            f"{start} takes nothing: a rule before it takes {brief(taken, 200)}. The "
             "first that fits counts, so write it before that one."
         )
     if not sources:
-        return ValueError(f"{told} fits no {what}, and there are none.")
+        return ValueError(f"{start} fits no {what}, and there are none.")
     near = nearest(patterns[0].text, list(sources)[:10_000])
-    return ValueError(f"{told} fits no {what}. {near}")
+    return ValueError(f"{start} fits no {what}. {near}")
 
 
 def _all_fits(
-    asked: Mapping[int, Sequence[Pattern]], source: str
+    candidates: Mapping[int, Sequence[Pattern]], source: str
 ) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-    for at, patterns in asked.items():
+    for at, patterns in candidates.items():
         for member, pattern in enumerate(patterns):
             texts = pattern.fit(source)
             if texts is not None:
@@ -197,7 +197,7 @@ def _all_fits(
 def _carried(
     pattern: Pattern, texts: tuple[str, ...], stacked: bool
 ) -> tuple[tuple[str, ...], _Index]:
-    """Returns the texts that carry over, and the numbers in the stack."""
+    """Separates the texts that carry over from the numbers in the stack."""
     if not stacked:
         return texts, ()
     pairs = list(zip(pattern.wildcards, texts, strict=True))
@@ -206,7 +206,7 @@ def _carried(
 
 
 def _numbered(name: Pattern, texts: Sequence[str], index: _Index) -> tuple[str, ...]:
-    """Returns the texts of a name's wildcards, with the numbers in a stack."""
+    """Puts the numbers in a stack between the texts of a name's wildcards."""
     if not index:
         return tuple(texts)
     carried, numbers = iter(texts), iter(index)
@@ -221,31 +221,31 @@ def _in_order(
     members: Mapping[int, Mapping[_Index, str]],
     texts: Sequence[str],
 ) -> tuple[tuple[str, ...], _Index]:
-    """Returns the sources, member by member and each by number, and how many each.
+    """Orders the sources by member and number, and counts the numbers of each axis.
 
     Raises:
-        ValueError: If one is missing.
+        ValueError: If a source is missing.
     """
     indices = [index for indices in members.values() for index in indices]
     counts = tuple(max(numbers) + 1 for numbers in zip(*indices, strict=True))
     ordered: list[str] = []
     for member, side in enumerate(sides):
-        there = members.get(member, {})
-        # Stops at the first that is missing, however large the numbers are.
+        by_number = members.get(member, {})
+        # A grid of large numbers is never walked: the first missing one ends the loop.
         for index in _grid(counts):
-            if index not in there:
+            if index not in by_number:
                 missing = side.filled(_numbered(side, texts, index), side.separator)
-                known = [s for member in members.values() for s in member.values()]
+                present = [s for member in members.values() for s in member.values()]
                 raise ValueError(
                     f"{brief(missing, 200)} is missing, of what becomes one; there are "
-                    f"{some(brief(source, 200) for source in known)}"
+                    f"{some(brief(source, 200) for source in present)}"
                 )
-            ordered.append(there[index])
+            ordered.append(by_number[index])
     return tuple(ordered), counts
 
 
 def _indices(whole: Move, stacked: int) -> Iterable[_Index]:
-    """Returns the numbers of what a stack is taken apart to."""
+    """Returns the index of each array that a stack is taken apart into."""
     shapes = whole.members()
     counts = {shape[:stacked] for shape in shapes}
     if len(counts) > 1:
@@ -275,7 +275,7 @@ def _parts(rule: Rule, count: int, shape: Shape) -> Sequence[moves.Part | None]:
 
 
 def _check_lengths(rule: Rule, move: Move) -> None:
-    """Refuses to join what would not be split so again."""
+    """Refuses to join parts that the rule could not split again."""
     if move.axis is None:
         return
     shapes = move.members()

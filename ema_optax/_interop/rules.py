@@ -19,11 +19,11 @@ _LONGEST = 2**24  # bytes of a file of rules
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Rules in order: the first that fits a name, or a path, counts.
+    """Holds rules in order: the first that fits a name, or a path, counts.
 
     Attributes:
-        rules: Them.
-        given: Whether they were; if not, names become paths, and arrays stay.
+        rules: The rules.
+        given: Whether any were passed; if not, names become paths, and arrays stay.
 
     >>> rules = Rules.of([Rule("h.#.q.weight", "h/query/kernel", "l o i -> l i o")])
     >>> moves = rules.to_tree({"h.0.q.weight": (8, 4), "h.1.q.weight": (8, 4)})
@@ -39,10 +39,11 @@ class Rules:
         """Makes rules from rules, or from mappings with their fields.
 
         Args:
-            given: None for none: names become paths, `.` for `/`, arrays as they lie.
+            given: Rules or mappings; None for names that become paths, `/` for `.`, and
+                arrays as they lie.
 
         Raises:
-            TypeError, ValueError: If they are no rules.
+            TypeError, ValueError: If `given` holds no rules.
 
         >>> Rules.of([{"name": "fc.weight", "path": "fc/kernel"}]).rules[0].path
         'fc/kernel'
@@ -64,18 +65,18 @@ class Rules:
         """Reads rules from the text that `to_json` returns.
 
         Raises:
-            ValueError: If it is none.
+            ValueError: If the text holds no rules.
         """
         try:
-            given = json.loads(text, object_pairs_hook=_without_repeats)
+            content = json.loads(text, object_pairs_hook=_without_repeats)
         except RecursionError:
             raise ValueError("It is nested too deeply.") from None
-        if not isinstance(given, list):
+        if not isinstance(content, list):
             raise ValueError(
-                f"It holds {brief(given)}, and not a list of rules such as "
+                f"It holds {brief(content)}, and not a list of rules such as "
                 '[{"name": "w", "path": "kernel", "rearrange": "o i -> i o"}].'
             )
-        return cls.of(given)
+        return cls.of(content)
 
     def to_json(self) -> str:
         """Returns the rules as a list of objects with the fields of each.
@@ -114,11 +115,11 @@ def read_rules(file: str | os.PathLike[str]) -> Rules:
     """Reads rules from a JSON file: a list of objects with the fields of `Rule`.
 
     Args:
-        file: Of this machine.
+        file: A file on this machine.
 
     Raises:
-        OSError: If it cannot be read.
-        TypeError, ValueError: If it holds no rules.
+        OSError: If the file cannot be read.
+        TypeError, ValueError: If the file holds no rules.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -128,12 +129,12 @@ def read_rules(file: str | os.PathLike[str]) -> Rules:
     'kernel'
     """
     path = arguments.local_file(file, "file", "rules.json")
-    with path.open("rb") as opened:
-        read = opened.read(_LONGEST + 1)
+    with path.open("rb") as stream:
+        content = stream.read(_LONGEST + 1)
     try:
-        if len(read) > _LONGEST:
+        if len(content) > _LONGEST:
             raise ValueError(f"It has more than {_LONGEST:,} bytes.")
-        return Rules.from_json(read.decode())
+        return Rules.from_json(content.decode())
     except ValueError as error:
         raise ValueError(f"Cannot read rules from {path}: {error}") from None
 
@@ -146,27 +147,27 @@ def _rule(value: object, at: int) -> Rule:
             f"rules[{at}] is a Rule or a mapping with its fields, got {brief(value)}. "
             'Pass {"name": "fc.weight", "path": "fc/kernel"}.'
         )
-    given = cast("Mapping[str, Any]", value)
+    fields = cast("Mapping[str, Any]", value)
     known = [field.name for field in dataclasses.fields(Rule)]
-    for key in given:
+    for key in fields:
         if key not in known:
             raise ValueError(
                 f"rules[{at}] has the field {brief(key)}, which rules do not have. "
                 f"{nearest(str(key), known)}"
             )
-    if not {"name", "path"} <= set(given):
+    if not {"name", "path"} <= set(fields):
         raise ValueError(
-            f"rules[{at}] needs both name and path, and has {brief(list(given))}. "
+            f"rules[{at}] needs both name and path, and has {brief(list(fields))}. "
             'None, null in JSON, leaves out: {"name": "mask", "path": null}.'
         )
     try:
-        return Rule(**given)
+        return Rule(**fields)
     except (TypeError, ValueError) as error:
         raise type(error)(f"rules[{at}]: {error}") from None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         raise ValueError(f"A rule has a field twice: {brief([k for k, _ in pairs])}.")
-    return found
+    return fields

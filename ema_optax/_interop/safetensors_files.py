@@ -33,13 +33,13 @@ class Exported:
 
     Attributes:
         path: The file, or the folder.
-        step: Number of the step it is of, or None where the path did not say.
-        tree: The tree it is of.
+        step: Number of the exported step, or None where the path did not say.
+        tree: Name of the exported tree.
         names: Stored path → name in the file, of leaves that became one tensor.
-        bytes: Of all tensors.
-        metadata: In each file's header.
-        renamed: Key of `rename` → the stored paths that it fitted.
-        tensors: All of them, in order, and the files they are in.
+        bytes: Size of all tensors.
+        metadata: Texts in each file's header.
+        renamed: Key of `rename` → the stored paths that the key fitted.
+        tensors: All tensors in order, with the names of their files.
     """
 
     path: Path
@@ -116,11 +116,11 @@ def export(
 
     With `max_shard_size` the result is a folder as transformers and diffusers load it:
     `model.safetensors`, or `model-00001-of-00003.safetensors`, … and
-    `model.safetensors.index.json`. Of several trees each has a folder in `out`,
-    `params/` and `shadow/`.
+    `model.safetensors.index.json`. Several trees have a folder each in `out`, `params/`
+    and `shadow/`.
 
-    All that is read is compared with its checksums. Memory holds one file, and the
-    leaves of one tensor more. The result appears whole or not at all.
+    Every leaf is compared with its checksums. Memory holds one file, and the leaves of
+    one tensor more. The result appears whole or not at all.
 
     Args:
         directory: The folder of a run, or of one step of it.
@@ -129,9 +129,9 @@ def export(
             `"shadow/fast"`; or several of them.
         step: Number of the step; None for the newest that was committed.
         item: Name of the item, where the step holds several.
-        dtype: float32, bfloat16 or float16, which floating leaves are rounded to, the
-            others stay; None for those stored.
-        rename: Stored paths, or beginnings of both, to names:
+        dtype: float32, bfloat16 or float16, which floating leaves are rounded to; other
+            leaves stay. None for the stored dtypes.
+        rename: Stored paths to names, or beginnings to beginnings:
             `{"encoder": "model.encoder"}`; or patterns, `{"**/kernel": "**/weight"}`,
             where `**` stands for any number of keys and `*` for characters of one. A
             leaf's own path decides alone; else the longest beginning is replaced, and
@@ -141,7 +141,7 @@ def export(
             returns. The first that fits a path counts, and each path needs one.
         max_shard_size: Bytes that a file holds at most, or a text such as `"5GB"`,
             which is 5 · 10⁹; a larger tensor has a file by itself. None for one file.
-        name: Of files in a folder, before their numbers; None for `"model"`.
+        name: Beginning of the files' names in a folder; None for `"model"`.
         overwrite: Whether to replace a file, or a folder of such files, that is there.
         dry_run: Whether to read and write no values, and to return what would be.
         progress: Whether to draw a bar on stderr; None does on a terminal. Or a
@@ -176,45 +176,48 @@ def export(
     overwrite = arguments.flag(overwrite, "overwrite")
     dry_run = arguments.flag(dry_run, "dry_run")
     path = arguments.local_file(out, "out", "model.safetensors")
-    most = export_plan.shard_size(max_shard_size)
+    limit = export_plan.shard_size(max_shard_size)
     trees = _trees(tree)
-    in_folder = most is not None or not isinstance(tree, str)
+    in_folder = limit is not None or not isinstance(tree, str)
     if name is not None and not in_folder:
         raise ValueError(
             f"name={brief(name)} is of files in a folder, and out is a file here. "
             "Leave it out, or pass max_shard_size='5GB'."
         )
-    start = export_plan.file_name(name)
+    prefix = export_plan.file_name(name)
     appearing.check_free(path, overwrite, folder=in_folder)
     cast = _dtype(dtype)
-    found = checkpoint.describe(directory, step=step, item=item)
-    done: dict[Path, tuple[Exported, list[tuple[Tensor, Move]]]] = {}
-    for wanted in trees:
-        source = checkpoint.stored(found.path, wanted)
-        full = naming.chosen(wanted, [*found.trees], "Pass tree=")
+    description = checkpoint.describe(directory, step=step, item=item)
+    exports: dict[Path, tuple[Exported, list[tuple[Tensor, Move]]]] = {}
+    for tree_name in trees:
+        source = checkpoint.stored(description.path, tree_name)
+        full_name = naming.chosen(tree_name, [*description.trees], "Pass tree=")
         plan, renamed = export_plan.planned(
             source.entries, rename=rename, rules=rules, dtype=cast
         )
-        plan = export_plan.in_files(plan, start if in_folder else path.stem, most)
-        if not in_folder:  # by the name that was asked for, whatever it ends with
+        plan = export_plan.in_files(plan, prefix if in_folder else path.stem, limit)
+        if not in_folder:  # the name of `out`, whatever it ends with
             plan = [(dataclasses.replace(t, file=path.name), move) for t, move in plan]
-        below = Path() if isinstance(tree, str) else Path(full)
-        if below in done:
-            raise ValueError(f"tree has {full!r} twice: {brief(tree)}.")
-        source.check_size()  # or the disk would be blamed for what is not there
+        subfolder = Path() if isinstance(tree, str) else Path(full_name)
+        if subfolder in exports:
+            raise ValueError(f"tree has {full_name!r} twice: {brief(tree)}.")
+        # First, so that a cut checkpoint is not reported as a disk without room.
+        source.check_size()
         tensors = [tensor for tensor, _ in plan]
         exported = Exported(
-            path=path / below,
-            step=found.step,
-            tree=full,
+            path=path / subfolder,
+            step=description.step,
+            tree=full_name,
             names=_single(tensors),
             bytes=sum(tensor.bytes for tensor in tensors),
-            metadata=_metadata(found, full, "flax" if rules is None else "pt"),
+            metadata=_metadata(
+                description, full_name, "flax" if rules is None else "pt"
+            ),
             renamed=renamed,
             tensors=tensors,
         )
-        done[below] = exported, plan
-    results = tuple(exported for exported, _ in done.values())
+        exports[subfolder] = exported, plan
+    results = tuple(exported for exported, _ in exports.values())
     if not dry_run:
         appearing.check_room(path, sum(exported.bytes for exported in results))
         count = sum(len(exported.tensors) for exported in results)
@@ -223,21 +226,21 @@ def export(
             shown(progress, "tensors", count) as report,
         ):
             numbers = itertools.count(1)
-            for below, (exported, plan) in done.items():
-                folder = whole / below if in_folder else whole.parent
+            for subfolder, (exported, plan) in exports.items():
+                folder = whole / subfolder if in_folder else whole.parent
                 folder.mkdir(parents=True, exist_ok=True)
-                reader = export_writing.Reader(found, exported.tree, cast)
+                reader = export_writing.Reader(description, exported.tree, cast)
                 export_writing.write(
                     save_file,
                     reader,
                     plan,
                     folder,
                     exported.metadata,
-                    done=lambda: report(next(numbers)),
+                    report=lambda: report(next(numbers)),
                 )
                 if in_folder:
                     export_writing.write_index(
-                        exported.tensors, folder, start, exported.metadata
+                        exported.tensors, folder, prefix, exported.metadata
                     )
     return results[0] if isinstance(tree, str) else results
 
@@ -253,13 +256,17 @@ def _trees(tree: object) -> Sequence[str]:
 
 
 def _single(tensors: Sequence[Tensor]) -> dict[str, str]:
-    """Returns the names of leaves that became one tensor."""
+    """Names the tensor of each leaf that became one tensor by itself."""
     names: dict[str, list[str]] = {}
     for tensor in tensors:
         for path in tensor.paths:
-            alone = len(tensor.paths) == 1
-            names.setdefault(path, []).extend([tensor.name] if alone else ["", ""])
-    return {path: own[0] for path, own in names.items() if len(own) == 1}
+            is_alone = len(tensor.paths) == 1
+            names.setdefault(path, []).extend([tensor.name] if is_alone else ["", ""])
+    return {
+        path: tensor_names[0]
+        for path, tensor_names in names.items()
+        if len(tensor_names) == 1
+    }
 
 
 def _dtype(dtype: DTypeLike | None) -> np.dtype | None:
@@ -277,14 +284,16 @@ def _dtype(dtype: DTypeLike | None) -> np.dtype | None:
     return jnp.dtype(name)
 
 
-def _metadata(found: checkpoint.Description, tree: str, layout: str) -> dict[str, str]:
-    """Returns what the header says: all of it text, as the format wants it."""
-    told = {"format": layout, "ema_optax": __version__, "tree": tree}
-    if found.step is not None:
-        told["step"] = str(found.step)
+def _metadata(
+    description: checkpoint.Description, tree: str, layout: str
+) -> dict[str, str]:
+    """Makes the metadata of a header: all of it text, as the format wants it."""
+    metadata = {"format": layout, "ema_optax": __version__, "tree": tree}
+    if description.step is not None:
+        metadata["step"] = str(description.step)
     if tree != naming.PARAMS:
-        average = found.trees[tree]
-        told["decay"] = average.decay.to_json() if average.decay else "null"
-        told["every"] = json.dumps(average.every)
-        told["count"] = json.dumps(average.count)
-    return told
+        average = description.trees[tree]
+        metadata["decay"] = average.decay.to_json() if average.decay else "null"
+        metadata["every"] = json.dumps(average.every)
+        metadata["count"] = json.dumps(average.count)
+    return metadata

@@ -19,26 +19,26 @@ INDEX = f"{SAFETENSORS}.index.json"
 
 _NUMBERED = re.compile(r"(.*[^0-9.])?([0-9]+)")  # checkpoint-500; not the 07 of w-0.07
 _SHARD = re.compile(r".*-[0-9]+-of-[0-9]+")
-_BEGUN = ("tmp", ".")  # how the names of what is not written to its end begin
+_BEGUN = ("tmp", ".")  # beginnings of the names of files that are still written
 
 
 def stored(source: str | os.PathLike[str], tree: str | None = None) -> "TensorTree":
     """Opens a safetensors checkpoint as a source for merging.
 
     Dots in names become slashes, as paths have them. The format keeps no checksums:
-    what is read is not verified. Files are mapped, and nothing but headers is read yet.
+    tensors are not verified. Files are mapped, and only their headers are read yet.
 
     Args:
         source: A file `….safetensors`, an index of shards
             `….safetensors.index.json`, or a folder with one of them.
-        tree: Beginning of the names that are read, `"model"` of `model.w`, without it;
-            None is all tensors.
+        tree: Beginning of the names to read, `"model"` of `model.w`, which is left
+            out of paths; None for all tensors.
 
     Raises:
-        FileNotFoundError: If there are none, or a shard is missing.
+        FileNotFoundError: If there are no tensors, or a shard is missing.
         ModuleNotFoundError: If safetensors is not installed.
-        ValueError: If it is damaged, if a folder has several, if there is no such
-            tree, or a tensor cannot be held.
+        ValueError: If a file is damaged, if a folder has several checkpoints, if there
+            is no such tree, or a tensor cannot be held.
 
     >>> import tempfile, ema_optax, safetensors.numpy
     >>> from ema_optax import reconstruction
@@ -54,7 +54,7 @@ def stored(source: str | os.PathLike[str], tree: str | None = None) -> "TensorTr
     path = arguments.local_file(source, "source", "step-100.safetensors")
     if tree is not None:
         arguments.a_name(tree, "tree", "model")
-    tensors, _ = torch_folders.found(path)
+    tensors, _ = torch_folders.open_source(path)
     if not tensors.origin.endswith((SAFETENSORS, INDEX)):
         raise ValueError(
             f"{tensors.origin} is no safetensors file. Import it instead: "
@@ -105,7 +105,7 @@ class TensorTree(Source):
         return self._tensors.raw(self._names[path])[index]
 
     def read_others(self) -> dict[str, np.ndarray]:
-        """Returns the leaves that are not averaged, by path."""
+        """Reads the leaves that are not averaged, by path."""
         return {path: self._tensors.raw(self._names[path]) for path in self.others}
 
     def _add(self, name: str, rest: str) -> None:
@@ -128,17 +128,17 @@ class TensorTree(Source):
 
 
 def checkpoints_in(folder: Path) -> tuple[dict[int, Path], list[Path]]:
-    """Returns the safetensors checkpoints in a folder by number, and what is left out.
+    """Finds the safetensors checkpoints in a folder by number, and those left out.
 
-    They are files `step-100.safetensors`, or folders `checkpoint-100` with a model each
-    as Hugging Face's trainer writes them. The weights in the folder itself are left
-    out where there are such, and what a trainer had begun to write.
+    Checkpoints are files `step-100.safetensors`, or folders `checkpoint-100` with a
+    model each, as Hugging Face's trainer writes them. Where there are any, the weights
+    in the folder itself are left out, and always what a trainer had begun to write.
 
     Raises:
         ValueError: If there are several of one number, shards without their index, or
             checkpoints of several runs.
     """
-    found: dict[str, dict[int, Path]] = {}
+    by_form: dict[str, dict[int, Path]] = {}
     left_out, single, shards, empty = [], [], [], []
     for path in sorted(folder.iterdir()):
         is_folder = path.is_dir()
@@ -154,7 +154,7 @@ def checkpoints_in(folder: Path) -> tuple[dict[int, Path], list[Path]]:
         elif not is_folder and _SHARD.fullmatch(stem):
             shards.append(path)
         elif match:
-            form = found.setdefault(f"{match[1] or ''}{'/' if is_folder else ''}", {})
+            form = by_form.setdefault(f"{match[1] or ''}{'/' if is_folder else ''}", {})
             if int(match[2]) in form:
                 other = form[int(match[2])].name
                 raise ValueError(
@@ -169,22 +169,24 @@ def checkpoints_in(folder: Path) -> tuple[dict[int, Path], list[Path]]:
             f"{folder} has shards, {some(path.name for path in shards)}, and no "
             f"{INDEX.removeprefix('.')} that says what is in them. Bring it too."
         )
-    if len(found) > 1:
-        each = some((next(iter(form.values())).name for form in found.values()), 4)
-        raise ValueError(
-            f"{folder} has checkpoints of {len(found)} names, such as {each}: two "
-            "runs, perhaps. Pass those that are meant, in their order, or a folder of "
-            "each run."
+    if len(by_form) > 1:
+        examples = some(
+            (next(iter(form.values())).name for form in by_form.values()), 4
         )
-    if found:
-        ((name, numbered),) = found.items()
+        raise ValueError(
+            f"{folder} has checkpoints of {len(by_form)} names, such as {examples}: "
+            "two runs, perhaps. Pass those that are meant, in their order, or a folder "
+            "of each run."
+        )
+    if by_form:
+        ((name, numbered),) = by_form.items()
         left_out += single + shards + [path for at, path in empty if at == name]
         return dict(sorted(numbered.items())), left_out
     return {}, left_out
 
 
 def has_safetensors(path: Path) -> bool:
-    """Returns whether a path is a safetensors file, an index, or a folder with one."""
+    """Tells whether a path is a safetensors file, an index, or a folder with one."""
     return path.name.endswith((SAFETENSORS, INDEX)) or _has_weights(path)
 
 

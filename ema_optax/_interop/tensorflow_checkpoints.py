@@ -30,14 +30,14 @@ class Imported:
     """Tells what became of a TensorFlow checkpoint.
 
     Attributes:
-        source: Its prefix, as TensorFlow names a checkpoint.
-        path: The folder of ours.
-        step: Number of the step in it.
+        source: Prefix of the checkpoint, as TensorFlow names it.
+        path: Folder of the new checkpoint.
+        step: Number of the step in the new checkpoint.
         averaged: Paths of the params that have a shadow.
-        raw: Paths of those that have none, and are raw in the shadow too.
-        left_out: What else was in it: name → what it is.
+        raw: Paths of the params that have none, and are raw in the shadow too.
+        left_out: Names of the other variables → what each is.
         moved: Variables whose name is a scope of others too: name → path.
-        scopes: Scopes that its averages were made in, `""` for none.
+        scopes: Scopes in which the averages were made, `""` for none.
     """
 
     source: str
@@ -68,7 +68,7 @@ def import_checkpoint(
     averages were made inside a scope: `train/enc/w/ExponentialMovingAverage`. Where
     there is `enc` beside `enc/w`, it becomes `enc/value`. Values and dtypes stay as
     they are, bfloat16 and 64 bits included. Optimizer slots and texts are left
-    out. Read are checkpoints of `tf.compat.v1.train.Saver`, and those of
+    out. The checkpoint may be one of `tf.compat.v1.train.Saver`, or one of
     `tf.train.Checkpoint` where no two variables have the same name.
 
     The shadow's count is the step. Memory holds params and shadow, and some leaves
@@ -79,22 +79,22 @@ def import_checkpoint(
             folder: then the latest in it.
         out: Folder of the checkpoint to write, made if missing.
         step: Number of the step, ≥ 0; None for the `global_step`.
-        decay: What it was averaged with, for `describe`; TensorFlow does not write it
-            down. `ExponentialMovingAverage(0.999)` is `constant(0.999)`, and
-            `warmup(0.999)` with `num_updates`.
+        decay: Decay of the average, for `describe`; TensorFlow does not write it down.
+            `ExponentialMovingAverage(0.999)` is `constant(0.999)`, and `warmup(0.999)`
+            with `num_updates`.
         average: Last part of the names of the averages.
-        scope: The `variable_scope` that the averages were made in, `""` for none; None
-            for any. Needed only where a variable has an average in each of several.
+        scope: The `variable_scope` in which the averages were made, `""` for none; None
+            for any. Needed only where a variable has averages in several scopes.
         dry_run: Whether to read the names and the step alone, and write nothing.
         progress: Whether to draw a bar on stderr: None on terminals, where rich is
-            installed. Or a function of the variables read and of all.
+            installed. Or a function of the variables read and of their total.
 
     Raises:
         FileExistsError: If the step is in `out` already; nothing is overwritten.
         FileNotFoundError: If there is no TensorFlow checkpoint.
         ModuleNotFoundError: If TensorFlow is not installed.
-        ValueError: If it is damaged, holds no average or no step, or it cannot be told
-            which average belongs to which variable.
+        ValueError: If the checkpoint is damaged, holds no average or no step, or does
+            not tell which average belongs to which variable.
 
     Source: the names are those of `tf.train.ExponentialMovingAverage`.
 
@@ -107,9 +107,9 @@ def import_checkpoint(
     tf = _tensorflow()
     prefix = _prefix(tf, os.path.expanduser(os.fspath(source)))
     with _Reader(tf, prefix) as reader:
-        found = roles(reader.variables(), average, prefix, scope)
-        number = _number(found.step, reader, step, prefix)
-        groups = () if dry_run else (found.params, found.shadow)
+        variables = roles(reader.variables(), average, prefix, scope)
+        number = _number(variables.step, reader, step, prefix)
+        groups = () if dry_run else (variables.params, variables.shadow)
         values = _values(reader, groups, progress)
     if values:
         params, shadow = values
@@ -126,11 +126,11 @@ def import_checkpoint(
         source=prefix,
         path=str(out),
         step=number,
-        averaged=tuple(found.shadow),
-        raw=tuple(path for path in found.params if path not in found.shadow),
-        left_out=found.left_out,
-        moved={v.name: path for path, v in found.params.items() if path != v.name},
-        scopes=found.scopes,
+        averaged=tuple(variables.shadow),
+        raw=tuple(path for path in variables.params if path not in variables.shadow),
+        left_out=variables.left_out,
+        moved={v.name: path for path, v in variables.params.items() if path != v.name},
+        scopes=variables.scopes,
     )
 
 
@@ -138,10 +138,10 @@ def _values(
     reader: "_Reader", groups: Sequence[Mapping[str, Variable]], progress: Progress
 ) -> list[dict[str, np.ndarray]]:
     """Reads the variables of each group."""
-    pairs = [(n, *each) for n, group in enumerate(groups) for each in group.items()]
+    pairs = [(n, *pair) for n, group in enumerate(groups) for pair in group.items()]
     values: list[dict[str, np.ndarray]] = [{} for _ in groups]
-    with contextlib.closing(tracked(pairs, "variables", progress)) as each:
-        for n, path, variable in each:
+    with contextlib.closing(tracked(pairs, "variables", progress)) as items:
+        for n, path, variable in items:
             values[n][path] = reader.read(variable)
     return values
 
@@ -153,37 +153,38 @@ def _tensorflow() -> ModuleType:
 
 
 def _prefix(tf: ModuleType, source: str) -> str:
-    """Returns the prefix of the checkpoint that a path means."""
+    """Finds a checkpoint's prefix from a prefix, one of its files, or its folder."""
     if os.path.isdir(source):
         listed = tf.train.get_checkpoint_state(source)
         if listed is not None:
             latest = listed.model_checkpoint_path
             # The folder may have been moved, and the list name where it was.
-            here = os.path.join(source, os.path.basename(latest))
-            for prefix in (here, latest):
+            moved = os.path.join(source, os.path.basename(latest))
+            for prefix in (moved, latest):
                 if os.path.exists(f"{prefix}.index"):
                     return prefix
-        found = _prefixes(source)
-        if len(found) == 1:
-            return found[0]
-        have = (
-            f"it has {', '.join(found)}: pass one of them"
-            if found
+        prefixes = _prefixes(source)
+        if len(prefixes) == 1:
+            return prefixes[0]
+        contents = (
+            f"it has {', '.join(prefixes)}: pass one of them"
+            if prefixes
             else "no file in it ends in .index"
         )
         raise FileNotFoundError(
-            f"{source} does not say which TensorFlow checkpoint is its latest; {have}."
+            f"{source} does not say which TensorFlow checkpoint is its latest; "
+            f"{contents}."
         )
     match = _FILE.fullmatch(source)
     prefix = match[1] if match else source
     if "://" not in prefix and not os.path.exists(f"{prefix}.index"):
         near = _prefixes(os.path.dirname(prefix))
-        there = "Pass a prefix, such as run/model.ckpt-300, or the folder of the run."
+        advice = "Pass a prefix, such as run/model.ckpt-300, or the folder of the run."
         if near:
-            there = f"There are {', '.join(near[:3])}."
+            advice = f"There are {', '.join(near[:3])}."
         raise FileNotFoundError(
             f"There is no TensorFlow checkpoint {prefix}: {prefix}.index does not "
-            f"exist. {there}"
+            f"exist. {advice}"
         )
     return prefix
 
@@ -200,9 +201,9 @@ def _number(
     if variable is not None:
         return int(reader.read(variable))
     end = re.search(r"-(\d+)$", prefix)
-    say = int(end[1]) if end else 0
+    example = int(end[1]) if end else 0
     raise ValueError(
-        f"{prefix} holds no global_step. Pass step={say}, or whichever it is of."
+        f"{prefix} holds no global_step. Pass step={example}, or whichever it is of."
     )
 
 
@@ -220,7 +221,7 @@ class _Reader:
         del self._reader
 
     def variables(self) -> list[Variable]:
-        """Returns all variables; those of an object graph by their own names."""
+        """Lists all variables; those of an object graph by their own names."""
         shapes = self._reader.get_variable_to_shape_map()
         dtypes = self._reader.get_variable_to_dtype_map()
         names = {key: key for key in dtypes}
@@ -235,9 +236,9 @@ class _Reader:
         ]
 
     def read(self, variable: Variable) -> np.ndarray:
-        """Returns the value of a variable; TensorFlow compares it with its checksum.
+        """Reads the value of a variable; TensorFlow compares it with its checksum.
 
-        After the first error the reader must not be used again: it ends the process.
+        After the first error the reader must not be used again: that ends the process.
         """
         return np.asarray(self._call(self._reader.get_tensor, variable.key))
 
@@ -263,7 +264,7 @@ class _Reader:
 
 
 def _role(key: str, keys: Mapping[str, Any]) -> str | None:
-    """Returns what the path to an object says: what optimizers and savers keep."""
+    """Tells by an object's path what optimizers or savers keep; None for others."""
     path = key.removesuffix(_VALUE)
     if path == key:
         return None

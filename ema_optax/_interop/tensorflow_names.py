@@ -1,4 +1,4 @@
-"""Which variable of a TensorFlow checkpoint is what, by the names it gives them.
+"""Tells what each variable of a TensorFlow checkpoint is, by its name.
 
 A shadow is called `scope/w/ExponentialMovingAverage`, after its variable `scope/w`; so
 is whatever an optimizer keeps of it, `scope/w/Adam`. Made inside
@@ -28,9 +28,9 @@ class Variable:
     Attributes:
         name: What TensorFlow calls it.
         key: What the checkpoint calls it: the name, or the path to the object.
-        shape: Its shape.
+        shape: Shape of the variable.
         dtype: By TensorFlow's name.
-        role: What it is, where the checkpoint itself says that it is no parameter.
+        role: Role of the variable, where the checkpoint says that it is no parameter.
     """
 
     name: str
@@ -42,15 +42,15 @@ class Variable:
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """What each variable is.
+    """Sorts the variables of a checkpoint by what they are.
 
     Attributes:
         params: The parameters, by path: their name, and `NAME/value` where the name is
             a scope of others too.
         shadow: The averages, by the paths of their parameters.
         step: The `global_step`, if there is one.
-        left_out: What the others are, by name.
-        scopes: Scopes that averages were made in, `""` for none.
+        left_out: Names of the other variables → what each is.
+        scopes: Scopes in which averages were made, `""` for none.
     """
 
     params: Mapping[str, Variable]
@@ -66,35 +66,35 @@ def roles(
     """Tells parameters, averages, the step and the rest apart.
 
     Args:
-        variables: All of the checkpoint.
+        variables: All variables of the checkpoint.
         average: Last part of an average's name.
         where: The checkpoint, for errors.
-        scope: That the averages were made in, `""` for none; None for any.
+        scope: Scope in which the averages were made, `""` for none; None for any.
 
     Raises:
-        ValueError: If there is no average, or it cannot be told of which variable.
+        ValueError: If there is no average, or names do not tell of which variable.
 
     >>> names = ["w", "w/ExponentialMovingAverage", "w/Adam", "b"]
-    >>> found = roles(
+    >>> sorted_out = roles(
     ...     [Variable(n, n, (3,), "float32") for n in names],
     ...     "ExponentialMovingAverage",
     ...     "model.ckpt",
     ... )
-    >>> sorted(found.params), list(found.shadow), found.left_out
+    >>> sorted(sorted_out.params), list(sorted_out.shadow), sorted_out.left_out
     (['b', 'w'], ['w'], {'w/Adam': "slot 'Adam'"})
     """
     named: dict[str, Variable] = {}
     for variable in sorted(variables, key=lambda v: v.name):
-        same = named.setdefault(variable.name, variable)
-        if same is not variable:
+        first = named.setdefault(variable.name, variable)
+        if first is not variable:
             raise ValueError(
-                f"{where} holds two variables called '{variable.name}', '{same.key}' "
+                f"{where} holds two variables called '{variable.name}', '{first.key}' "
                 f"and '{variable.key}': names tell which average belongs to which. "
                 "Give the model's variables names of their own, and save it again."
             )
     owners = _owners(named, average, scope, where)
     scopes = {_scope_of(name, owner) for name, owner in owners.items()}
-    beneath = collections.Counter(
+    names_beneath = collections.Counter(
         name.rpartition("/")[2] for name in named if _holder(name, named, scopes)
     )
     step = _step(named)
@@ -113,10 +113,11 @@ def roles(
         if role is None and last == average:
             role = _why_not(name, owners)
         if role is None and holder and name not in owners.values():
-            # Or a parameter of a module that is called as a parameter is.
-            alike = named[holder].shape == variable.shape or beneath[last] > 1
-            kept = alike or average in holder.split("/")
-            role = f"slot '{last}'" if kept or _SLOTS.fullmatch(last) else None
+            # A slot has the shape of its variable, or lies under several variables.
+            # Else it is a parameter, in a module that has a parameter's name.
+            alike = named[holder].shape == variable.shape or names_beneath[last] > 1
+            is_slot = alike or average in holder.split("/")
+            role = f"slot '{last}'" if is_slot or _SLOTS.fullmatch(last) else None
         if role is not None:
             left_out[name] = role
         elif variable is not step:
@@ -156,7 +157,7 @@ def roles(
 def _owners(
     named: Mapping[str, Variable], average: str, scope: str | None, where: str
 ) -> dict[str, str]:
-    """Returns the name of each average's variable, as far as there is one."""
+    """Names the variable of each average that has one."""
     numbers = {
         name: variable
         for name, variable in named.items()
@@ -170,26 +171,26 @@ def _owners(
     if scope is not None:
         scope = scope.strip("/")
         inside = {
-            name: of[len(scope) :].strip("/")
-            for name, of in averages.items()
-            if f"{of}/".startswith(f"{scope}/" if scope else "")
+            name: base[len(scope) :].strip("/")
+            for name, base in averages.items()
+            if f"{base}/".startswith(f"{scope}/" if scope else "")
         }
         owners = {name: owner for name, owner in inside.items() if owner in numbers}
         if not owners:
-            have = {
+            known_scopes = {
                 _scope_of(n, o) for n, o in _owners(named, average, None, where).items()
             }
             raise ValueError(
                 f"No average in {where} was made in the scope {scope!r}. "
-                f"Averages are in {some(map(repr, sorted(have))) or 'none'}."
+                f"Averages are in {some(map(repr, sorted(known_scopes))) or 'none'}."
             )
         return owners
-    owners = {name: of for name, of in averages.items() if of in numbers}
+    owners = {name: base for name, base in averages.items() if base in numbers}
     direct = set(owners.values())
-    for name, of in averages.items():
+    for name, base in averages.items():
         if name in owners:
             continue
-        for owner in _endings(of):
+        for owner in _endings(base):
             variable = numbers.get(owner)
             alike = variable is not None and (variable.shape, variable.dtype) == (
                 named[name].shape,
@@ -207,9 +208,9 @@ def _scope_of(average: str, owner: str) -> str:
 
 
 def _why_not(name: str, owners: Mapping[str, str]) -> str:
-    """Returns what an average is that is not taken."""
-    of = name.rpartition("/")[0]
-    for owner in _endings(of):
+    """Says why an average is left out."""
+    base = name.rpartition("/")[0]
+    for owner in _endings(base):
         if owner in owners.values():
             return (
                 f"another average of '{owner}', of the scope '{_scope_of(name, owner)}'"
@@ -220,7 +221,7 @@ def _why_not(name: str, owners: Mapping[str, str]) -> str:
 def _holder(
     name: str, named: Mapping[str, Variable], scopes: Collection[str]
 ) -> str | None:
-    """Returns the name of the variable that another lies under, if there is one."""
+    """Names the variable that another one's name lies under, if there is one."""
     for scope in {"", *scopes}:
         if not scope or name.startswith(f"{scope}/"):
             for above in reversed(_above(name[len(scope) :].strip("/"))):
@@ -230,7 +231,7 @@ def _holder(
 
 
 def _paths(params: Collection[str]) -> dict[str, str]:
-    """Returns the path of each parameter: no leaf of a tree has others beneath it."""
+    """Gives each parameter a path: no leaf of a tree may have others beneath it."""
     scopes = {above for name in params for above in _above(name)}
     paths = {}
     for name in params:
@@ -261,7 +262,7 @@ def _above(name: str) -> list[str]:
 
 
 def _endings(name: str) -> list[str]:
-    """Returns what is left of a name without its first scopes, the longest first."""
+    """Lists the endings of a name, without its first scopes, the longest first."""
     parts = name.split("/")
     return ["/".join(parts[i:]) for i in range(1, len(parts))]
 
@@ -272,7 +273,7 @@ def _without_shadow(
     average: str,
     where: str,
 ) -> str:
-    held = (
+    contents = (
         f"{len(params)} variables, such as {some(map(repr, params))}"
         if params
         else "none"
@@ -283,11 +284,11 @@ def _without_shadow(
     if orphans:
         return (
             f"{where} holds averages, such as {some(map(repr, orphans))}, and none of "
-            f"the variables that they are of; it holds {held}. Pass a checkpoint with "
-            "both, as tf.compat.v1.train.Saver() writes it."
+            f"the variables that they are of; it holds {contents}. Pass a checkpoint "
+            "with both, as tf.compat.v1.train.Saver() writes it."
         )
     return (
-        f"No variable in {where} has an average called '{average}'. It holds {held}"
+        f"No variable in {where} has an average called '{average}'. It holds {contents}"
         f"{beside}. If the average has another name, pass average=…; a checkpoint "
         "without one has nothing to bring here."
     )

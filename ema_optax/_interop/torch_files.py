@@ -45,7 +45,7 @@ _HELD = frozenset([*_DTYPES.values(), "complex128"])
 
 
 def is_averaged(dtype: str) -> bool:
-    """Returns whether averages fold tensors of a dtype: floating and complex ones."""
+    """Tells whether averages fold tensors of a dtype: floating and complex ones."""
     return dtype.startswith(("float", "bfloat", "complex"))
 
 
@@ -54,8 +54,8 @@ class Entry:
     """A tensor in a file.
 
     Attributes:
-        shape: Its lengths.
-        dtype: As the file names it, NumPy's name where there is one.
+        shape: Lengths of the axes.
+        dtype: NumPy's name of it, or the file's where NumPy has none.
     """
 
     shape: tuple[int, ...]
@@ -63,25 +63,24 @@ class Entry:
 
     @property
     def is_averaged(self) -> bool:
-        """Whether averages fold it."""
+        """Whether averages fold the tensor."""
         return is_averaged(self.dtype)
 
     @property
     def is_held(self) -> bool:
-        """Whether NumPy holds it as numbers; what is quantized it does not."""
+        """Whether NumPy can hold the tensor as numbers: not where it is quantized."""
         return self.dtype in _HELD
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """What a file holds, or several that are one.
+    """Holds the tensors of a file, or of several that are one.
 
     Attributes:
         origin: The file, or its index, for errors.
         entries: Name → tensor; keys of nested dicts are joined by dots.
-        values: The same of numbers, texts and what else is no tensor.
+        values: Name → number, text or whatever else is no tensor.
         nested: Keys at the top that are dicts or lists, and no parts of names.
-        read: A tensor by its name.
     """
 
     origin: str
@@ -91,14 +90,14 @@ class Tensors:
     _read: Callable[[str], np.ndarray]
 
     def raw(self, name: str) -> np.ndarray:
-        """Returns a tensor that can be held, whatever its values are."""
+        """Reads a tensor that NumPy can hold, whatever its values are."""
         return self._read(name)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor, a view of the file where it can.
+        """Reads a tensor, as a view of the file where possible.
 
         Raises:
-            ValueError: If NumPy cannot hold it, or it has elements that are not finite.
+            ValueError: If NumPy cannot hold the tensor, or an element is not finite.
         """
         entry = self.entries[name]
         if not entry.is_held:
@@ -118,7 +117,7 @@ class Tensors:
         return array
 
     def number(self, name: str) -> int | None:
-        """Returns a whole number that is recorded as a tensor or value, or None."""
+        """Looks up a whole number that is recorded as a tensor or value, or None."""
         entry = self.entries.get(name)
         if entry is not None and not entry.is_averaged and entry.shape in ((), (1,)):
             return int(self._read(name).reshape(()))
@@ -127,13 +126,13 @@ class Tensors:
 
 
 def opened(path: Path) -> Tensors:
-    """Returns the tensors of one file, by its ending.
+    """Opens one file of weights, by its ending.
 
     Raises:
-        ModuleNotFoundError: If the library that reads it is not installed.
-        OSError: If it cannot be read.
-        ValueError: If it is none of PyTorch's or Hugging Face's, is damaged, or holds
-            objects that only running its code would bring.
+        ModuleNotFoundError: If the library that reads the file is not installed.
+        OSError: If the file cannot be read.
+        ValueError: If the file is none of PyTorch's or Hugging Face's, is damaged, or
+            holds objects that only running its code would bring.
     """
     if path.name.endswith(".index.json"):
         return _sharded(path)
@@ -148,7 +147,7 @@ def opened(path: Path) -> Tensors:
 def _safetensors(path: Path) -> Tensors:
     with extras.needed_by("import of safetensors files"):
         from safetensors import SafetensorError, safe_open
-    with path.open("rb") as file:  # a folder and a missing one say so here
+    with path.open("rb") as file:  # raises for a folder, and for a missing file
         head = file.read(8)
     try:
         # Checks the header, its size, and the place of each tensor.
@@ -161,7 +160,7 @@ def _safetensors(path: Path) -> Tensors:
     length = struct.unpack("<Q", head)[0]
     with path.open("rb") as file:
         file.seek(8)
-        # Two tensors of one name are refused; the library keeps the last unsaid.
+        # Two tensors of one name are refused; the library silently keeps the last.
         header = _parsed(file.read(length), str(path))
     header.pop("__metadata__", None)
     entries = {
@@ -183,10 +182,10 @@ def _dtype(name: str) -> str:
 
 
 def shards_of(index: Path) -> dict[Path, list[str]]:
-    """Returns the files that an index lists, and the tensors in each.
+    """Reads the files that an index lists, and the tensors in each.
 
     Raises:
-        ValueError: If it is no index, or names files elsewhere.
+        ValueError: If `index` is no index, or names files elsewhere.
     """
     content = _parsed(index.read_bytes(), str(index))
     table = content.get("weight_map") if isinstance(content, dict) else None
@@ -209,7 +208,7 @@ def shards_of(index: Path) -> dict[Path, list[str]]:
 
 
 def _sharded(index: Path) -> Tensors:
-    """Returns the tensors of the files that an index lists."""
+    """Opens the files that an index lists, as one."""
     listed = shards_of(index)
     missing = [path.name for path in listed if not path.is_file()]
     if missing:
@@ -251,23 +250,23 @@ def _sharded(index: Path) -> Tensors:
 
 
 def _parsed(text: bytes, where: str) -> Any:
-    """Returns JSON, and refuses names that are there twice."""
+    """Parses JSON, and refuses an object with a name twice."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = collections.Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"it has {brief(twice[0][0])} twice")
-        return found
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            most_common = collections.Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"it has {brief(most_common[0][0])} twice")
+        return members
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} cannot be read: {one_line(error)}.") from None
 
 
 def settings(folder: Path) -> Mapping[str, object]:
-    """Returns the `config.json` of a folder; nothing where there is none."""
+    """Reads the `config.json` of a folder; nothing where there is none."""
     path = folder / "config.json"
     if not path.is_file():
         return {}
@@ -276,7 +275,7 @@ def settings(folder: Path) -> Mapping[str, object]:
 
 
 def _pickled(path: Path) -> Tensors:
-    """Returns what `torch.load` brings, by a reader that runs nothing of the file."""
+    """Opens a file of `torch.save`, by a reader that runs nothing of the file."""
     torch = _torch()
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
@@ -294,10 +293,10 @@ def _pickled(path: Path) -> Tensors:
     tensors: dict[str, Any] = {}
     values: dict[str, object] = {}
     for name, leaf in _leaves(content, str(path)):
-        both = tensors if isinstance(leaf, torch.Tensor) else values
+        group = tensors if isinstance(leaf, torch.Tensor) else values
         if name in tensors or name in values:
             raise ValueError(f"{path} has two entries that are called '{name}'.")
-        both[name] = leaf
+        group[name] = leaf
     entries = {name: _entry(torch, tensor) for name, tensor in tensors.items()}
     top = content.items() if isinstance(content, Mapping) else ()
     nested = frozenset(str(k) for k, v in top if isinstance(v, (Mapping, list, tuple)))
@@ -318,24 +317,24 @@ def _torch() -> ModuleType:
 
 
 def _refused(torch: ModuleType, path: Path, error: Exception) -> str:
-    """Returns why a file is not read, and how to make one that is."""
+    """Explains why a file is not read, and how to make one that is."""
     text = str(error)
-    found: list[str] = []
-    with contextlib.suppress(Exception):  # it can list them of zip files alone
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    found = [name for name in found if name != "argparse.Namespace"]
-    found = found or re.findall(r"(?:GLOBAL|class) ([\w.]+\.\w+)", text)[:1]
-    if found or re.search(r"(?i)unsupported (?:global|class)", text):
-        what = f": {some(sorted(found))}" if found else ""
+    classes: list[str] = []
+    with contextlib.suppress(Exception):  # torch lists the classes of zip files alone
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    classes = [name for name in classes if name != "argparse.Namespace"]
+    classes = classes or re.findall(r"(?:GLOBAL|class) ([\w.]+\.\w+)", text)[:1]
+    if classes or re.search(r"(?i)unsupported (?:global|class)", text):
+        listed = f": {some(sorted(classes))}" if classes else ""
         return (
-            f"{path} holds more than tensors, numbers and texts{what}, and to load "
+            f"{path} holds more than tensors, numbers and texts{listed}, and to load "
             "that would run code that the file chooses. If you trust who wrote it, "
             "write the weights alone, in the environment of the run: "
             f"d = torch.load({path.name!r}, weights_only=False, map_location='cpu'); "
             "torch.save({'model': d['model'], 'ema': d['ema']}, 'weights.pt'), with "
             "the keys that it has."
         )
-    # Without torch's advice to run the file.
+    # Leaves out torch's advice to run the file.
     inner = re.search(r"WeightsUnpickler error:(.*?)(?:Check the doc|$)", text, re.S)
     reason = one_line(inner[1] if inner else text) or type(error).__name__
     return (
@@ -345,11 +344,11 @@ def _refused(torch: ModuleType, path: Path, error: Exception) -> str:
 
 
 def _leaves(content: object, origin: str) -> Iterator[tuple[str, object]]:
-    """Yields what is in dicts, lists and namespaces, with the keys joined by dots."""
+    """Yields the leaves of dicts, lists and namespaces, with keys joined by dots."""
     seen = 0
-    todo: list[tuple[str, int, object]] = [("", 0, content)]
-    while todo:
-        name, depth, node = todo.pop()
+    pending: list[tuple[str, int, object]] = [("", 0, content)]
+    while pending:
+        name, depth, node = pending.pop()
         seen += 1
         if seen > _MOST or depth > _DEEPEST:
             raise ValueError(
@@ -364,8 +363,8 @@ def _leaves(content: object, origin: str) -> Iterator[tuple[str, object]]:
         else:
             yield name, node
             continue
-        pairs.reverse()  # they are taken from the end
-        todo += [(f"{name}.{k}" if name else k, depth + 1, v) for k, v in pairs]
+        pairs.reverse()  # `pop` takes from the end
+        pending += [(f"{name}.{k}" if name else k, depth + 1, v) for k, v in pairs]
 
 
 def _entry(torch: ModuleType, tensor: Any) -> Entry:

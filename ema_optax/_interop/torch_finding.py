@@ -1,4 +1,4 @@
-"""Which layout a file of PyTorch is of, found where its names tell it, or given."""
+"""Finds the layout of a file of PyTorch by its names, or makes one from patterns."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from ema_optax._interop.torch_layouts import (
 )
 from ema_optax._messages.text import brief, nearest, nearest_names, some
 
-# What training programs save beside weights, and is none.
+# Keys of what training programs save beside weights.
 _NO_WEIGHTS = frozenset(
     (
         *("optimizer", "optimizers", "optimizer_state", "optimizer_states", "optim"),
@@ -22,8 +22,8 @@ _NO_WEIGHTS = frozenset(
         "hyper_parameters",
     )
 )
-_ALONE = ("state_dict", "model", "model_state_dict")
-# What averages are called, so that they are not taken for raw weights unasked.
+_ALONE = ("state_dict", "model", "model_state_dict")  # keys of raw weights alone
+# Names of averages, so that none is taken for raw weights unasked.
 _AVERAGES = frozenset(
     (
         *("ema", "model_ema", "ema_model", "ema_net", "ema_params", "params_ema"),
@@ -31,22 +31,20 @@ _AVERAGES = frozenset(
         *("shadow", "teacher"),
     )
 )
-
-
-# What PyTorch's AveragedModel and ema-pytorch call their count, and where they keep the
-# average beside it.
+# In the state of PyTorch's AveragedModel, and of ema-pytorch: name of the count → names
+# of the average.
 _WRAPPERS = {"n_averaged": "module.**", "step": "ema_model.**"}
 
 
-def found(tensors: Tensors, name: str | None = None) -> Layout:
-    """Returns the layout of a file.
+def find_layout(tensors: Tensors, name: str | None = None) -> Layout:
+    """Finds the layout of a file.
 
     Args:
-        tensors: What the file holds.
-        name: Of the layout; None for the one that fits.
+        tensors: Tensors of the file.
+        name: Name of the layout; None for the one that fits.
 
     Raises:
-        ValueError: If none fits, or several, or the one that is named.
+        ValueError: If no layout fits, or several, or not the named one.
     """
     if name is not None:
         if name not in LAYOUTS:
@@ -57,7 +55,7 @@ def found(tensors: Tensors, name: str | None = None) -> Layout:
         if not LAYOUTS[name].fits(tensors):
             raise ValueError(
                 f"{tensors.origin} is not of the layout {name}, {LAYOUTS[name].what}. "
-                f"{_what_is_there(tensors)}"
+                f"{_description(tensors)}"
             )
         return LAYOUTS[name]
     fitting = [layout for layout in LAYOUTS.values() if layout.fits(tensors)]
@@ -75,12 +73,12 @@ def found(tensors: Tensors, name: str | None = None) -> Layout:
         return layout
     raise ValueError(
         f"Which tensors of {tensors.origin} are the raw weights, and which the average,"
-        f" is not known. {_what_is_there(tensors)}"
+        f" is not known. {_description(tensors)}"
     )
 
 
-def given(tensors: Tensors, params: str | None, shadow: str | None) -> Layout:
-    """Returns the layout that a caller describes.
+def make_layout(tensors: Tensors, params: str | None, shadow: str | None) -> Layout:
+    """Makes a layout from the caller's patterns.
 
     Raises:
         ValueError: If a pattern fits nothing.
@@ -98,7 +96,7 @@ def given(tensors: Tensors, params: str | None, shadow: str | None) -> Layout:
             more = f" The nearest are {', '.join(map(repr, near))}." if near else ""
             raise ValueError(
                 f"{argument}={brief(pattern)} fits no tensor of {tensors.origin}.{more}"
-                f" {_what_is_there(tensors)}"
+                f" {_description(tensors)}"
             )
     start = TORCHTITAN.partition("**")[0]
     is_partial = shadow is not None and shadow.startswith(start)
@@ -109,19 +107,19 @@ def given(tensors: Tensors, params: str | None, shadow: str | None) -> Layout:
 
 
 def _inside(tensors: Tensors, key: str) -> tuple[str, str | None]:
-    """Returns where the average is in what is named, and where its count.
+    """Finds the names of an average and of its count below a key.
 
-    What is named may be the whole state of a wrapper, which keeps both.
+    The key may hold the whole state of a wrapper, which keeps both.
     """
-    there = tensors.entries.keys() | tensors.values.keys()
+    names = tensors.entries.keys() | tensors.values.keys()
     for count, average in _WRAPPERS.items():
-        if f"{key}.{count}" in there and names_of(tensors, f"{key}.{average}"):
+        if f"{key}.{count}" in names and names_of(tensors, f"{key}.{average}"):
             return f"{key}.{average}", f"{key}.{count}"
     return key, None
 
 
 def left_out(tensors: Tensors, taken: set[str]) -> dict[str, str]:
-    """Returns what else a file has, by its keys at the top."""
+    """Counts the tensors that were not taken, by the keys at the top."""
     groups: dict[str, int] = {}
     for name in tensors.entries:
         if name not in taken:
@@ -135,7 +133,7 @@ def left_out(tensors: Tensors, taken: set[str]) -> dict[str, str]:
 
 
 def _alone(tensors: Tensors) -> Layout | None:
-    """Returns the layout of raw weights alone, in a dict of a usual name."""
+    """Finds raw weights alone, in a dict of a usual name."""
     keys = {name.partition(".")[0] for name, x in tensors.entries.items() if x.shape}
     keys -= _NO_WEIGHTS
     if len(keys) == 1 and keys <= tensors.nested and keys <= set(_ALONE):
@@ -145,7 +143,7 @@ def _alone(tensors: Tensors) -> Layout | None:
 
 
 def _torchtitan(tensors: Tensors) -> Layout | None:
-    """Returns torchtitan's layout where each average has a key, `decay_0p999`.
+    """Finds torchtitan's layout, where each average has a key such as `decay_0p999`.
 
     Raises:
         ValueError: If there are averages of several keys.
@@ -167,13 +165,13 @@ def _torchtitan(tensors: Tensors) -> Layout | None:
 
 
 def _check_no_average(tensors: Tensors, layout: Layout) -> None:
-    """Refuses raw weights alone among whose names are those of an average."""
+    """Refuses a file as raw weights alone, if a name in it may be an average's."""
     if layout.shadow is not None or layout.params is None:
         return
     names = names_of(tensors, layout.params)
-    found = {name.partition(".")[0] for name in names} & _AVERAGES
-    if found:
-        first = min(found)
+    averages = {name.partition(".")[0] for name in names} & _AVERAGES
+    if averages:
+        first = min(averages)
         example = next(full for n, full in names.items() if n.startswith(f"{first}."))
         start = example[: example.index(f"{first}.")]
         raise ValueError(
@@ -192,8 +190,8 @@ def _groups(tensors: Tensors) -> dict[str, int]:
     return groups
 
 
-def _what_is_there(tensors: Tensors) -> str:
-    """Returns a sentence with the dicts of tensors in a file, and the call to make."""
+def _description(tensors: Tensors) -> str:
+    """Describes the dicts of tensors in a file, and the call to make."""
     groups = _groups(tensors)
     if not groups:
         return "There are no tensors in it."

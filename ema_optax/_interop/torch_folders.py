@@ -1,4 +1,4 @@
-"""Which files of a folder are the weights, and which the average beside them."""
+"""Finds the files of weights in a folder, and the average beside them."""
 
 import dataclasses
 from pathlib import Path
@@ -13,22 +13,22 @@ from ema_optax._interop.torch_files import (
 )
 from ema_optax._messages.text import nearest, some
 
-# How what training programs write beside the weights begins.
+# Beginnings of the names of files that training programs write beside the weights.
 _OTHERS = ("optimizer", "scheduler", "rng_state", "random_states", "training_args")
 _OTHERS += ("scaler", "sampler", "dataloader", "custom_checkpoint")
 _EMA = "_ema"  # of diffusers' folders
 
 
-def found(source: Path) -> tuple[Tensors, Tensors | None]:
-    """Returns what a file or folder holds, and an average in a folder of its own.
+def open_source(source: Path) -> tuple[Tensors, Tensors | None]:
+    """Opens the weights of a file or folder, and an average in a folder of its own.
 
     Args:
         source: A file; the folder of a model, with one file or one index of shards; or
             a folder of diffusers' training programs, with `unet` and `unet_ema`.
 
     Raises:
-        FileNotFoundError: If there is nothing, or no weights in it.
-        ValueError: If there are several, or they cannot be read.
+        FileNotFoundError: If `source` does not exist, or has no weights in it.
+        ValueError: If there are several files of weights, or one cannot be read.
     """
     if not source.exists():
         raise FileNotFoundError(
@@ -54,20 +54,20 @@ def found(source: Path) -> tuple[Tensors, Tensors | None]:
     pairs = [pair for pair in pairs if all(map(_is_model, pair))]
     if len(pairs) == 1:
         raw, average = pairs[0]
-        return found(raw)[0], found(average)[0]
+        return open_source(raw)[0], open_source(average)[0]
     if pairs:
         names = some((f"{raw.name} and {raw.name}{_EMA}" for raw, _ in pairs), 8)
         raise ValueError(
             f"{source} has several models with averages: {names}. Pass one of them "
             f'as source, {pairs[0][0]}, and its average: shadow_from="{pairs[0][1]}".'
         )
-    inside = [str(path) for path in sorted(source.iterdir()) if _is_model(path)]
-    there = (
-        f"There are weights in {some(inside, 8)}: pass one of them."
-        if inside
+    with_weights = [str(path) for path in sorted(source.iterdir()) if _is_model(path)]
+    advice = (
+        f"There are weights in {some(with_weights, 8)}: pass one of them."
+        if with_weights
         else f"It has {some(sorted(path.name for path in source.iterdir()), 8) or '—'}."
     )
-    raise FileNotFoundError(f"There are no weights in {source} itself. {there}")
+    raise FileNotFoundError(f"There are no weights in {source} itself. {advice}")
 
 
 def _with_settings(file: Path) -> Tensors:
@@ -77,7 +77,7 @@ def _with_settings(file: Path) -> Tensors:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Returns the files of weights in a folder; shards count as their index."""
+    """Lists the files of weights in a folder; of shards, their index."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     indices = [path for path in files if path.name.endswith(".index.json")]
     shards = {shard for index in indices for shard in shards_of(index)}

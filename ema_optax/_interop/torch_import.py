@@ -31,11 +31,12 @@ class ImportedLeaf:
     """Tells what a leaf was made of.
 
     Attributes:
-        names: Tensors of the model.
+        names: Names of the model's tensors.
         change: What was done to their axes, in words; `""` for nothing.
-        shape: Of the leaf.
-        dtype: Of that of the params.
-        shadow_dtype: Of that of the shadow; None where it has none of its own.
+        shape: Shape of the leaf.
+        dtype: Dtype of the leaf in the params.
+        shadow_dtype: Dtype of the leaf in the shadow; None where the shadow has none of
+            its own.
     """
 
     names: tuple[str, ...]
@@ -50,20 +51,20 @@ class ImportedTorch:
     """Tells what became of weights of PyTorch or Hugging Face.
 
     Attributes:
-        source: The file, or index, that was read; that of the raw weights, if of two.
-        path: The folder of ours; None where nothing was written.
-        step: Number of the step in it.
-        layout: What the source was read as.
+        source: The file, or index, that was read; of two, the one of the raw weights.
+        path: Folder of the new checkpoint; None where nothing was written.
+        step: Number of the step in the new checkpoint.
+        layout: Name of the layout that the source was read as.
         params: Where the raw weights were; None where there were none: restoring the
             params gives the average.
         shadow: Where the average was; None where there was none: it starts as a copy
             of the params, and has seen no update.
         leaves: Path → what the leaf was made of.
-        decay: What it was averaged with; None where that is not known.
+        decay: Decay of the average; None where it is not known.
         count: Updates that the average has seen.
         told_by: Where `step`, `decay` and `count` come from.
-        unwrapped: What was taken off the beginning of all names, by where they were.
-        left_out: What else was there: name or key → what it is.
+        unwrapped: Place of weights → prefix that was taken off all their names.
+        left_out: Names or keys of whatever was left out → what each is.
     """
 
     source: str
@@ -108,45 +109,46 @@ def import_checkpoint(
 ) -> ImportedTorch:
     """Turns weights of PyTorch or Hugging Face into one of our checkpoints.
 
-    Raw weights and average lie side by side in it where the source has both. Where it
-    has raw weights alone, the average starts as a copy, with count 0; where it has an
-    average alone, that is the params too. Without rules names become paths, `.` for
-    `/`, and arrays stay as they lie, dtypes too.
+    Where the source has raw weights and average, the checkpoint has both. Where it has
+    raw weights alone, the average starts as a copy, with count 0; where it has an
+    average alone, that is the params too. Without rules names become paths, `/` for
+    `.`, and arrays stay as they lie, dtypes too.
 
-    Read are safetensors, one file or shards with an index; files of `torch.save`, by a
-    reader that runs nothing of them; and folders of models. Which is the average is
-    told by the layouts of timm, Lightning, diffusers, `AveragedModel`, ema-pytorch,
-    torchvision, torchtitan, latent-diffusion and DiT, or by `params` and `shadow`.
+    The source may be safetensors, one file or shards with an index; a file of
+    `torch.save`, by a reader that runs nothing of the file; or a folder of a model. The
+    layouts of timm, Lightning, diffusers, `AveragedModel`, ema-pytorch, torchvision,
+    torchtitan, latent-diffusion and DiT tell which tensors are the average, or
+    `params` and `shadow` do.
 
-    All is read and checked before anything is written. Files are mapped. Memory holds
-    params and average, and 64 MiB or one leaf more.
+    Everything is read and checked before anything is written. Files are mapped. Memory
+    holds params and average, and 64 MiB or one leaf more.
 
     Args:
         source: The file, index or folder, on this machine.
         out: Folder of the checkpoint to write, made if missing.
-        params: Where the raw weights are: a key, `"model"`, or names with `**` for what
-            they are called, `"net.**"`; `"**"` is all at the top. Without `shadow` the
-            source has no average.
-        shadow: The same of the average; without `params` it is alone.
-        shadow_from: File or folder of the average, where it has one of its own;
-            `shadow` is then where in that.
-        layout: What to read the source as; None for the one layout that fits.
-        rules: What becomes of each name, and of its axes; None keeps them.
-        step: Number of the step, ≥ 0; None for that recorded, else the count.
-        decay: What it was averaged with, for `describe`; None for that recorded.
-        count: Updates that the average has seen, ≥ 0; None for those recorded, else the
-            step.
+        params: Where the raw weights are: a key, `"model"`, or names with `**` for the
+            model's own names, `"net.**"`; `"**"` is all at the top. Without `shadow`
+            the source has no average.
+        shadow: The same of the average; without `params` the average is alone.
+        shadow_from: File or folder of the average, where that is another; `shadow`
+            then says where in it.
+        layout: Name of the layout to read; None for the one layout that fits.
+        rules: Path and axes for each name; None keeps names and axes.
+        step: Number of the step, ≥ 0; None for the recorded one, else the count.
+        decay: Decay of the average, for `describe`; None for the recorded one.
+        count: Updates that the average has seen, ≥ 0; None for the recorded number,
+            else the step.
         dry_run: Whether to read no tensor, and write nothing.
         progress: True for a bar on stderr, False for none, None for one on a terminal,
-            or a function of leaves done and all.
+            or a function of the leaves read and their total.
 
     Raises:
         FileExistsError: If the step is in `out` already; nothing is overwritten.
         FileNotFoundError: If there are no weights, or shards are missing.
         ModuleNotFoundError: If safetensors, torch or einops is needed and missing.
-        ValueError: If a file is damaged or holds more than weights, it cannot be told
-            what is the average, raw weights and average differ in names or shapes, a
-            tensor is not finite or cannot be held, a rule does not fit, or an average
+        ValueError: If a file is damaged or holds more than weights, nothing tells which
+            tensors are the average, raw weights and average differ in names or shapes,
+            a tensor is not finite or cannot be held, a rule does not fit, or an average
             comes with neither count nor step.
 
     >>> import tempfile, ema_optax, safetensors.numpy
@@ -170,22 +172,23 @@ def import_checkpoint(
         if value is not None:
             arguments.a_name(value, name, "model-ema" if name == "layout" else "model")
     read_rules = Rules.of(rules)
-    own, beside = torch_folders.found(_local(source, "source"))
+    tensors, average_tensors = torch_folders.open_source(_local(source, "source"))
     if shadow_from is not None:
-        if beside is not None:
+        if average_tensors is not None:
             raise ValueError(
-                f"{own.origin} has an average beside it, {beside.origin}, and "
-                "shadow_from is another. Pass the folder of the raw weights as source."
+                f"{tensors.origin} has an average beside it, {average_tensors.origin}, "
+                "and shadow_from is another. Pass the folder of the raw weights as "
+                "source."
             )
-        first, second = torch_folders.found(_local(shadow_from, "shadow_from"))
-        beside = second or first
-    pair = torch_weights.chosen(
-        own, beside, params=params, shadow=shadow, layout=layout
+        main, paired = torch_folders.open_source(_local(shadow_from, "shadow_from"))
+        average_tensors = paired or main
+    pair = torch_weights.pair_of(
+        tensors, average_tensors, params=params, shadow=shadow, layout=layout
     )
     moves = _moves(pair, read_rules)
     numbers = Numbers.of(pair, step, count, decay)
-    done = ImportedTorch(
-        source=own.origin,
+    imported = ImportedTorch(
+        source=tensors.origin,
         path=None if dry_run else folder,
         step=numbers.step,
         layout=_layouts(pair),
@@ -198,14 +201,14 @@ def import_checkpoint(
         unwrapped={x.where: x.wrapper for x in pair if x.wrapper},
         left_out=_left_out(pair, moves),
     )
-    if steps.is_taken(paths.absolute(folder) / str(done.step)):
+    if steps.is_taken(paths.absolute(folder) / str(imported.step)):
         raise FileExistsError(
-            f"{folder}/{done.step} exists, and nothing is overwritten. Pass another "
-            "step, or another folder."
+            f"{folder}/{imported.step} exists, and nothing is overwritten. Pass "
+            "another step, or another folder."
         )
     if not dry_run:
-        _write(done, folder, *_read(pair, moves, progress))
-    return done
+        _write(imported, folder, *_read(pair, moves, progress))
+    return imported
 
 
 def _local(path: str | os.PathLike[str], name: str) -> Path:
@@ -219,7 +222,7 @@ def _local(path: str | os.PathLike[str], name: str) -> Path:
 
 
 def _moves(pair: Pair, rules: Rules) -> dict[str, Move]:
-    """Returns how each leaf is made.
+    """Plans how each leaf is made of tensors.
 
     Raises:
         ValueError: If a rule does not fit, or none takes a tensor.
@@ -232,12 +235,14 @@ def _moves(pair: Pair, rules: Rules) -> dict[str, Move]:
 
 
 def _leaf(move: Move, pair: Pair) -> ImportedLeaf:
-    own = pair.main.entries[move.sources[0]].dtype
-    other = None
+    dtype = pair.main.entries[move.sources[0]].dtype
+    shadow_dtype = None
     if pair.raw is not None and pair.average is not None:
         entry = pair.average.entries.get(move.sources[0])
-        other = entry and entry.dtype
-    return ImportedLeaf(tuple(move.sources), str(move), tuple(move.shape), own, other)
+        shadow_dtype = entry and entry.dtype
+    return ImportedLeaf(
+        tuple(move.sources), str(move), tuple(move.shape), dtype, shadow_dtype
+    )
 
 
 def _layouts(pair: Pair) -> str:
@@ -246,9 +251,11 @@ def _layouts(pair: Pair) -> str:
 
 
 def _left_out(pair: Pair, moves: Mapping[str, Move]) -> dict[str, str]:
-    """Returns tensors that no rule keeps, and what else the files have."""
+    """Lists the tensors that no rule keeps, and what else the files have."""
     taken = {name for move in moves.values() for name in move.sources}
-    left = {name: "left out by a rule" for name in pair.main.names if name not in taken}
+    left_out = {
+        name: "left out by a rule" for name in pair.main.names if name not in taken
+    }
     files = {x.tensors.origin: x.tensors for x in pair}
     for origin, tensors in files.items():
         used = {
@@ -257,48 +264,48 @@ def _left_out(pair: Pair, moves: Mapping[str, Move]) -> dict[str, str]:
             if weights.tensors.origin == origin
             for full in weights.names.values()
         }
-        left |= torch_finding.left_out(tensors, used)
-    return left
+        left_out |= torch_finding.left_out(tensors, used)
+    return left_out
 
 
 def _read(
     pair: Pair, moves: Mapping[str, Move], progress: bars.Progress
 ) -> tuple[_Tree, _Tree | None]:
-    """Returns the leaves of params and shadow; those of one where it is alone."""
-    both = pair.raw is not None and pair.average is not None
-    first: _Tree = {}
-    second: _Tree = {}
-    total = len(moves) * (1 + both)
+    """Reads the leaves of params and shadow, or of the one that there is."""
+    has_both = pair.raw is not None and pair.average is not None
+    main: _Tree = {}
+    shadow: _Tree = {}
+    total = len(moves) * (1 + has_both)
     with bars.shown(progress, "Reading tensors", total) as report:
-        for done, (path, move) in enumerate(moves.items(), start=1):
-            first[path] = _made(pair.main, path, move)
-            report(done)
+        for count, (path, move) in enumerate(moves.items(), start=1):
+            main[path] = _array(pair.main, path, move)
+            report(count)
         if pair.raw is None or pair.average is None:
-            return first, None
-        for done, (path, move) in enumerate(moves.items(), start=len(moves) + 1):
-            array = _made_if_there(pair.average, path, move)
-            # What is not averaged lies in the params, if it is the same.
-            if array is not None and not _is_same_integer(array, first[path]):
-                second[path] = array
-            report(done)
-    return first, second
+            return main, None
+        for count, (path, move) in enumerate(moves.items(), start=len(moves) + 1):
+            array = _array_or_none(pair.average, path, move)
+            # Integers are not averaged: equal ones lie in the params alone.
+            if array is not None and not _is_same_integer(array, main[path]):
+                shadow[path] = array
+            report(count)
+    return main, shadow
 
 
-def _made_if_there(weights: Weights, path: str, move: Move) -> np.ndarray | None:
-    """Returns a leaf, or None where a partial average has none of its tensors."""
-    there = [name for name in move.sources if name in weights.names]
-    if not there:
+def _array_or_none(weights: Weights, path: str, move: Move) -> np.ndarray | None:
+    """Makes a leaf, or None where a partial average has none of its tensors."""
+    names = [name for name in move.sources if name in weights.names]
+    if not names:
         return None
-    if len(there) < len(move.sources):
-        missing = next(name for name in move.sources if name not in there)
+    if len(names) < len(move.sources):
+        missing = next(name for name in move.sources if name not in names)
         raise ValueError(
             f"'{path}' is made of {len(move.sources)} tensors, and the average, "
-            f"{weights.where}, has {len(there)} of them: '{missing}' is not averaged."
+            f"{weights.where}, has {len(names)} of them: '{missing}' is not averaged."
         )
-    return _made(weights, path, move)
+    return _array(weights, path, move)
 
 
-def _made(weights: Weights, path: str, move: Move) -> np.ndarray:
+def _array(weights: Weights, path: str, move: Move) -> np.ndarray:
     arrays = [weights.tensors.read(weights.names[name]) for name in move.sources]
     try:
         return move(arrays)
@@ -312,21 +319,21 @@ def _is_same_integer(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _write(
-    done: ImportedTorch, folder: str, params: _Tree, shadow: _Tree | None
+    imported: ImportedTorch, folder: str, params: _Tree, shadow: _Tree | None
 ) -> None:
     origin = {
-        "source": os.path.basename(done.source),
-        "layout": done.layout,
-        "params": done.params,
-        "shadow": done.shadow,
-        **{f"{name}_from": where for name, where in done.told_by.items()},
+        "source": os.path.basename(imported.source),
+        "layout": imported.layout,
+        "params": imported.params,
+        "shadow": imported.shadow,
+        **{f"{name}_from": where for name, where in imported.told_by.items()},
     }
     checkpoint.save_average(
         folder,
         trees.nested(params if shadow is None else shadow),
         params=None if shadow is None else trees.nested(params),
-        step=done.step,
-        decay=done.decay,
-        count=done.count,
+        step=imported.step,
+        decay=imported.decay,
+        count=imported.count,
         extra={"from": origin},
     )

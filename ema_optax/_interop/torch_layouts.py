@@ -16,21 +16,22 @@ Names: TypeAlias = dict[str, str]  # of the model → in the file
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way to write raw weights and average into a file.
+    """Describes one way to write raw weights and average into a file.
 
     Attributes:
-        name: Of the layout.
-        what: Whose it is, and what it keeps where.
-        params: Names of the raw weights, `**` for what they are called without it; None
-            where the file has none.
+        name: Name of the layout.
+        what: Whose layout it is, and what is kept where.
+        params: Names of the raw weights in the file, `**` for the model's own names;
+            None where the file has no raw weights.
         shadow: The same of the average.
-        dicts: Keys at the top that are dicts.
+        dicts: Keys at the top that must be dicts.
         needs: Entries that must be there.
-        without: What no entry may begin with: a layout of its own has that.
-        count: Where the updates are recorded that the average has seen.
-        step: Where the number of the step is recorded.
-        decay: What it was averaged with, where that is recorded.
-        split: Raw weights and average of what `params` fits, where patterns cannot say.
+        without: Beginnings that no entry may have: they mark another layout.
+        count: Entry that records the updates that the average has seen.
+        step: Entry that records the number of the step.
+        decay: Reads the decay of the average, where it is recorded.
+        split: Separates what `params` fits into raw weights and average, where patterns
+            cannot.
         is_partial: Whether the average may lack tensors, which are then raw in both.
     """
 
@@ -48,22 +49,22 @@ class Layout:
     is_partial: bool = False
 
     def fits(self, tensors: Tensors) -> bool:
-        """Returns whether a file is of this layout."""
-        there = tensors.entries.keys() | tensors.values.keys()
+        """Tells whether a file is of this layout."""
+        names = tensors.entries.keys() | tensors.values.keys()
         return (
             tensors.nested.issuperset(self.dicts)
-            and there >= set(self.needs)
-            and not any(name.startswith(self.without) for name in there)
+            and names >= set(self.needs)
+            and not any(name.startswith(self.without) for name in names)
             and (self.params is None or bool(names_of(tensors, self.params)))
             and (self.shadow is None or bool(names_of(tensors, self.shadow)))
         )
 
 
 def names_of(tensors: Tensors, pattern: str) -> dict[str, str]:
-    """Returns the tensors that a pattern fits: what `**` stands for → name in the file.
+    """Finds the tensors that a pattern fits: text of `**` → name in the file.
 
-    Names inside the dicts at the top are fitted by patterns that name those. A pattern
-    without `**` is a key, or the beginning of names.
+    A name inside a dict at the top is fitted only by a pattern that names the dict. A
+    pattern without `**` is a key, or the beginning of names.
 
     >>> from ema_optax._interop.torch_files import Entry
     >>> entries = {f"ema.{x}": Entry((2,), "float32") for x in ("fc.bias", "w")}

@@ -16,13 +16,13 @@ _MOST = 2**31  # JAX counts in int32
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """Step, count and decay, and where each comes from.
+    """Holds step, count and decay, and where each comes from.
 
     Attributes:
         step: Number of the step.
         count: Updates that the average has seen.
-        decay: What it was averaged with; None where that is not known.
-        told_by: Where each comes from, in words.
+        decay: Decay of the average; None where it is not known.
+        told_by: Where step, count and decay come from, in words.
     """
 
     step: int
@@ -34,14 +34,14 @@ class Numbers:
     def of(
         cls, pair: Pair, step: int | None, count: int | None, decay: Decay | None
     ) -> "Numbers":
-        """Takes what is given, else what is recorded, else one from the other.
+        """Takes numbers from arguments, then the file; step and count from each other.
 
         Raises:
             ValueError: If an average has neither count nor step.
         """
-        told: dict[str, str] = {}
+        told_by: dict[str, str] = {}
         names = (pair.layout.step,) if pair.layout.step else _STEPS
-        step = _whole(step, "step", pair.main.tensors, names, told)
+        step = _whole(step, "step", pair.main.tensors, names, told_by)
         average, layout = pair.average, pair.average_layout
         if average is None:
             if count:
@@ -49,12 +49,12 @@ class Numbers:
                     f"count={count} is of an average, and {pair.main.where} has none: "
                     "it starts as a copy of the params, with count 0."
                 )
-            told["count"] = "the average starts here"
-            told["decay"] = _GIVEN if decay is not None else "no average yet"
-            told.setdefault("step", _NOT_RECORDED)
-            return cls(step or 0, 0, decay, told)
+            told_by["count"] = "the average starts here"
+            told_by["decay"] = _GIVEN if decay is not None else "no average yet"
+            told_by.setdefault("step", _NOT_RECORDED)
+            return cls(step or 0, 0, decay, told_by)
         names = (layout.count,) if layout.count else ()
-        count = _whole(count, "count", average.tensors, names, told)
+        count = _whole(count, "count", average.tensors, names, told_by)
         if step is None and count is None:
             raise ValueError(
                 f"{average.where} does not record how many updates the average has "
@@ -62,39 +62,39 @@ class Numbers:
                 "average that goes on with too small a count forgets itself."
             )
         if step is None:
-            step, told["step"] = count, "the count"
+            step, told_by["step"] = count, "the count"
         if count is None:
-            count, told["count"] = step, "the step"
+            count, told_by["count"] = step, "the step"
         if decay is not None:
-            told["decay"] = _GIVEN
+            told_by["decay"] = _GIVEN
         else:
             recorded = layout.decay and layout.decay(average.tensors)
-            decay, told["decay"] = recorded or (None, _NOT_RECORDED)
+            decay, told_by["decay"] = recorded or (None, _NOT_RECORDED)
         assert step is not None
         assert count is not None
-        return cls(step, count, decay, told)
+        return cls(step, count, decay, told_by)
 
 
 def _whole(
-    given: int | None,
+    value: int | None,
     argument: str,
     tensors: Tensors,
     names: tuple[str, ...],
-    told: dict[str, str],
+    told_by: dict[str, str],
 ) -> int | None:
-    """Returns a number that is given, or the first that is recorded, or None."""
-    if given is not None:
-        number = arguments.whole(given, argument, 0, f"{argument}=300000")
-        told[argument] = _GIVEN
+    """Takes a number from the argument, or the first that is recorded, or None."""
+    if value is not None:
+        number = arguments.whole(value, argument, 0, f"{argument}=300000")
+        told_by[argument] = _GIVEN
     else:
         recorded = {name: tensors.number(name) for name in names}
         numbers = {n: x for n, x in recorded.items() if x is not None and x >= 0}
         if not numbers:
             return None
-        told[argument], number = next(iter(numbers.items()))
+        told_by[argument], number = next(iter(numbers.items()))
     if number >= _MOST:
         raise ValueError(
-            f"{argument} is less than {_MOST:,}, got {number:,} ({told[argument]}). "
+            f"{argument} is less than {_MOST:,}, got {number:,} ({told_by[argument]}). "
             f"Pass {argument}=…"
         )
     return number

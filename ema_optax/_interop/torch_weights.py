@@ -1,4 +1,4 @@
-"""Which tensors of a source are the raw weights, and which are their average."""
+"""Separates the tensors of a source into raw weights and average."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -14,13 +14,13 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The tensors of one model in a file.
+    """Holds the tensors of one model in a file.
 
     Attributes:
-        tensors: The file.
-        names: Of the model's tensors → in the file.
-        where: In words.
-        wrapper: What was taken off the beginning of all names.
+        tensors: All tensors of the file.
+        names: Names of the model's tensors → names in the file.
+        where: Place of the model's tensors, in words.
+        wrapper: Prefix that was taken off all names.
     """
 
     tensors: Tensors
@@ -36,13 +36,13 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Raw weights and average; one of them may be missing.
+    """Holds raw weights and average; one of the two may be missing.
 
     Attributes:
         raw: The raw weights.
         average: The average.
-        layout: Of the source.
-        average_layout: Of what has the average.
+        layout: Layout of the source.
+        average_layout: Layout of the file with the average.
     """
 
     raw: Weights | None
@@ -51,18 +51,18 @@ class Pair:
     average_layout: Layout
 
     def __iter__(self) -> Iterator[Weights]:
-        """Yields those that are there."""
+        """Yields raw weights and average, each where there is one."""
         yield from (x for x in (self.raw, self.average) if x is not None)
 
     @property
     def main(self) -> Weights:
         """The raw weights, or the average where that is alone."""
-        found = self.raw or self.average
-        assert found is not None  # a layout has one of them
-        return found
+        weights = self.raw or self.average
+        assert weights is not None  # each layout has one of the two
+        return weights
 
 
-def chosen(
+def pair_of(
     own: Tensors,
     beside: Tensors | None,
     *,
@@ -70,17 +70,18 @@ def chosen(
     shadow: str | None,
     layout: str | None,
 ) -> Pair:
-    """Returns raw weights and average of a source.
+    """Pairs the raw weights of a source with their average.
 
     Args:
-        own: What the source holds.
-        beside: What holds the average, where that is another file.
+        own: Tensors of the source.
+        beside: Tensors of the file with the average, where that is another.
         params: Where the raw weights are, as `import_checkpoint` takes it.
         shadow: Where the average is.
         layout: Name of the source's layout.
 
     Raises:
-        ValueError: If it cannot be told, or the two differ in names or shapes.
+        ValueError: If raw weights and average cannot be told apart, or differ in names
+            or shapes.
     """
     if layout is not None and (params is not None or shadow is not None):
         raise ValueError(
@@ -88,22 +89,22 @@ def chosen(
             "params and shadow. Pass one or the other."
         )
     if beside is None:
-        used = _layout(own, params, shadow, layout)
-        raw, average = _both(own, used)
-        pair = Pair(raw, average, used, used)
+        own_layout = _layout(own, params, shadow, layout)
+        raw, average = _split(own, own_layout)
+        pair = Pair(raw, average, own_layout, own_layout)
     else:
-        used = _layout(own, params, None, layout)
-        raw, average = _both(own, used)
+        own_layout = _layout(own, params, None, layout)
+        raw, average = _split(own, own_layout)
         if raw is None or average is not None:
             raise ValueError(
-                f"{own.origin} has an average of its own, {used.what}, and so has "
-                f"{beside.origin}. Say which are the raw weights, params="
-                f'"{used.params or "**"}", or import {own.origin} alone.'
+                f"{own.origin} has an average of its own, {own_layout.what}, and so "
+                f"has {beside.origin}. Say which are the raw weights, params="
+                f'"{own_layout.params or "**"}", or import {own.origin} alone.'
             )
-        other = _layout(beside, None, shadow, None)
+        average_layout = _layout(beside, None, shadow, None)
         # A file beside raw weights that has one set of tensors has the average.
-        unnamed, average = _both(beside, other)
-        pair = Pair(raw, average or unnamed, used, other)
+        only, average = _split(beside, average_layout)
+        pair = Pair(raw, average or only, own_layout, average_layout)
     _check_alike(pair)
     return pair
 
@@ -112,11 +113,11 @@ def _layout(
     tensors: Tensors, params: str | None, shadow: str | None, name: str | None
 ) -> Layout:
     if params is None and shadow is None:
-        return torch_finding.found(tensors, name)
-    return torch_finding.given(tensors, params, shadow)
+        return torch_finding.find_layout(tensors, name)
+    return torch_finding.make_layout(tensors, params, shadow)
 
 
-def _both(tensors: Tensors, layout: Layout) -> tuple[Weights | None, Weights | None]:
+def _split(tensors: Tensors, layout: Layout) -> tuple[Weights | None, Weights | None]:
     raw = average = None
     if layout.params is not None:
         names = torch_layouts.names_of(tensors, layout.params)
@@ -154,9 +155,9 @@ def _check_alike(pair: Pair) -> None:
     average, raw = pair.average.entries, pair.raw.entries
     if pair.average_layout.is_partial:
         raw = {name: x for name, x in raw.items() if name in average}
-    different = trees.difference(average, raw, ("average", "raw weights"))
-    if different:
+    difference = trees.difference(average, raw, ("average", "raw weights"))
+    if difference:
         raise ValueError(
             f"The average, {pair.average.where}, and the raw weights, {pair.raw.where},"
-            f" are not of one model: {different}."
+            f" are not of one model: {difference}."
         )
