@@ -65,8 +65,8 @@ def diagnose(
     - `within_noise`, `flat`: the loss does not tell shadow and params apart.
     - `evaluation`: `evaluate` failed at a point.
 
-    A healthy average gives no finding. `diagnose` changes nothing. It reads the arrays
-    on the host, leaf by leaf, and does not work under `jit`.
+    A healthy average gives no finding. Nothing is changed. The arrays are read on the
+    host, leaf by leaf; this does not work under `jit`.
 
     Args:
         opt_state: The optimizer state.
