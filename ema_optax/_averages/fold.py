@@ -14,7 +14,7 @@ from ema_optax._messages.text import brief
 from ema_optax._trees import trees
 
 _ALLOWED = ("bfloat16", "float32", "float64")
-_STREAMS = 16  # different sequences of rounding noise
+_STREAMS = 16  # different sequences of rounding noise; more would compile longer
 
 
 def check_shadow_dtype(shadow_dtype: DTypeLike | None) -> np.dtype | None:
@@ -224,6 +224,7 @@ def _dithered(change: jax.Array, base: jax.Array, seed: ArrayLike) -> jax.Array:
     outwards = (change > 0) == (base > 0)
     after = bits + jnp.where(outwards, 1, -1)
     gap = jnp.abs(jax.lax.bitcast_convert_type(after, jnp.float32) - base)
+    # 24 bits: float32 holds whole numbers of no more to the last bit.
     uniform = (_random_bits(base.shape, seed) >> 8).astype(jnp.float32) * 2**-24
     noisy = change + (uniform - 0.5) * jnp.where(base == 0, 0, gap)
     back = (noisy > 0) != (change > 0)

@@ -251,6 +251,7 @@ def _written(
 ) -> jax.Array:
     """Writes a param into the slot of fold number `folds`, counted from 1."""
     k = slots.shape[0]
+    # An element that is not finite takes its value of the copy before.
     before = jax.lax.dynamic_index_in_dim(slots, (folds - 2) % k, keepdims=False)
     before = leaf_placement.put_on_device(before, sharding)
     new = leaf_placement.put_on_device(param.astype(slots.dtype), sharding)

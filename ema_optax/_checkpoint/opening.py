@@ -53,6 +53,7 @@ class Store:
             },
             "metadata": metadata,
         }
+        # The metadata were checked: TensorStore must not read others in their place.
         return ts.open(
             spec, open=True, read=True, assume_metadata=True, context=self._context
         )
