@@ -71,9 +71,10 @@ def arranged(tree: object, like: object) -> Any:
     by_path = dict(zip(paths, leaves, strict=True))
     masked = {path for path, leaf in by_path.items() if is_placeholder(leaf)}
     sources = [path if path in by_path else _above(path, masked) for path in like_paths]
-    if None in sources or set(sources) != set(paths):
+    known = [source for source in sources if source is not None]
+    if len(known) < len(like_paths) or set(known) != set(paths):
         return tree
-    return jax.tree.unflatten(like_structure, [by_path[source] for source in sources])
+    return jax.tree.unflatten(like_structure, [by_path[source] for source in known])
 
 
 def _spread(tree: object, like: object) -> Any:
