@@ -1,5 +1,6 @@
 """Checkpoints in a bucket: the bits of a disk, in few requests, and told truly."""
 
+import collections
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ from orbax.checkpoint import v1
 import ema_optax
 from ema_optax import _cli as cli
 from ema_optax import checkpoint, reconstruction
-from ema_optax._checkpoint import storage
+from ema_optax._checkpoint import opening, storage
 from tests import bucket as buckets
 
 if importlib.util.find_spec("gcsfs") is None or buckets.binary() is None:
@@ -300,6 +301,29 @@ def test_a_store_that_does_not_answer_is_told_as_that(runs, bucket):
         checkpoint.save(runs[0], *RUN[0], step=9)
     bucket.refuse = None
     assert checkpoint.describe(runs[0]).steps == (1, 2, 3, 4)
+
+
+def test_arrays_that_do_not_answer_are_told_as_that(runs, bucket, monkeypatch):
+    """Within a bound: TensorStore alone would ask for a quarter of an hour."""
+    quick = {"max_retries": 3, "initial_delay": "50ms", "max_delay": "50ms"}
+    monkeypatch.setattr(opening, "_RETRIES", quick)
+    # The index of the store is there, and its data are not.
+    bucket.refuse = lambda m, path: 503 if "/d/" in path or "%2Fd%2F" in path else None
+    for call in (
+        lambda: checkpoint.restore(runs[0], "shadow/a"),
+        lambda: checkpoint.verify(runs[0]),
+        lambda: checkpoint.resume(runs[0], *RUN[0]),
+        lambda: checkpoint.stored(runs[0], "params").read(
+            "enc/w", (slice(0, 2), slice(0, 3))
+        ),
+    ):
+        bucket.requests.clear()
+        with pytest.raises(OSError, match="try again") as caught:
+            call()
+        assert type(caught.value) is OSError
+        asked = collections.Counter(r for r in bucket.requests if "/d/" in r[1])
+        assert asked
+        assert max(asked.values()) <= 3
 
 
 KILLED = """

@@ -18,6 +18,9 @@ from ema_optax._checkpoint.manifest import FOLDER, PARAMS
 
 _KEY = 64  # most numbers in the data of a PRNG key; those of JAX have 2 or 4
 _CACHE = 2**20  # bytes that are cached of each store's index
+# Requests to a bucket that does not answer: after 1 + 2 + 4 + 8 + 16 s a read fails.
+# TensorStore's own 32 take a quarter of an hour.
+_RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
 
 
 class Store:
@@ -27,7 +30,12 @@ class Store:
         self._item, self._structures = item, structures
         # A context of its own: a shared cache would hold the index of a step that was
         # since written anew into the same folder.
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
+        self._context = ts.Context(
+            {
+                "cache_pool": {"total_bytes_limit": _CACHE},
+                "gcs_request_retries": _RETRIES,
+            }
+        )
         self._names: dict[str, dict[str, str]] = {}
         self._stores: dict[bool, ts.Future[ts.KvStore]] = {}
 
