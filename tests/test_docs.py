@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(
     not pages.PAGES, reason="the pages travel with the source"
 )
 
+# Pages beside the README, which the site shows too.
+PROJECT = [p for p in sorted(pages.ROOT.glob("*.md")) if p != pages.README]
 WITH_CODE = [page for page in pages.PAGES if pages.blocks(page, "python")]
 # Pages that go on with a run which a command of theirs has brought in.
 AFTER_AN_IMPORT = ("docs/settings.md", "docs/in-and-out.md")
@@ -139,11 +141,7 @@ def test_scripts_are_there_and_know_their_options():
             assert f'"{option}"' in source, f"{script} has no {option}"
 
 
-@pytest.mark.parametrize(
-    "page",
-    [*pages.PAGES, *(p for p in sorted(pages.ROOT.glob("*.md")) if p != pages.README)],
-    ids=pages.name,
-)
+@pytest.mark.parametrize("page", [*pages.PAGES, *PROJECT], ids=pages.name)
 def test_links_lead_somewhere(page):
     """To a file beside the page, and to a heading or a name on that file."""
     for file, anchor in pages.links(page):
@@ -153,10 +151,15 @@ def test_links_lead_somewhere(page):
             assert anchor in pages.anchors(target), f"{file}#{anchor} is not there"
 
 
-@pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
+@pytest.mark.parametrize("page", [*pages.PAGES, *PROJECT], ids=pages.name)
 def test_a_page_is_read_alike_everywhere(page):
-    """A list has an empty line above, and Markdown is not inside HTML."""
+    """A list has an empty line above, and Markdown is not inside HTML.
+
+    A block in a list is four columns in, else the site's Markdown ends the list there
+    and counts from 1 again.
+    """
     text = pages.prose(page)
+    assert not re.findall(r"^(?!(?: {4})*`) +```", page.read_text(), re.M)
     assert "<details" not in text
     assert not re.findall(r"^(?!\s*[-*] |\s*$|  )[^\n]+\n[-*] ", text, re.M)
 
