@@ -3,6 +3,9 @@
 `pip install nox uv` brings the runner. Each session has an environment of its own: uv
 makes it in seconds, and pip, where uv is missing, in a minute. What stands behind `--`
 goes to pytest: `nox -s tests -- tests/test_fold.py`.
+
+Times are those of two quick cores that other sessions share, as in `.ci/run`; slow ones
+took twice as long.
 """
 
 import ast
@@ -148,21 +151,21 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Pyright on the package: a minute."""
+    """Pyright on the package: half a minute."""
     install(session, "-e", ".[dev]")
     session.run("pyright", "--pythonpath", f"{session.bin}/python")
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The tests of every day, as README's command runs them: 4 minutes."""
+    """The tests of every day, as README's command runs them: 3 minutes."""
     install(session, "-e", ".[dev]")
     session.run(*PYTEST, *(session.posargs or ("-n", "2")))
 
 
 @nox.session
 def once(session: nox.Session) -> None:
-    """Long runs, kills, floods, notebooks and programs, on one version: 5 minutes."""
+    """Long runs, kills, floods, notebooks and programs, on one version: 7 minutes."""
     install(session, "-e", ".[dev]")
     session.run(*PYTEST, *WORKERS, "-m", "once", *session.posargs)
 
@@ -176,7 +179,7 @@ def faults(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def lowest(session: nox.Session) -> None:
-    """The wheel with the lowest versions, all but `once`, measured: 9 minutes."""
+    """The wheel with the lowest versions, all but `once`, measured: 10 minutes."""
     lines = subprocess.run(
         [sys.executable, "-m", "tests.versions", "lowest"],
         capture_output=True,
@@ -197,7 +200,7 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
-    """The wheel with the newest versions, and some long tests: 7 minutes."""
+    """The wheel with the newest versions, and some long tests: 5 minutes."""
     install(session, ".[dev]")
     run = (*UNCACHED, *WORKERS)
     with beside_the_wheel(session):
@@ -226,14 +229,14 @@ def between(session: nox.Session) -> None:
 
 @nox.session
 def tensorflow(session: nox.Session) -> None:
-    """Checkpoints of TensorFlow, which has 2 GB: half a minute."""
+    """Checkpoints of TensorFlow, which has 2 GB: a minute."""
     install(session, ".[cli,gcs,tensorflow]", *MEASURING, SERVER)
     measured(session, "tests/test_import_tensorflow.py")
 
 
 @nox.session
 def torch(session: nox.Session) -> None:
-    """Files of PyTorch and of the libraries that write them, 6 GB: a minute."""
+    """Files of PyTorch and of the libraries that write them, 6 GB: 2 minutes."""
     writers = (
         *("timm>=1.0", "diffusers>=0.35", "transformers>=4.57"),
         *("lightning>=2.6", "ema-pytorch>=0.7"),
@@ -256,7 +259,7 @@ def keras(session: nox.Session) -> None:
 
 @nox.session
 def buckets(session: nox.Session) -> None:
-    """A server of this machine that stands for Google Cloud Storage: 4 minutes."""
+    """A server of this machine that stands for Google Cloud Storage: 5 minutes."""
     install(session, ".[cli,gcs,safetensors]", *MEASURING, SERVER)
     measured(session, "tests/test_buckets.py")
 
