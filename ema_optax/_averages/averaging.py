@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from ema_optax._averages import fold, packing
+from ema_optax._averages import fold, overwriting, packing
 from ema_optax._averages.states import (
     EmaMadeBy,
     EmaParamsState,
@@ -197,7 +197,9 @@ def ema_params(
         if overwrite_every is not None:
             due = count % overwrite_every == 0
             shadow = packing.unpacked(shadows[0])
-            updates = _overwriting(updates, params, shadow, due, shardings)
+            updates = overwriting.updates_to_shadow(
+                updates, params, shadow, due, shardings
+            )
         shadow = dict(zip(decays, shadows, strict=True)) if several else shadows[0]
         return updates, kind(count, shadow, made_by.at(shardings))
 
@@ -327,53 +329,6 @@ def _kinds(
     ]
 
 
-def _overwriting(
-    updates: Any,
-    params: Any,
-    shadow: Any,
-    due: jax.Array,
-    shardings: leaf_placement.LeafShardings | None,
-) -> Any:
-    """Replaces updates, where due, by those that make the params the shadow."""
-    leaves, structure = jax.tree.flatten(shadow, is_leaf=trees.is_placeholder)
-    old = structure.flatten_up_to(params)
-    deltas = structure.flatten_up_to(updates)
-    placed = shardings or (None,) * len(leaves)
-    apart: list[int] = []
-    for i, leaf in enumerate(leaves):
-        if trees.is_placeholder(leaf):
-            continue
-        if placed[i] is not None:
-            apart.append(i)
-            continue
-        jump = _difference_to(leaf, old[i]).astype(deltas[i].dtype)
-        deltas[i] = jnp.where(due, jump, deltas[i])
-
-    def jumps(
-        shadows: list[Any], params: list[Any], deltas: list[Any]
-    ) -> list[jax.Array]:
-        gathered = map(leaf_placement.gather, shadows, [placed[i] for i in apart])
-        return [
-            _difference_to(*pair).astype(delta.dtype)
-            for *pair, delta in zip(gathered, params, deltas, strict=True)
-        ]
-
-    if apart:  # one conditional for all leaves fetches them only where due
-        operands = [[tree[i] for i in apart] for tree in (leaves, old, deltas)]
-        chosen = jax.lax.cond(due, jumps, lambda *x: x[2], *operands)
-        for i, delta in zip(apart, chosen, strict=True):
-            deltas[i] = delta
-    return jax.tree.unflatten(structure, deltas)
-
-
-def _difference_to(shadow: jax.Array, param: object) -> jax.Array:
-    """Returns the update d after which p + d is the shadow in the param's dtype."""
-    param = jnp.asarray(param)
-    target = shadow.astype(param.dtype)
-    wide = trees.wide(param.dtype)
-    return target.astype(wide) - param.astype(wide)
-
-
 def _newest_weight(decay: Any, count: Any) -> Any:
     if isinstance(decay, Decay):
         if count is None:
@@ -387,6 +342,8 @@ def _newest_weight(decay: Any, count: Any) -> Any:
             f"update_shadow takes one β, a number in [0, 1), or a Decay; got "
             f"{brief(decay)}."
         )
+    if isinstance(decay, (str, bytes)):
+        raise TypeError(f"update_shadow takes β as a number, got {brief(decay)}.")
     check_wide_enough(decay)
     if isinstance(decay, Tracer):
         return 1 - decay

@@ -14,6 +14,7 @@ from ema_optax._messages.text import brief
 from ema_optax._trees import trees
 
 _ALLOWED = ("bfloat16", "float32", "float64")
+_ROUNDED = 1e-4  # how far a sum of logs, rounded, may lead outside of [0, 1]
 _STREAMS = 16  # different sequences of rounding noise; more would compile longer
 
 
@@ -99,17 +100,21 @@ class Weight(NamedTuple):
     Attributes:
         near_new: Whether w > ½: the fold is then p + (w − 1)·(p − s), which is p to the
             last bit for w = 1, and s + w·(p − s) otherwise.
-        factor: What multiplies p − s.
+        factor: What multiplies p − s; NaN if w is no weight.
+        is_none: Whether w is no weight: no element holds then, and all become NaN.
     """
 
     near_new: jax.Array
     factor: jax.Array
+    is_none: jax.Array
 
 
 def split_weight(newest_weight: ArrayLike) -> Weight:
-    """Splits a scalar weight w in [0, 1] for `fold`."""
+    """Splits a scalar weight w in [0, 1] for `fold`; outside of it, it is none."""
     w = jnp.asarray(newest_weight, float)  # float32, or float64 where x64 is enabled
-    return Weight(w > 0.5, jnp.where(w > 0.5, w - 1, w))
+    is_none = ~((w >= -_ROUNDED) & (w <= 1 + _ROUNDED))  # also of NaN
+    factor = jnp.where(w > 0.5, w - 1, w)
+    return Weight(w > 0.5, jnp.where(is_none, jnp.nan, factor), is_none)
 
 
 # With jit, traced and lowered once for each shape, not for each leaf. It uses `lax`
@@ -127,7 +132,8 @@ def fold(
     """Returns s + w·(p − s), rounded to the shadow's dtype.
 
     An element that would become non-finite holds; one that is non-finite itself takes
-    the param's value. A weight of 1 copies exactly.
+    the param's value. A weight of 1 copies exactly. With a weight outside of [0, 1] all
+    elements become NaN, so that a decay that is none does not go unseen.
 
     Args:
         shadow: Floating or complex array s.
@@ -141,7 +147,7 @@ def fold(
     dtype = trees.wide(shadow.dtype)
     old = shadow.astype(dtype)
     new = _as_held(jnp.asarray(param), dtype)
-    near_new, factor = weight
+    near_new, factor, is_none = weight
     base = jax.lax.select_n(near_new, old, new)
     change = factor.astype(dtype) * (new - old)
     if stochastic and shadow.dtype == jnp.float32:
@@ -150,7 +156,8 @@ def fold(
     if shadow.dtype == jnp.bfloat16:
         folded = _round_stochastically(folded, seed)
     kept = jax.lax.select(_is_finite(old), old, new)
-    return jax.lax.select(_is_finite(folded), folded, kept).astype(shadow.dtype)
+    holds = ~(_is_finite(folded) | is_none)
+    return jax.lax.select(holds, kept, folded).astype(shadow.dtype)
 
 
 def _is_finite(x: jax.Array) -> jax.Array:

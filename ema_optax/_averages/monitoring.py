@@ -152,7 +152,7 @@ def _total_log(average: Average) -> jax.Array:
 
     def add(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         first, total = carry
-        steps = first + jnp.arange(_BLOCK)
+        steps = first + jnp.arange(_BLOCK, dtype=first.dtype)
         logs = average.log_kept(steps)
         return first + _BLOCK, total + jnp.sum(jnp.where(steps <= folded, logs, 0))
 

@@ -268,13 +268,13 @@ def _mean(slots: jax.Array, count: jax.Array, every: int) -> jax.Array:
         return jax.vmap(functools.partial(_mean, every=every))(slots, count)
     k, folds = slots.shape[0], count // every
     # In folds. Before the first fold slot k−1, of age 0, holds the initial params.
-    age = (folds - 1 - jnp.arange(k)) % k
+    age = (folds - 1 - jnp.arange(k, dtype=folds.dtype)) % k
     filled = (age < jnp.maximum(folds, 1)).reshape(k, *[1] * (slots.ndim - 1))
     x = slots.astype(trees.wide(slots.dtype))
     newest = jax.lax.dynamic_index_in_dim(x, (folds - 1) % k, keepdims=False)
     inside = filled & jnp.isfinite(x)
-    apart = jnp.sum(jnp.where(inside, x - newest, 0), axis=0)
-    mean = newest + apart / jnp.sum(inside, axis=0, dtype=x.real.dtype)
+    apart = jnp.sum(jnp.where(inside, x - newest[None], 0), axis=0)
+    mean = newest + apart / jnp.sum(inside, axis=0, dtype=x.dtype)
     return jnp.where(jnp.isfinite(mean), mean, newest)
 
 

@@ -1,7 +1,8 @@
 """Reads the shadow from any optimizer state, and puts it where a model has params."""
 
+import copy as copying
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import jax
@@ -123,6 +124,10 @@ def with_shadow(train_state: Any, *, name: str | None = None, copy: bool = True)
         )
     call = "with_shadow(train_state)"
     params = read(parts["opt_state"], parts["params"], name, call, copy)
+    if isinstance(train_state, MutableMapping):  # also with a constructor of its own
+        changed = copying.copy(train_state)
+        changed["params"] = params
+        return changed
     if isinstance(train_state, Mapping):
         return type(train_state)({**train_state, "params": params})  # pyright: ignore[reportCallIssue]
     if hasattr(train_state, "replace"):
@@ -130,7 +135,10 @@ def with_shadow(train_state: Any, *, name: str | None = None, copy: bool = True)
     if hasattr(train_state, "_replace"):
         return train_state._replace(params=params)
     if dataclasses.is_dataclass(train_state) and not isinstance(train_state, type):
-        return dataclasses.replace(train_state, params=params)
+        # Not dataclasses.replace: an Equinox module may have an `__init__` of its own.
+        changed = copying.copy(train_state)
+        object.__setattr__(changed, "params", params)
+        return changed
     raise TypeError(
         f"with_shadow cannot replace the params of a {type(train_state).__name__}: it "
         "has neither replace() nor _replace() and is no dataclass. Call "

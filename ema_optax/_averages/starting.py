@@ -2,6 +2,7 @@
 
 # pyright: reportMissingTypeStubs=false
 
+import collections
 from typing import Any
 
 import jax
@@ -179,7 +180,9 @@ def _check_shared(
 def _copied(ours: Any, theirs: Any) -> Any:
     """Copies a tree into the structure, dtypes and places of a shadow, by paths."""
     paths, slots, structure = trees.flatten(ours)
-    pairs = zip(*trees.flatten(theirs)[:2], strict=True)
+    paths = _told_apart(paths)
+    given, values, _ = trees.flatten(theirs)
+    pairs = zip(_told_apart(given), values, strict=True)
     leaves = {path: leaf for path, leaf in pairs if not trees.is_placeholder(leaf)}
     averaged = dict(zip(paths, slots, strict=True))
     others = [path for path, slot in averaged.items() if trees.is_placeholder(slot)]
@@ -212,6 +215,16 @@ def _copied(ours: Any, theirs: Any) -> Any:
             for path, slot in averaged.items()
         ],
     )
+
+
+def _told_apart(paths: list[str]) -> list[str]:
+    """Numbers paths that several leaves share, as `{"a/b": …, "a": {"b": …}}` has."""
+    seen: collections.Counter[str] = collections.Counter()
+    numbered: list[str] = []
+    for path in paths:
+        seen[path] += 1
+        numbered.append(path if seen[path] == 1 else f"{path} ({seen[path]})")
+    return numbered
 
 
 def _leaf(slot: Any, leaf: Any, path: str) -> Any:

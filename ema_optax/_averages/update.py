@@ -236,6 +236,10 @@ def check_period(
             f"{name} must be a whole number of updates ≥ 1, got {brief(value)}. "
             f"{name}=1 means {one}."
         )
+    if value >= 2**31:
+        raise ValueError(
+            f"{name} must be below 2³¹, where counts of updates end, got {value:,}."
+        )
     return int(value)
 
 

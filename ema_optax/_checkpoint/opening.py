@@ -18,8 +18,8 @@ from ema_optax._checkpoint.manifest import FOLDER, PARAMS
 
 _KEY = 64  # most numbers in the data of a PRNG key; those of JAX have 2 or 4
 _CACHE = 2**20  # bytes that are cached of each store's index
-# A read from a bucket that does not answer fails within a minute: TensorStore waits 1 to
-# 16 s between requests, and some more by chance. Its own 32 take a quarter of an hour.
+# A read from a bucket that does not answer fails within a minute: TensorStore waits 1
+# to 16 s between requests, and more by chance. Its own 32 take a quarter of an hour.
 _RETRIES = {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}
 
 

@@ -77,8 +77,8 @@ class Decay:
         if not isinstance(step, Tracer):
             _check_steps(step)
         logs = self.log_product(step)
-        if isinstance(logs, jax.Array):
-            return jnp.exp(logs)
+        if isinstance(logs, jax.Array):  # +∞ where β is none
+            return jnp.where(logs == jnp.inf, jnp.nan, jnp.exp(logs))
         return _plain(np.minimum(np.exp(logs), _BELOW_ONE))
 
     def newest_weight(self, step: ArrayLike, every: int = 1) -> Any:
@@ -97,7 +97,7 @@ class Decay:
         """
         logs = self.log_product(step, every)
         if isinstance(logs, jax.Array):
-            return -jnp.expm1(logs)
+            return jnp.where(logs == jnp.inf, jnp.nan, -jnp.expm1(logs))
         return _plain(-np.expm1(logs))
 
     def log_product(self, step: ArrayLike, every: int = 1) -> Any:
@@ -316,7 +316,12 @@ def check_wide_enough(decay: object) -> None:
     dtype = getattr(decay, "dtype", None)
     if dtype is None:
         return
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"The decay came as a {dtype} array, which has no β between 0 and 1: the "
+            "shadow would never move, or be the params. Take floats, such as 0.9999."
+        )
+    if jnp.finfo(dtype).bits < 32:
         raise TypeError(
             f"The decay came as a {dtype} array, which cannot tell 0.999 from 1: the "
             "shadow would never move. optax.inject_hyperparams does this to bfloat16 "

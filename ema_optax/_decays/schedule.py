@@ -18,8 +18,10 @@ from ema_optax._decays.decay import (
     Floats,
     check_decay,
     check_wide_enough,
+    is_known,
     log_of,
 )
+from ema_optax._messages.text import brief
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -41,14 +43,43 @@ class schedule(Decay, registered=False):  # JSON cannot hold a callable
         if isinstance(decay, float):  # does not depend on the step
             return jnp.full_like(t, log_of(decay))
         # A decay outside [0, 1] makes the shadow NaN at once, rather than slowly wrong.
-        decay = jnp.where((decay >= 0) & (decay <= 1), decay, jnp.nan)
-        return jnp.log1p(decay - 1).astype(t.dtype)
+        # Its log is +∞: where XLA folds constants, expm1 of NaN is any number.
+        inside = (decay >= 0) & (decay <= 1)
+        logs = jnp.log1p(jnp.where(inside, decay, 0.5) - 1)
+        return jnp.where(inside, logs, jnp.inf).astype(t.dtype)
+
+    def __post_init__(self) -> None:
+        """Refuses a first decay outside [0, 1], where its value can be known."""
+        try:
+            with jax.ensure_compile_time_eval():
+                value = self.function(jnp.int32(1))
+        except Exception:  # whatever it raises is raised again at its first use
+            return
+        if isinstance(value, jax.Array) and is_known(value) and not np.ndim(value):
+            _check(float(value), 1)
 
     def _at(self, step: Any) -> Any:
-        value = self.function(step)
+        try:
+            value = self.function(step)
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(
+                "The callable decay takes the step for a Python number, with `if`, "
+                "min() or float(), and under jit it is traced. Use jnp.where and "
+                "jnp.minimum; or a decay of ema_optax: warmup(0.9999) is "
+                "min(0.9999, (1+t)/(10+t))."
+            ) from error
+        if not isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)):
+            raise TypeError(
+                f"The callable decay returned {brief(value)} at step {step}. It has to "
+                "return β, a number in [0, 1], such as 1 - 1 / step."
+            )
         check_wide_enough(value)
-        if isinstance(value, (int, float, np.ndarray, np.generic)):
+        if not isinstance(value, jax.Array):
             value = float(value)
-            if value != 1.0:  # allowed: a schedule may end at 1, and the shadow stays
-                check_decay(value, f"The callable decay, at step {step},")
+            _check(value, step)
         return value
+
+
+def _check(value: float, step: Any) -> None:
+    if value != 1.0:  # allowed: a schedule may end at 1, and the shadow stays
+        check_decay(value, f"The callable decay, at step {step},")

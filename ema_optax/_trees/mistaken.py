@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ema_optax._trees import trees
@@ -106,6 +107,13 @@ def misfit(shadow: object, params: object, difference: str) -> str:
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
         if hasattr(leaf, "shape") or isinstance(leaf, (bool, int, float, complex))
     }
+    if list(outline.shapes) == [""] and len(inside) > 1:
+        return (
+            f"The shadow is one array of {np.prod(outline.shapes[''])} elements, as "
+            "inside optax.flatten, and these params are a tree. Chain the average "
+            "after it: optax.chain(optax.flatten(optimizer), "
+            "ema_optax.ema_params(0.9999))."
+        )
     places = [place for place in places_of(outline, inside) if place]
     if len(places) == 1 and outline.shapes:
         return (

@@ -27,6 +27,12 @@ def is_averaged(leaf: Any) -> bool:
     return isinstance(leaf, (float, complex))
 
 
+def _holds_bools(mask: object) -> bool:
+    """Whether a mask is a tree of bools, though it can be called: an Equinox module."""
+    leaves = jax.tree.leaves(mask)
+    return any(isinstance(leaf, (bool, np.bool_)) for leaf in leaves)
+
+
 def averaged_only(params: Any, mask: Mask | None) -> Any:
     """Replaces leaves that are not averaged by placeholders.
 
@@ -57,7 +63,9 @@ def averaged_only(params: Any, mask: Mask | None) -> Any:
         # optax.tree.map_params initialises a leafless stand-in for params, which no
         # mask fits; there is nothing to choose either.
         return params
-    tree = True if mask is None else mask(params) if callable(mask) else mask
+    tree = True if mask is None else mask
+    if callable(mask) and not _holds_bools(mask):
+        tree = mask(params)
     try:
         structure = jax.tree.structure(tree)
         parts = structure.flatten_up_to(params)
