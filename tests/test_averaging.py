@@ -181,6 +181,19 @@ def test_a_state_made_by_hand_is_folded_like_its_own():
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
 
 
+@pytest.mark.parametrize("update", [jnp.bfloat16, jnp.float16, float])
+def test_narrow_updates_overwrite_to_the_last_bit(update):
+    """Updates of bfloat16 gradients could not move float32 params there."""
+    transform = ema_optax.ema_params(ema_optax.constant(0.9), overwrite_every=3)
+    params = {"w": jnp.float32(1.2345678)}
+    state = transform.init(params)
+    for _ in range(3):
+        updates, state = transform.update({"w": update(-0.31)}, state, params)
+        params = optax.apply_updates(params, updates)
+    assert params["w"].dtype == jnp.float32
+    np.testing.assert_array_equal(params["w"], state.shadow["w"])
+
+
 def test_overwriting_is_within_an_ulp_even_from_far_away():
     """It is exact where s/2 ≤ p ≤ 2s, else within an ulp of the larger part."""
     rng = np.random.default_rng(0)

@@ -305,6 +305,50 @@ def test_a_callable_out_of_range_is_loud():
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        optax.linear_schedule(90.0, 99.9, 1000),
+        lambda t: -0.5 + 0.0 * t,
+        lambda t: t * jnp.nan,
+    ],
+    ids=["in percent", "negative", "nan"],
+)
+def test_a_first_decay_out_of_range_is_refused_at_once(function):
+    """Schedules give arrays, which no update under jit can look at."""
+    with pytest.raises(ValueError, match="at step 1, needs a decay in"):
+        ema_optax.ema_params(function)
+
+
+def test_a_later_decay_out_of_range_makes_the_shadow_nan():
+    """From the update that it begins at; before it, the average is one."""
+    transform = ema_optax.ema_params(lambda t: jnp.where(t < 3, 0.5, 1.5))
+    params = {"w": jnp.ones(2)}
+    state, update = transform.init(params), jax.jit(transform.update)
+    for step in (1, 2, 3, 4):
+        _, state = update(params, state, params)
+        assert bool(jnp.isnan(state.shadow["w"]).all()) == (step >= 3)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda t: min(0.9999, (1 + t) / (10 + t)), "takes the step for a Python num"),
+        (lambda t: 0.9 if t < 5 else 0.99, "takes the step for a Python number"),
+        (lambda t: jnp.where(t < 5, 0, 1), "came as a int32 array, which has no β"),
+        (lambda t: None, "returned None"),
+        (lambda t: "0.9", "returned '0.9'"),
+    ],
+    ids=["min", "if", "int", "None", "text"],
+)
+def test_a_callable_that_does_not_trace_says_why(function, message):
+    """Such as one that works as long as nothing is jitted."""
+    transform = ema_optax.ema_params(function)
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(TypeError, match=message):
+        jax.jit(transform.update)(params, transform.init(params), params)
+
+
+@pytest.mark.parametrize(
     ("make", "wrong"),
     [
         (lambda: ema_optax.constant(1.0), r"\[0, 1\), got 1.0.*never moves"),

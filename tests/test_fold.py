@@ -250,3 +250,26 @@ def test_check_rounding():
         fold.check_rounding("up", None)
     with pytest.raises(ValueError, match="does not move"):
         fold.check_rounding("nearest", jnp.dtype("bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("weight", [-0.5, 1.5, np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_none_is_loud(weight, dtype):
+    """All elements become NaN: holding them would look like an average."""
+    shadow, param = jnp.ones(3, dtype), jnp.arange(3, dtype=dtype)
+
+    @jax.jit
+    def folded(weight):
+        return fold.fold(shadow, param, fold.split_weight(weight), 0)
+
+    assert jnp.isnan(folded(weight)).all()
+    assert jnp.isnan(jax.jit(lambda: folded(weight))()).all()  # folded by XLA
+
+
+@pytest.mark.parametrize("weight", [-1e-6, 1 + 1e-6])
+def test_a_weight_may_be_rounded_beyond_its_end(weight):
+    """A decay of 1 that is summed in logs may come to a little more."""
+    shadow, param = jnp.ones(3), jnp.arange(3.0)
+    near = shadow if weight < 0.5 else param
+    folded = fold.fold(shadow, param, fold.split_weight(weight), 0)
+    np.testing.assert_allclose(folded, near, atol=2e-6)

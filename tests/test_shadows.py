@@ -12,6 +12,7 @@ import pytest
 
 import ema_optax
 from ema_optax import shadow_params, with_shadow
+from tests.older import enable_x64
 
 PARAMS = {"w": jnp.asarray([1.0, 2.0], jnp.bfloat16), "n": jnp.int32(3)}
 GRADS = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.int32(0)}
@@ -233,3 +234,100 @@ def test_under_jit_a_readout_inside_takes_no_memory(copy):
     expected = alone.compile().memory_analysis().temp_size_in_bytes
     assert compiled.memory_analysis().temp_size_in_bytes == expected
     np.testing.assert_array_equal(compiled(state, jnp.ones((1, 4))), 16.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Callable:
+    """A model that can be called, as an Equinox module is."""
+
+    w: Any
+    b: Any
+
+    def __call__(self, x):
+        return self.w
+
+
+@pytest.mark.parametrize(
+    "make", [ema_optax.ema_params, ema_optax.bema_params, ema_optax.ring]
+)
+def test_a_mask_is_a_tree_where_it_can_be_called_too(make):
+    """It holds bools: it is read, not called with the params."""
+    arguments = (0.9,) if make is ema_optax.ema_params else ()
+    arguments = (2,) if make is ema_optax.ring else arguments
+    params = Callable(jnp.ones(2), jnp.ones(3))
+    state = make(*arguments, mask=Callable(True, False)).init(params)
+    trees = [state.slots if make is ema_optax.ring else state[1]]
+    assert [isinstance(tree.b, optax.MaskedNode) for tree in trees] == [True]
+    assert shadow_params(state, params).b is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnConstructor:
+    params: Any
+    opt_state: Any
+
+    def __init__(self, params):
+        object.__setattr__(self, "params", params)
+        object.__setattr__(self, "opt_state", ema_optax.ema_params(0.9).init(params))
+
+
+def test_with_shadow_takes_states_with_constructors_of_their_own():
+    """A copy, whatever arguments the constructor has; the original stays."""
+    params = {"w": jnp.ones(2)}
+    state = OwnConstructor(params)
+    moved = {"w": jnp.zeros(2)}
+    for given in (
+        _moved(state, moved),
+        collections.defaultdict(list, params=moved, opt_state=state.opt_state),
+    ):
+        swapped = with_shadow(given)
+        assert type(swapped) is type(given)
+        part = swapped["params"] if isinstance(given, dict) else swapped.params
+        np.testing.assert_array_equal(part["w"], params["w"])
+        kept = given["params"] if isinstance(given, dict) else given.params
+        assert kept is moved
+
+
+def _moved(state, params):
+    copy = OwnConstructor(params)
+    object.__setattr__(copy, "opt_state", state.opt_state)
+    return copy
+
+
+def test_an_average_inside_flatten_says_where_it_belongs():
+    """It is of one flat array, which is no tree like the params."""
+    params = {"w": jnp.ones(2), "c": jnp.ones(3)}
+    inner = optax.chain(optax.sgd(0.1), ema_optax.ema_params(0.9))
+    state = optax.flatten(inner).init(params)
+    for read in (shadow_params, ema_optax.metrics, ema_optax.diagnose):
+        with pytest.raises(ValueError, match=r"one array of 5 elements.*after it"):
+            read(state, params)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+@pytest.mark.parametrize(
+    "average",
+    [
+        ema_optax.ema_params(0.9),
+        ema_optax.bema_params(),
+        ema_optax.ring(3, every=2),
+        ema_optax.ema_params(ema_optax.window(3)),
+    ],
+    ids=["ema", "bema", "ring", "window"],
+)
+def test_nothing_is_promoted_without_being_said(average, wide):
+    """Reading, metrics and diagnosis under JAX's strict rules of ranks and dtypes."""
+    params = {"w": jnp.ones((2, 3)), "c": jnp.ones(2, jnp.complex64)}
+    with (
+        enable_x64(wide),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        state = average.init(params)
+        for _ in range(4):
+            _, state = average.update(params, state, params)
+        shadow = shadow_params(state, params)
+        assert jax.tree.map(jnp.shape, shadow) == jax.tree.map(jnp.shape, params)
+        ema_optax.metrics(state, params)
+        ema_optax.diagnose(state, params)

@@ -207,3 +207,11 @@ def test_refused_in_words():
         ema_optax.started_from(chain().init(PARAMS), SHADOW, count=1)
     with pytest.raises(TypeError, match="This is an optimizer"):
         ema_optax.started_from(chain(), SHADOW, count=1)
+
+
+def test_paths_that_two_leaves_share():
+    """Each leaf has its own, in the order of the tree."""
+    params = {"a/b": jnp.ones(2), "a": {"b": jnp.zeros(3)}}
+    state = ema_optax.ema_params(0.9).init(params)
+    shadow = jax.tree.map(lambda x: x + 5, params)
+    assert_same(ema_optax.started_from(state, shadow, count=3).shadow, shadow)

@@ -123,7 +123,7 @@ def _metrics(chosen: Sequence[Average], params: optax.Params) -> dict[str, jax.A
     figures["distance"] = jnp.sqrt(apart / jnp.where(size == 0, 1, size))
     if weight is not None:
         halves = [_half_ulp(s, first) for s, _ in pairs]
-        figures["dead_zone"] = jnp.float32(max(halves, default=0.0)) / weight
+        figures["dead_zone"] = max(halves, default=0.0) / weight
     figures |= {"nonfinite_params": bad[0], "nonfinite_shadow": bad[1]}
     return {
         key: value if value.dtype == jnp.int32 else value.astype(jnp.float32)
