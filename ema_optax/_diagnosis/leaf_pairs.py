@@ -190,7 +190,8 @@ class Pairs:
                 f"{self.bad_shadow:,} elements of the average are not finite, first at "
                 f"{at}.",
                 "It started from such params: a fold of finite ones mends it. Start "
-                "with optimizer.init of finite params.",
+                "with optimizer.init of finite params. Or a decay of your own gave a "
+                "β outside [0, 1].",
                 elements=self.bad_shadow,
             )
         if self.bad_params:
