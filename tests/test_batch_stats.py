@@ -435,3 +435,16 @@ def test_nnx_spectral_norm_is_told_what_nnx_has():
         model, batches, call=lambda m, x: m(x, update_stats=False)
     )
     assert (np.asarray(model.norm.mean[...]) != before).any()
+
+
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray], ids=["jax", "numpy"])
+def test_an_array_is_no_iterable_of_batches(array):
+    """Its rows would be batches of one example, of variance 0."""
+    model = Linen()
+    variables = model.init(jax.random.key(0), BATCHES[0])
+    for refresh, of in (
+        (ema_optax.linen.refresh_batch_stats, (_run(model), variables)),
+        (ema_optax.nnx.refresh_batch_stats, (Module(),)),
+    ):
+        with pytest.raises(TypeError, match=r"shape \(16, 5\).*Pass \[x\]"):
+            refresh(*of, array(BATCHES[0]))

@@ -161,6 +161,15 @@ def test_an_average_alone_and_an_unknown_decay(tmp_path, capsys):
     assert not content["findings"]
     assert len(content["unchecked"]) == 2
     assert "without raw params" in content["unchecked"][1]
+    params = {"w": jnp.full(2, 2.0)}
+    known = constant(0.999)
+    average = {"w": jnp.ones(2)}
+    checkpoint.save_average(
+        tmp_path / "in", average, params=params, step=200, decay=known
+    )
+    text = told(tmp_path / "in", capsys)
+    assert "nothing found in what was looked at\n" in text
+    assert "constant(decay=0.999), and how many updates lie between two folds" in text
     state, params = state_of(ema_params(lambda step: 0.9), 500)
     checkpoint.save(tmp_path / "two", params, state, step=3)
     content = explained(tmp_path / "two", capsys)

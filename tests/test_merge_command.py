@@ -212,3 +212,15 @@ def test_nothing_is_overwritten(
     assert merge(run, "--out", run) == 1
     capsys.readouterr()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("options", [(), ("--last", 3), ("--every-steps", 2)])
+def test_the_folder_above_is_no_checkpoint(options, run: Path, tmp_path: Path, capsys):
+    """The error says what it holds, whatever steps are asked for."""
+    above = tmp_path / "above"
+    (above / "snapshots").mkdir(parents=True)
+    shutil.copytree(run, above / "checkpoints")
+    assert merge(above, *options, "--out", tmp_path / "out") == 1
+    told = capsys.readouterr().err
+    assert "holds no checkpoint that is known" in told
+    assert "'checkpoints', 'snapshots'" in told

@@ -38,12 +38,14 @@ class Plan:
         step: The step that the averages end at.
         snapshots: The snapshots up to that step.
         rows: An average for each width.
+        available: All snapshots of the runs, the later ones too.
         whole: Whether the results are whole models.
     """
 
     step: int
     snapshots: Sequence[Snapshot]
     rows: list[Row]
+    available: Sequence[Snapshot]
     whole: bool = False
 
     @property
@@ -66,7 +68,7 @@ class Plan:
         """Raises the ValueError of `reconstruct` for a width that it would refuse."""
         bad = [row.width for row in self.rows if row.profile_error > WRONG]
         if bad:
-            reconstruction.reconstruct(self.snapshots, width=bad, step=self.step)
+            reconstruction.reconstruct(self.available, width=bad, step=self.step)
 
 
 def plan(
@@ -90,7 +92,7 @@ def plan(
     folders = [out and f"{out.rstrip('/') or '/'}/width-{width}" for width in widths]
     gains = np.linalg.norm(coefficients, axis=0).tolist()
     rows = list(map(Row, widths, errors.tolist(), gains, folders))
-    return Plan(step, used, rows)
+    return Plan(step, used, rows, snapshots)
 
 
 def show(plan: Plan, *, as_json: bool, reach: bool = False) -> None:

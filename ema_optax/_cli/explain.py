@@ -57,7 +57,7 @@ def explained(
         findings += check(record, others=counts)
         figures[label] = record.figures()
         if record.length is None:
-            unchecked.append(why_unknown(label))
+            unchecked.append(why_unknown(record))
         if not tree.leaves:
             unchecked.append(f"the leaves of the {name}: stored without raw params")
             continue

@@ -86,6 +86,8 @@ def find(runs: Sequence[str], item: str | None) -> Checkpoints:
     folders = foreign_steps.folders_of(run)
     if not folders and _kind(run) != THEIRS:
         checkpoint.describe(run, item=item)  # raises, and says what is there instead
+    elif not folders:
+        foreign_steps.opened(run, None)  # raises where it is no checkpoint either
     return Checkpoints(
         {n: str(path) for n, path in folders.items()} or {0: run}, left_out
     )

@@ -37,8 +37,8 @@ def check_free(out: str, steps: Iterable[str]) -> None:
     with contextlib.suppress(FileNotFoundError, ValueError):
         if all_steps(absolute(out)):
             raise FileExistsError(
-                f"{out} holds the steps of a run, where averages must not lie. "
-                "Pass another folder as --out."
+                f"{out} holds the steps of a run, or an earlier average, and averages "
+                "must not lie among them. Pass another folder as --out."
             )
     if "://" in out:
         return

@@ -201,7 +201,7 @@ class _Checkup:
             record, others=self.counts, batch_sizes=self.sizes
         )
         if record.length is None:
-            self.unchecked.append(records.why_unknown(label))
+            self.unchecked.append(records.why_unknown(record))
         return record
 
     def _check_line(

@@ -75,7 +75,11 @@ class Diagnosis:
             lines.append(f"{finding.severity}{whose}: {sentence}")
             lines.append(f"  → {one_line(finding.remedy, None)}")
         if not self.findings:
-            lines.append("nothing found: the average is what it was meant to be")
+            lines.append(
+                "nothing found in what was looked at"
+                if self.unchecked
+                else "nothing found: the average is what it was meant to be"
+            )
         lines += [f"not looked at: {one_line(why, None)}" for why in self.unchecked]
         return "\n".join(lines)
 

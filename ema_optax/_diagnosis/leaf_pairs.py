@@ -140,9 +140,9 @@ class Pairs:
                 "problem",
                 f"All {self.elements:,} averaged elements equal the params to the bit: "
                 "the average is the raw params.",
-                "Pass the live params, not those that were read from the shadow; and "
-                "see that the optimizer's updates are applied. After overwrite_every "
-                "wrote the average into the params it is so until the next update.",
+                "Pass the live params, not those that were read from the shadow. After "
+                "overwrite_every wrote the average into the params it is so until the "
+                "next update.",
                 elements=self.elements,
             )
         if self.stuck > _MOST * self.elements:

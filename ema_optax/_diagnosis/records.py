@@ -122,13 +122,17 @@ def check(
         yield from _batches(record, *batch_sizes)
 
 
-def why_unknown(label: str) -> str:
+def why_unknown(record: Record) -> str:
     """Writes why the length of a shadow could not be checked."""
-    whose = f" of {one_line(label)!r}" if label else ""
-    return (
-        f"weight on the initial params, lag and dead zone{whose}: the decay is not "
-        "recorded, as it is a callable or was injected, or is not of this library"
+    whose = f" of {one_line(record.shadow)!r}" if record.shadow else ""
+    cause = (
+        "the decay is not recorded, as it is a callable or was injected, or is not of "
+        "this library"
+        if record.text is None
+        else f"the decay is {record.text}, and how many updates lie between two folds "
+        "is not recorded, as of an average from elsewhere"
     )
+    return f"weight on the initial params, lag and dead zone{whose}: {cause}"
 
 
 def is_count(path: str, leaf: Any) -> bool:

@@ -137,6 +137,12 @@ def averaged_stats(
     Raises:
         ValueError: As in `refresh_batch_stats`.
     """
+    if isinstance(batches, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"batches is an array of shape {batches.shape}: its rows would be batches, "
+            "of one example each, with a variance of 0. Pass [x] for one batch, or "
+            "list(x) where each x[i] is a batch."
+        )
     paths, old, structure = trees.flatten(stats)
 
     def recompute(leaves: list[Any], batch: Batch) -> list[Any]:
