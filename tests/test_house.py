@@ -192,6 +192,7 @@ ROOMS = {
             "paths",
             "processes",
             "rescue",
+            "shadows",
             "step",
             "steps",
             "storage",

@@ -23,6 +23,7 @@ from ema_optax import checkpoint, reconstruction
 from ema_optax._checkpoint import background, sealed
 from ema_optax.checkpoint import CorruptCheckpointError
 from tests import launch, older, reference
+from tests.same import assert_same
 
 # After a failed read or write, callbacks of TensorStore find their event loop closed,
 # and are reported as "Event loop is closed" when they are collected.
@@ -899,3 +900,50 @@ def test_between_two_folds_there_is_one_snapshot(tmp_path):
         manager.wait_until_finished()
     found = checkpoint.snapshots(tmp_path)
     assert [(s.step, s.dtype.name) for s in found] == [(4, "float32"), (8, "float16")]
+
+
+def test_an_average_of_a_part_of_the_params_is_saved_at_its_place(tmp_path):
+    """Restored, and gone on with by a run that averages that part."""
+    average = {"w": jnp.full(3, 5.0)}
+    variables = {"params": {"w": jnp.ones(3)}, "batch_stats": jnp.zeros(2)}
+    decay = ema_optax.warmup(0.9)
+    checkpoint.save_average(tmp_path, average, params=variables, count=100, decay=decay)
+    shadow = checkpoint.restore(tmp_path, "shadow", like=variables)
+    assert_same(shadow, {**variables, "params": average})
+    init = ema_optax.ema_params(0.9).init
+    _, state = checkpoint.resume(
+        tmp_path, variables, lambda v: init(v["params"]), missing="start"
+    )
+    assert state.count == 100
+    assert_same(state.shadow, average)
+
+
+@pytest.mark.parametrize(
+    ("average", "params", "says"),
+    [
+        ("state", "w", "This is an optimizer state.*shadow_params"),
+        ("state", None, "This is an optimizer state.*shadow_params"),
+        ("w", "x", r"it has 'w' of shape \(3,\), and they lack it.*nearest are 'x'"),
+        ("w", "short", r"it has 'w' of shape \(3,\), and theirs is \(2,\)"),
+        ("w", "twice", "at several places: 'a', 'b'"),
+        ("empty", None, "The average has no leaf"),
+        ("none", "w", "The average has no leaf"),
+    ],
+)
+def test_what_is_no_average_of_the_params_is_refused(average, params, says, tmp_path):
+    """Before anything is written, and not at the first restore."""
+    w = {"w": jnp.ones(3)}
+    trees = {
+        "state": optax.chain(optax.sgd(1.0), ema_optax.ema_params(0.9)).init(w),
+        "w": w,
+        "x": {"x": jnp.ones(3)},
+        "short": {"w": jnp.ones(2)},
+        "twice": {"a": w, "b": w},
+        "empty": {},
+        "none": None,
+    }
+    with pytest.raises(ValueError, match=says):
+        checkpoint.save_average(
+            tmp_path / "run", trees[average], params=trees.get(params)
+        )
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())

@@ -21,6 +21,7 @@ from ema_optax._checkpoint.manifest import PARAMS, SHADOW, STATE, read_manifest
 from ema_optax._checkpoint.paths import absolute
 from ema_optax._checkpoint.processes import together
 from ema_optax._checkpoint.rescue import explained, verify_item
+from ema_optax._checkpoint.shadows import at_its_place
 from ema_optax._checkpoint.step import of_trees
 from ema_optax._checkpoint.steps import (
     find,
@@ -139,7 +140,8 @@ def save_average(
     Raises:
         FileExistsError: If the step is there already; nothing is overwritten.
         OSError: If it cannot be written; earlier steps stay as they are.
-        ValueError, TypeError: If a leaf cannot be stored.
+        ValueError, TypeError: If a leaf cannot be stored, if `tree` has no leaf or is
+            an optimizer state, or if it does not fit `params`.
 
     >>> import tempfile, jax.numpy as jnp, ema_optax
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -154,6 +156,7 @@ def save_average(
         )
     for given, name in ((tree, "an average"), (params, "params")):
         mistaken.check_no_nnx(given, name, "save_average(directory, tree, params=…)")
+    tree = at_its_place(tree, params)
     both = {PARAMS: tree} if params is None else {PARAMS: params, SHADOW: tree}
     if count is not None:
         count = arguments.whole(count, "count", 0, "count=300 is after 300 updates.")

@@ -267,6 +267,53 @@ def _place_of(
     )
 
 
+def at_its_place(tree: Any, params: optax.Params) -> Any:
+    """Puts an average that no state holds where it sits in the params, by path.
+
+    Args:
+        tree: The average, of the params or a part of them.
+        params: The params to save beside it; None where there are none.
+
+    Raises:
+        ValueError: If it is empty or an optimizer state, or if it sits nowhere in the
+            params, or may sit at several places.
+    """
+    inside = [average.path for average in Averages(tree)]
+    if inside:
+        raise ValueError(
+            f"This is an optimizer state, with an average at '{inside[0]}', and no "
+            "average itself. Pass shadow_params(opt_state, params)."
+        )
+    outline = outline_of(tree)
+    if not outline.shapes:
+        raise ValueError(
+            f"The average has no leaf: got {text.brief(tree)}. Pass a tree like the "
+            "params, such as shadow_params(opt_state, params)."
+        )
+    if params is None:
+        return tree
+    leaves = _shapes_of(params)
+    places = places_of(outline, leaves)
+    if len(places) == 1:
+        return _assembled({places[0]: tree})
+    if places:
+        raise ValueError(
+            f"The average fits these params at several places: "
+            f"{text.some(map(_name, places), 8)}. Pass it with the keys above it, as "
+            "the params have them."
+        )
+    path = nearest_misfit(outline, leaves)
+    theirs = (
+        f"theirs is {leaves[path]}"
+        if path in leaves
+        else f"they lack it. {text.nearest(path, leaves)[:-1]}"
+    )
+    raise ValueError(
+        f"The average does not sit in these params: it has '{path}' of shape "
+        f"{outline.shapes[path]}, and {theirs}. Pass the average of these params."
+    )
+
+
 def _called(average: Average) -> str:
     return f"The tree averaged at '{average.path}'" if average.path else "The average"
 
