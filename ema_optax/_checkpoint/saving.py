@@ -9,6 +9,7 @@ snapshot has only that folder.
 import asyncio
 import contextlib
 import functools
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
@@ -170,8 +171,24 @@ def write_sidecars(item: epath.Path, step: Step, parts: Parts) -> None:
 def finalize(item: epath.Path, handler: ocp.PyTreeCheckpointHandler) -> None:
     """Merges the files of all processes, on process 0, after all have written."""
     for folder in (item, item / manifest.FOLDER):
+        folder = _with_literal_glob(type(folder))(folder)
         if any(folder.glob("ocdbt.process_*")):
             handler.finalize(folder)
+
+
+@functools.cache
+def _with_literal_glob(kind: type[epath.Path]) -> type[epath.Path]:
+    """Returns a subclass of a path whose `glob` takes the path itself as it stands.
+
+    Orbax finds the files of each process by `glob`, which in epath takes the folder's
+    own path for a part of the pattern: in `lr=[0.1]` Orbax would find none, merge
+    nothing, and report success.
+    """
+
+    def find(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
+        return kind(glob.escape(os.fspath(self))).glob(pattern)
+
+    return type(kind.__name__, (kind,), {"glob": find})
 
 
 @contextlib.contextmanager
