@@ -227,6 +227,7 @@ ROOMS = {
             "errors",
             "exact_run",
             "manifest",
+            "paths",
             "rescue",
             "restoring",
             "saving",

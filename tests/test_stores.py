@@ -117,3 +117,41 @@ def test_a_folder_whose_name_is_a_pattern(name, tmp_path, monkeypatch):
         checkpoint.verify(folder / each)
         raw = checkpoint.restore(folder / each, "params")
         assert raw["w"].tolist() == [0, 1, 2]
+
+
+def test_a_folder_with_a_backslash_is_refused(tmp_path, monkeypatch):
+    """TensorStore takes it for a slash: the arrays would lie in another folder."""
+    folder = tmp_path / "a\\b"
+    of_v1 = {"default": checkpoint.EmaSave(PARAMS, STATE)}
+    for call in (
+        lambda: checkpoint.save(folder, PARAMS, STATE),
+        lambda: checkpoint.save_average(folder, PARAMS),
+        lambda: checkpoint.restore(folder),
+        lambda: checkpoint.resume(folder, PARAMS, STATE),
+        lambda: checkpoint.describe(folder),
+        lambda: checkpoint.verify(folder),
+    ):
+        with pytest.raises(ValueError, match=r"a\\b has a backslash.*Rename"):
+            call()
+    assert not list(tmp_path.iterdir())
+    with (
+        pytest.raises(ValueError, match="has a backslash"),
+        ocp.CheckpointManager(folder / "manager") as manager,
+    ):
+        manager.save(1, args=checkpoint.EmaSave(PARAMS, STATE))
+    with pytest.raises(ValueError, match="has a backslash"):
+        v1.save_checkpointables(folder / "v1", of_v1)
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="has a backslash"):
+        checkpoint.save("run", PARAMS, STATE)
+
+
+def test_a_step_moved_below_a_backslash_is_not_called_damaged(tmp_path):
+    """A manager finds the step itself, and hands its folder to the handler."""
+    checkpoint.save(tmp_path / "run", PARAMS, STATE, step=1)
+    moved = (tmp_path / "run").rename(tmp_path / "a\\b")
+    with (
+        ocp.CheckpointManager(moved) as manager,
+        pytest.raises(ValueError, match="has a backslash"),
+    ):
+        manager.restore(1, args=checkpoint.EmaRestore("params", like=PARAMS))
