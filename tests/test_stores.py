@@ -155,3 +155,20 @@ def test_a_step_moved_below_a_backslash_is_not_called_damaged(tmp_path):
         pytest.raises(ValueError, match="has a backslash"),
     ):
         manager.restore(1, args=checkpoint.EmaRestore("params", like=PARAMS))
+
+
+def test_a_path_that_begins_with_two_slashes(tmp_path):
+    """POSIX allows them, and programs that join paths write them."""
+    twice = f"/{tmp_path}"
+    checkpoint.save(f"{twice}/run", PARAMS, STATE, step=1)
+    with ocp.CheckpointManager(f"{twice}/manager") as manager:
+        manager.save(1, args=checkpoint.EmaSave(PARAMS, STATE))
+        manager.wait_until_finished()
+        manager.restore(1, args=checkpoint.EmaRestore("params", like=PARAMS))
+    v1.save_checkpointables(
+        f"{twice}/v1/1", {"default": checkpoint.EmaSave(PARAMS, STATE)}
+    )
+    for each in ("run", "manager", "v1"):
+        checkpoint.verify(f"{twice}/{each}")
+        raw = checkpoint.restore(f"{twice}/{each}", "params")
+        assert raw["w"].tolist() == [0, 1, 2]

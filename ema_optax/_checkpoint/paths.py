@@ -35,7 +35,8 @@ def absolute(directory: epath.PathLike) -> epath.Path:
             "a checkpoint's arrays, takes it for a slash: they would lie in another "
             "folder. Rename the folder, or move the checkpoint to one without it."
         )
-    return epath.Path(local)
+    # Two slashes may begin a path in POSIX, and in Python; TensorStore refuses them.
+    return epath.Path(re.sub("^/+", "/", local))
 
 
 def _check_store(path: str) -> None:
