@@ -228,6 +228,7 @@ ROOMS = {
             "errors",
             "exact_run",
             "manifest",
+            "paths",
             "rescue",
             "restoring",
             "saving",

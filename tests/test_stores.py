@@ -1,4 +1,4 @@
-"""What is no folder of a disk, and no bucket that Orbax knows, is refused in words."""
+"""Folders of odd names work; what Orbax cannot write to is refused in words."""
 
 import pathlib
 import sys
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from orbax.checkpoint import v1
 
 import ema_optax
 from ema_optax import checkpoint
@@ -97,3 +98,77 @@ def test_an_uncommitted_step_on_a_disk(tmp_path):
     assert checkpoint.describe(tmp_path).steps == (1, 2)
     with pytest.raises(FileNotFoundError, match="no step 3; it has 1, 2"):
         checkpoint.restore(tmp_path, "params", step=3)
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1,0.2]", "[!a]", "[", "what?*"])
+def test_a_folder_whose_name_is_a_pattern(name, tmp_path, monkeypatch):
+    """Sweeps write lists into such names, where Orbax would find nothing to merge."""
+    folder = tmp_path / name
+    checkpoint.save(folder / "run", PARAMS, STATE, step=1)
+    with ocp.CheckpointManager(folder / "manager") as manager:
+        manager.save(1, args=checkpoint.EmaSave(PARAMS, STATE))
+        manager.wait_until_finished()
+    of_v1 = {"default": checkpoint.EmaSave(PARAMS, STATE)}
+    v1.save_checkpointables(folder / "v1" / "1", of_v1)
+    checkpoint.save_average(folder / "average", PARAMS)
+    monkeypatch.chdir(folder)
+    checkpoint.save("relative", PARAMS, STATE)
+    for each in ("run", "manager", "v1", "average", "relative"):
+        checkpoint.verify(folder / each)
+        raw = checkpoint.restore(folder / each, "params")
+        assert raw["w"].tolist() == [0, 1, 2]
+
+
+def test_a_folder_with_a_backslash_is_refused(tmp_path, monkeypatch):
+    """TensorStore takes it for a slash: the arrays would lie in another folder."""
+    folder = tmp_path / "a\\b"
+    of_v1 = {"default": checkpoint.EmaSave(PARAMS, STATE)}
+    for call in (
+        lambda: checkpoint.save(folder, PARAMS, STATE),
+        lambda: checkpoint.save_average(folder, PARAMS),
+        lambda: checkpoint.restore(folder),
+        lambda: checkpoint.resume(folder, PARAMS, STATE),
+        lambda: checkpoint.describe(folder),
+        lambda: checkpoint.verify(folder),
+    ):
+        with pytest.raises(ValueError, match=r"a\\b has a backslash.*Rename"):
+            call()
+    assert not list(tmp_path.iterdir())
+    with (
+        pytest.raises(ValueError, match="has a backslash"),
+        ocp.CheckpointManager(folder / "manager") as manager,
+    ):
+        manager.save(1, args=checkpoint.EmaSave(PARAMS, STATE))
+    with pytest.raises(ValueError, match="has a backslash"):
+        v1.save_checkpointables(folder / "v1", of_v1)
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="has a backslash"):
+        checkpoint.save("run", PARAMS, STATE)
+
+
+def test_a_step_moved_below_a_backslash_is_not_called_damaged(tmp_path):
+    """A manager finds the step itself, and hands its folder to the handler."""
+    checkpoint.save(tmp_path / "run", PARAMS, STATE, step=1)
+    moved = (tmp_path / "run").rename(tmp_path / "a\\b")
+    with (
+        ocp.CheckpointManager(moved) as manager,
+        pytest.raises(ValueError, match="has a backslash"),
+    ):
+        manager.restore(1, args=checkpoint.EmaRestore("params", like=PARAMS))
+
+
+def test_a_path_that_begins_with_two_slashes(tmp_path):
+    """POSIX allows them, and programs that join paths write them."""
+    twice = f"/{tmp_path}"
+    checkpoint.save(f"{twice}/run", PARAMS, STATE, step=1)
+    with ocp.CheckpointManager(f"{twice}/manager") as manager:
+        manager.save(1, args=checkpoint.EmaSave(PARAMS, STATE))
+        manager.wait_until_finished()
+        manager.restore(1, args=checkpoint.EmaRestore("params", like=PARAMS))
+    v1.save_checkpointables(
+        f"{twice}/v1/1", {"default": checkpoint.EmaSave(PARAMS, STATE)}
+    )
+    for each in ("run", "manager", "v1"):
+        checkpoint.verify(f"{twice}/{each}")
+        raw = checkpoint.restore(f"{twice}/{each}", "params")
+        assert raw["w"].tolist() == [0, 1, 2]

@@ -17,6 +17,7 @@ from ema_optax._checkpoint.changed_run import restore_what_fits
 from ema_optax._checkpoint.errors import CorruptCheckpointError
 from ema_optax._checkpoint.exact_run import restore_run
 from ema_optax._checkpoint.manifest import SHADOW
+from ema_optax._checkpoint.paths import absolute
 from ema_optax._checkpoint.rescue import explained
 from ema_optax._checkpoint.restoring import SLOTS, restore_raw, restore_tree
 from ema_optax._checkpoint.stored_names import SLOTS as STORED
@@ -147,7 +148,7 @@ class RestoreArgs(ocp.args.CheckpointArgs):
 
     def read(self, item: epath.PathLike) -> Any:
         """Reads from the folder of an item what the arguments ask for."""
-        item = epath.Path(item)
+        item = absolute(item)
         try:
             return self.reading(item)
         except CorruptCheckpointError as error:

@@ -20,15 +20,26 @@ def absolute(directory: epath.PathLike) -> epath.Path:
 
     Raises:
         TypeError: If it is no path.
-        ValueError: If it is a URL of a store that Orbax cannot write to.
+        ValueError: If it is a URL of a store that Orbax cannot write to, or if its
+            arrays would lie elsewhere.
     """
     path = arguments.path(directory, "The directory of a checkpoint", "run/checkpoints")
-    check_store(path)
+    _check_store(path)
     folder = epath.Path(path)
-    return folder if storage.is_remote(folder) else folder.expanduser().absolute()
+    if storage.is_remote(folder):
+        return folder
+    local = folder.expanduser().absolute().as_posix()
+    if "\\" in local:
+        raise ValueError(
+            f"The folder {local} has a backslash in its path. TensorStore, which holds "
+            "a checkpoint's arrays, takes it for a slash: they would lie in another "
+            "folder. Rename the folder, or move the checkpoint to one without it."
+        )
+    # Two slashes may begin a path in POSIX, and in Python; TensorStore refuses them.
+    return epath.Path(re.sub("^/+", "/", local))
 
 
-def check_store(path: str) -> None:
+def _check_store(path: str) -> None:
     """Refuses a URL that Orbax takes for a folder on this machine's disk.
 
     Orbax would report success, and the bucket would stay empty.

@@ -9,6 +9,7 @@ snapshot has only that folder.
 import asyncio
 import contextlib
 import functools
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
@@ -30,7 +31,7 @@ from ema_optax._checkpoint.background import (
     RaisedEverywhere,
 )
 from ema_optax._checkpoint.manifest import PARAMS, STATE
-from ema_optax._checkpoint.paths import check_store
+from ema_optax._checkpoint.paths import absolute
 from ema_optax._checkpoint.processes import gathered, together
 from ema_optax._checkpoint.step import Step, is_key
 from ema_optax._messages.text import one_line
@@ -67,7 +68,7 @@ async def start_save(
     therefore begun in the background, from views of the leaves on the host.
     """
     try:
-        check_store(os.fspath(item))
+        item = absolute(item)
     except ValueError as error:  # raised here, Orbax would wait at exit for minutes
         return [Failed(error)]
     refuse_different(step)
@@ -115,7 +116,7 @@ async def start_save(
 def save_now(item: epath.Path, step: Step) -> None:
     """Saves without a background part."""
     handler = _tree_handler(type_handler_registry=host_arrays.registry())
-    check_store(os.fspath(item))
+    item = absolute(item)
     refuse_different(step)
     beside = _beside(step)
     with together(OSError(f"{item} is not saved: {ELSEWHERE}")):
@@ -169,9 +170,26 @@ def write_sidecars(item: epath.Path, step: Step, parts: Parts) -> None:
 
 def finalize(item: epath.Path, handler: ocp.PyTreeCheckpointHandler) -> None:
     """Merges the files of all processes, on process 0, after all have written."""
+    item = absolute(item)
     for folder in (item, item / manifest.FOLDER):
+        folder = _with_literal_glob(type(folder))(folder)
         if any(folder.glob("ocdbt.process_*")):
             handler.finalize(folder)
+
+
+@functools.cache
+def _with_literal_glob(kind: type[epath.Path]) -> type[epath.Path]:
+    """Returns a subclass of a path whose `glob` takes the path itself as it stands.
+
+    Orbax finds the files of each process by `glob`, which in epath takes the folder's
+    own path for a part of the pattern: in `lr=[0.1]` Orbax would find none, merge
+    nothing, and report success.
+    """
+
+    def find(self: epath.Path, pattern: str) -> Iterator[epath.Path]:
+        return kind(glob.escape(os.fspath(self))).glob(pattern)
+
+    return type(kind.__name__, (kind,), {"glob": find})
 
 
 @contextlib.contextmanager
