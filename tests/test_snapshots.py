@@ -947,3 +947,10 @@ def test_what_is_no_average_of_the_params_is_refused(average, params, says, tmp_
             tmp_path / "run", trees[average], params=trees.get(params)
         )
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_an_average_of_some_params_sits_at_its_own_paths(tmp_path):
+    """Although it would fit a part of the params, too."""
+    params = {"w": jnp.ones(3), "in": {"w": jnp.zeros(3)}}
+    checkpoint.save_average(tmp_path, {"w": jnp.full(3, 5.0)}, params=params)
+    assert set(checkpoint.describe(tmp_path).trees["shadow"].leaves) == {"w"}
