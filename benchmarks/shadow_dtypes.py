@@ -78,7 +78,7 @@ def fold_compensated(shadow, remainder, param, weight):
     new = fold._as_held(jnp.asarray(param), dtype)
     low = remainder.astype(dtype)
     low = jnp.where(jnp.isfinite(low), low, 0)
-    near_new, factor, _ = weight
+    near_new, factor = weight
     factor = factor.astype(jnp.finfo(dtype).dtype)
     base = jnp.where(near_new, new, shadow)
     change = factor * ((new - shadow) - low) + jnp.where(near_new, 0, low)

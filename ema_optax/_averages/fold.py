@@ -100,21 +100,19 @@ class Weight(NamedTuple):
     Attributes:
         near_new: Whether w > ½: the fold is then p + (w − 1)·(p − s), which is p to the
             last bit for w = 1, and s + w·(p − s) otherwise.
-        factor: What multiplies p − s; NaN if w is no weight.
-        is_none: Whether w is no weight: no element holds then, and all become NaN.
+        factor: What multiplies p − s; NaN if w is no weight, and then no element holds.
     """
 
     near_new: jax.Array
     factor: jax.Array
-    is_none: jax.Array
 
 
 def split_weight(newest_weight: ArrayLike) -> Weight:
     """Splits a scalar weight w in [0, 1] for `fold`; outside of it, it is none."""
     w = jnp.asarray(newest_weight, float)  # float32, or float64 where x64 is enabled
-    is_none = ~((w >= -_ROUNDED) & (w <= 1 + _ROUNDED))  # also of NaN
     factor = jnp.where(w > 0.5, w - 1, w)
-    return Weight(w > 0.5, jnp.where(is_none, jnp.nan, factor), is_none)
+    is_weight = (w >= -_ROUNDED) & (w <= 1 + _ROUNDED)
+    return Weight(w > 0.5, jnp.where(is_weight, factor, jnp.nan))
 
 
 # With jit, traced and lowered once for each shape, not for each leaf. It uses `lax`
@@ -147,7 +145,7 @@ def fold(
     dtype = trees.wide(shadow.dtype)
     old = shadow.astype(dtype)
     new = _as_held(jnp.asarray(param), dtype)
-    near_new, factor, is_none = weight
+    near_new, factor = weight
     base = jax.lax.select_n(near_new, old, new)
     change = factor.astype(dtype) * (new - old)
     if stochastic and shadow.dtype == jnp.float32:
@@ -156,7 +154,7 @@ def fold(
     if shadow.dtype == jnp.bfloat16:
         folded = _round_stochastically(folded, seed)
     kept = jax.lax.select(_is_finite(old), old, new)
-    holds = ~(_is_finite(folded) | is_none)
+    holds = ~_is_finite(folded) & _is_finite(factor)
     return jax.lax.select(holds, kept, folded).astype(shadow.dtype)
 
 

@@ -203,7 +203,7 @@ class Decay:
 
     def _log(self, t: Floats, xp: ModuleType) -> Floats:
         """Returns log β_t for float steps t ≥ 1; −inf where β is 0."""
-        raise NotImplementedError
+        raise NotImplementedError  # for a kind that has `_log_product` instead
 
 
 def _fields(decay: type[Decay]) -> dict[str, Any]:

@@ -30,6 +30,16 @@ class schedule(Decay, registered=False):  # JSON cannot hold a callable
 
     function: Callable[[Any], ArrayLike]
 
+    def __post_init__(self) -> None:
+        """Refuses a first decay outside [0, 1], where its value can be known."""
+        try:
+            with jax.ensure_compile_time_eval():
+                value = self.function(jnp.int32(1))
+        except Exception:  # whatever it raises is raised again at its first use
+            return
+        if isinstance(value, jax.Array) and is_known(value) and not np.ndim(value):
+            _check(float(value), 1)
+
     def _log(self, t: Floats, xp: ModuleType) -> Floats:
         if not isinstance(t, jax.Array):
             steps = np.ravel(t).astype(int).tolist()
@@ -47,16 +57,6 @@ class schedule(Decay, registered=False):  # JSON cannot hold a callable
         inside = (decay >= 0) & (decay <= 1)
         logs = jnp.log1p(jnp.where(inside, decay, 0.5) - 1)
         return jnp.where(inside, logs, jnp.inf).astype(t.dtype)
-
-    def __post_init__(self) -> None:
-        """Refuses a first decay outside [0, 1], where its value can be known."""
-        try:
-            with jax.ensure_compile_time_eval():
-                value = self.function(jnp.int32(1))
-        except Exception:  # whatever it raises is raised again at its first use
-            return
-        if isinstance(value, jax.Array) and is_known(value) and not np.ndim(value):
-            _check(float(value), 1)
 
     def _at(self, step: Any) -> Any:
         try:
