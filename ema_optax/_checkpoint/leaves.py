@@ -27,8 +27,8 @@ from ema_optax._checkpoint.targets import Parts, Target, place_all
 # Bytes that are read and not yet placed: enough to keep a disk busy. A leaf that is
 # larger is read alone.
 _IN_FLIGHT = 2**28
-# Bytes of leaves that are placed with one call: with a call for each, 1,000 small
-# leaves take twice as long.
+# Bytes of leaves that are placed with one call: with a call for each, a restore of
+# 1,000 leaves of 10 kB takes 1.1 times as long.
 _TOGETHER = 2**26
 _OPEN = 256  # leaves whose arrays are opened ahead, or are placed with one call
 
