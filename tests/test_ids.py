@@ -31,7 +31,7 @@ from tests import ids
         (OSError(28, "No space left"), "OSError(28,No space left)"),
         (functools.partial(max, 1), "max(1)"),
         (lambda: ema_optax.power(0.1), "power"),
-        (pathlib.Path("/tmp/somewhere/run"), "run"),
+        (pathlib.Path("/somewhere/else/run"), "run"),
         (slice(3, 4), "3:4"),
         (b"\xffTAR", "TAR"),
         ([], "[]"),

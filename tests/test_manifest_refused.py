@@ -85,7 +85,7 @@ REFUSED = [
     (_tree(leaves={"w": {"shape": [], "dtype": "int8"}}), "lacks shape, dtype or kind"),
     (_path("../evil"), "leads out of the checkpoint"),
     (_path("a/../../evil"), "leads out of the checkpoint"),
-    (_path("/tmp/evil"), "leads out of the checkpoint"),
+    (_path("/evil"), "leads out of the checkpoint"),
     (_path("a\0b"), "holds a NUL"),
     (_path("a" * 4097), "more than 100 keys or 4096 characters"),
     (_path("a/" * 100 + "b"), "more than 100 keys or 4096 characters"),
